@@ -1,0 +1,144 @@
+"""Compiles every attention kernel for a GPU architecture without having one, and prints what each needs.
+
+Run as ``python compile_triton.py CAPABILITY``: a line of JSON for each kernel with its shared memory in bytes. It is a program
+of its own because Triton's interpreter, which the tests use, and its compiler exclude each other in one process.
+"""
+
+import json
+import sys
+
+import torch
+import triton
+import triton.language as tl
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
+from vsa_jit.backends.triton import config
+from vsa_jit.backends.triton.backward import (
+    attend_backward_kv_kernel,
+    attend_backward_q_kernel,
+    prepare_backward_kernel,
+)
+from vsa_jit.backends.triton.forward import attend_forward_kernel
+from vsa_jit.backends.triton.means import block_mean_kernel
+from vsa_jit.backends.triton.select import compact_kernel, invert_kernel, select_kernel
+
+# Shared memory that a thread block may use, in bytes, from NVIDIA's table of compute capabilities.
+ARCHITECTURES = {
+    80: config.Architecture(163 * 1024, wgmma=False),
+    86: config.Architecture(99 * 1024, wgmma=False),
+    89: config.Architecture(99 * 1024, wgmma=False),
+    90: config.Architecture(227 * 1024, wgmma=True),
+    100: config.Architecture(227 * 1024, wgmma=False),
+    120: config.Architecture(99 * 1024, wgmma=False),
+}
+TYPE_NAMES = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32"}
+FP32 = {"Lse", "DLse", "OutC", "DOutC", "Shift", "Delta", "Mean", "Scores"}
+INT32 = {"Q2kIdx", "Q2kNum", "K2qIdx", "QSizes", "KSizes", "Sizes"}
+INT64 = {"K2qEnd", "Counts"}
+FLOATS = {"gate_value", "scale", "scale_log2"}
+TILES = {64: (4, 4, 4), 128: (2, 8, 8), 192: (4, 6, 8), 256: (4, 8, 8)}
+
+
+def kernels(arch: config.Architecture, block: int, head_dim: int, dtype: torch.dtype, raster: bool, masked: bool):
+    """The attention kernels with the constants that the backend gives them."""
+    itemsize = dtype.itemsize
+    tile_t, tile_h, tile_w = TILES[block]
+    common = {
+        "GROUP": 2,
+        "D": head_dim,
+        "D_PAD": triton.next_power_of_2(head_dim),
+        "BLOCK": block,
+        "TILE_T": tile_t,
+        "TILE_H": tile_h,
+        "TILE_W": tile_w,
+        "RASTER": raster,
+        "HAS_Q_SIZES": masked and not raster,
+        "HAS_K_SIZES": masked and not raster,
+        "HAS_SIZES": masked and not raster,
+        "MASK_Q": masked,
+        "MASK_K": masked,
+        "HAS_DLSE": True,
+        "COMBINE": True,
+        "HAS_GATE": True,
+        "KEEP_OUT_S": True,
+        "ALIKE": True,
+        "OFFSET": tl.int32,
+        "EXACT": dtype == torch.float32,
+        "PRECISION": "ieee",
+        "stride_gd": 1,
+    }
+    yield attend_forward_kernel, common | config.forward(block, head_dim, itemsize, arch).launch
+    yield attend_backward_q_kernel, common | config.backward_q(block, head_dim, itemsize, arch).launch
+    yield attend_backward_kv_kernel, common | config.backward_kv(block, head_dim, itemsize, arch).launch
+    yield prepare_backward_kernel, common | {"BLOCK_M": 32, "num_warps": 4}
+    for backward in (False, True):
+        yield block_mean_kernel, common | {"ROWS": 64, "BACKWARD": backward, "num_warps": 4}
+
+
+def selection_kernels():
+    for columns, warps in ((64, 1), (1024, 1), (4096, 2)):
+        shape = {"COLUMNS": columns, "WIDTH_PAD": 64, "num_warps": warps}
+        yield select_kernel, shape | {"HAS_SIZES": True}
+        yield compact_kernel, shape
+        for place in (False, True):
+            yield invert_kernel, shape | {"PLACE": place}
+
+
+def compile_kernel(kernel, constants: dict, dtype: torch.dtype, capability: int):
+    signature, attributes = {}, {}
+    for position, name in enumerate(kernel.arg_names):
+        if name in constants:
+            signature[name] = "constexpr"
+        elif name in FLOATS:
+            signature[name] = "fp32"
+        elif name[0].isupper() and len(name) > 1 or name in ("Q", "K", "V", "X"):
+            element = "fp32" if name in FP32 else "i32" if name in INT32 else "i64" if name in INT64 else TYPE_NAMES[dtype]
+            signature[name] = "*i1" if name == "BlockMap" else f"*{element}"
+            attributes[(position,)] = [["tt.divisibility", 16]]
+        else:
+            signature[name] = "i32"
+            if name.startswith("stride"):
+                attributes[(position,)] = [["tt.divisibility", 16]]
+    options = {name: constants[name] for name in ("num_warps", "num_stages") if name in constants}
+    constexprs = {name: value for name, value in constants.items() if signature.get(name) == "constexpr"}
+    source = ASTSource(fn=kernel, signature=signature, constexprs=constexprs, attrs=attributes)
+    return triton.compile(source, target=GPUTarget("cuda", capability, 32), options=options)
+
+
+def variants():
+    """Block sizes, head dimensions and dtypes that between them take every choice of tiles."""
+    half, full = torch.bfloat16, torch.float32
+    for block, head_dim, dtype in (
+        (64, 128, half),
+        (128, 128, half),
+        (256, 64, half),
+        (64, 256, half),
+        (128, 256, half),
+        (64, 128, full),
+        (128, 256, full),
+    ):
+        yield block, head_dim, dtype, False, False
+    yield 192, 96, half, True, True
+    yield 64, 128, torch.float16, True, True
+    yield 256, 128, half, False, True
+
+
+def main(capability: int) -> None:
+    arch = ARCHITECTURES[capability]
+    for block, head_dim, dtype, raster, masked in variants():
+        for kernel, constants in kernels(arch, block, head_dim, dtype, raster, masked):
+            report(kernel, constants, dtype, capability, f"block {block}, D {head_dim}, {dtype}, raster {raster}")
+    for kernel, constants in selection_kernels():
+        report(kernel, constants, torch.float32, capability, f"{constants['COLUMNS']} columns")
+
+
+def report(kernel, constants: dict, dtype: torch.dtype, capability: int, variant: str) -> None:
+    compiled = compile_kernel(kernel, constants, dtype, capability)
+    kind = "backward" if constants.get("BACKWARD") or constants.get("PLACE") else ""
+    name = f"{kernel.__name__} {kind} {variant}"
+    print(json.dumps({"kernel": name, "shared": compiled.metadata.shared}), flush=True)
+
+
+if __name__ == "__main__":
+    main(int(sys.argv[1]))

@@ -1,0 +1,253 @@
+"""Every wrong argument is answered by an error that names it, what was expected and what came."""
+
+import pytest
+import torch
+
+import vsa_jit
+
+B, H, S, D = 1, 2, 256, 32
+BLOCKS = S // 64
+
+
+def qkv(**changes):
+    tensors = {name: torch.randn(B, H, S, D) for name in "qkv"}
+    return {**tensors, **changes}
+
+
+def indices(**changes):
+    tensors = {
+        "q2k_idx": torch.zeros(B, H, BLOCKS, 2, dtype=torch.int32),
+        "q2k_num": torch.ones(B, H, BLOCKS, dtype=torch.int32),
+    }
+    return {**tensors, **changes}
+
+
+SIZES = torch.full((BLOCKS,), 64)
+
+WRONG_CALLS = [
+    ("q", {"q": "q"}, TypeError, "q: expected a tensor, got str"),
+    ("q", {"q": torch.randn(B, H, S, D).double()}, TypeError, "q: expected dtype .*bfloat16.*, got torch.float64"),
+    ("k", {"k": torch.randn(B, H, S, D).half()}, TypeError, "k: expected q's dtype torch.float32, got torch.float16"),
+    ("q", {"q": torch.randn(H, S, D)}, ValueError, r"q: expected 4 dimensions \(bhsd\), got shape \(2, 256, 32\)"),
+    ("q", {"q": torch.randn(B, H, 0, D)}, ValueError, r"q: expected no empty dimension, got shape \(1, 2, 0, 32\)"),
+    (
+        "k",
+        {"k": torch.randn(B, H, D, S).mT},
+        ValueError,
+        r"k: expected a contiguous last dimension \(stride 1\), got stride 256",
+    ),
+    ("k", {"k": torch.randn(B, H, S, D, device="meta")}, ValueError, "k: expected q's device cpu, got meta"),
+    ("v", {"v": torch.randn(B, H, S + 1, D)}, ValueError, r"v: expected k's shape \(1, 2, 256, 32\), got"),
+    (
+        "k",
+        {"k": torch.randn(2, H, S, D), "v": torch.randn(2, H, S, D)},
+        ValueError,
+        "k: expected q's batch size 1, got 2",
+    ),
+    (
+        "k",
+        {"k": torch.randn(B, H, S, 64), "v": torch.randn(B, H, S, 64)},
+        ValueError,
+        "k: expected q's head dimension 32, got 64",
+    ),
+    (
+        "q",
+        {"q": torch.randn(B, 3, S, D)},
+        ValueError,
+        "q: expected a number of heads that is a multiple of k's 2, got 3",
+    ),
+    (
+        "q",
+        {name: torch.randn(B, H, S, 8) for name in "qkv"},
+        ValueError,
+        "q: expected a head dimension from 16 to 256, got 8",
+    ),
+    (
+        "q",
+        {name: torch.randn(B, H, S, 257) for name in "qkv"},
+        ValueError,
+        "q: expected a head dimension from 16 to 256, got 257",
+    ),
+    ("layout", {"layout": "sbhd"}, ValueError, r"layout: expected one of \('bhsd', 'bshd'\), got 'sbhd'"),
+    ("softmax_scale", {"softmax_scale": "1"}, TypeError, "softmax_scale: expected a number or None, got str"),
+    (
+        "softmax_scale",
+        {"softmax_scale": 0.0},
+        ValueError,
+        "softmax_scale: expected a positive finite number, got 0.0",
+    ),
+    (
+        "softmax_scale",
+        {"softmax_scale": float("nan")},
+        ValueError,
+        "softmax_scale: expected a positive finite number, got nan",
+    ),
+    ("backend", {"backend": "cuda"}, ValueError, "backend: expected one of .*'triton', 'torch'.*, got 'cuda'"),
+    ("block_size", {"block_size": 96}, ValueError, "block_size: expected a positive multiple of 64 tokens, got 96"),
+    ("block_size", {"block_size": 0}, ValueError, "block_size: expected a positive multiple of 64 tokens, got 0"),
+    ("block_size", {"block_size": (4, 4, 5)}, ValueError, r"block_size: .* multiple of 64 .*\(4, 4, 5\) with 80"),
+    ("block_size", {"block_size": (8, 8)}, ValueError, "block_size: expected three ints, got 2"),
+    ("block_size", {"block_size": (4, -4, -4)}, ValueError, "block_size: expected three positive ints"),
+    ("block_size", {"block_size": 64.0}, TypeError, "block_size: expected three ints, got float"),
+    ("block_size", {"block_size": True}, TypeError, "block_size: expected an int or three ints"),
+    ("grid", {"grid": (4, 8, 9)}, ValueError, r"grid: expected T·H·W to be q's sequence length 256, got \(4, 8, 9\)"),
+    ("grid", {"grid": (4, 64)}, ValueError, "grid: expected three ints, got 2"),
+    ("grid", {"grid": (4, 8.0, 8)}, TypeError, "grid: expected three ints, got float"),
+    (
+        "block_size",
+        {"grid": (4, 8, 8), "block_size": 192},
+        ValueError,
+        r"block_size: expected a tile \(t, h, w\) or one of \(64, 128, 256\) where grid is given, got 192",
+    ),
+    (
+        "grid",
+        {"grid": (4, 8, 8), "k": torch.randn(B, H, 128, D), "v": torch.randn(B, H, 128, D)},
+        ValueError,
+        "grid: expected T·H·W to be k's sequence length 128",
+    ),
+    (
+        "variable_block_sizes",
+        {"grid": (4, 8, 8), "variable_block_sizes": SIZES},
+        ValueError,
+        "variable_block_sizes: expected None where grid is given",
+    ),
+    (
+        "variable_block_sizes",
+        {"variable_block_sizes": SIZES.float()},
+        TypeError,
+        "variable_block_sizes: expected dtype torch.int32 or torch.int64, got torch.float32",
+    ),
+    ("variable_block_sizes", {"variable_block_sizes": [64] * 4}, TypeError, "expected a tensor, got list"),
+    (
+        "variable_block_sizes",
+        {"variable_block_sizes": SIZES[:3]},
+        ValueError,
+        r"variable_block_sizes: expected shape \(4,\), one size for each block, got \(3,\)",
+    ),
+    (
+        "variable_block_sizes",
+        {"variable_block_sizes": SIZES, **{name: torch.randn(B, H, 250, D) for name in "qkv"}},
+        ValueError,
+        "variable_block_sizes: expected a sequence of whole blocks of 64 tokens .* got length 250",
+    ),
+    (
+        "q_variable_block_sizes",
+        {"q_variable_block_sizes": SIZES[:2]},
+        ValueError,
+        r"q_variable_block_sizes: expected shape \(4,\)",
+    ),
+    (
+        "variable_block_sizes",
+        {"variable_block_sizes": torch.full((BLOCKS,), 64, device="meta")},
+        ValueError,
+        "variable_block_sizes: expected q's device cpu, got meta",
+    ),
+]
+
+
+def call_all(arguments):
+    """Every public function with these arguments: all of them check alike."""
+    yield lambda: vsa_jit.video_sparse_attn(**arguments, topk=2)
+    yield lambda: vsa_jit.explain(**arguments, topk=2)
+    yield lambda: vsa_jit.block_sparse_attn_from_indices(**arguments, **indices())
+    yield lambda: vsa_jit.block_sparse_attn(**arguments, block_map=torch.ones(B, H, BLOCKS, BLOCKS, dtype=torch.bool))
+
+
+@pytest.mark.parametrize(("argument", "changes", "error", "message"), WRONG_CALLS)
+def test_arguments_of_every_function(argument, changes, error, message):
+    for call in call_all(qkv(**changes)):
+        with pytest.raises(error, match=message) as raised:
+            call()
+        assert str(raised.value).startswith(f"{argument}: expected")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "error", "message"),
+    [
+        ({}, ValueError, "topk, sparsity: expected exactly one of them, got neither"),
+        ({"topk": 2, "sparsity": 0.5}, ValueError, "topk, sparsity: expected exactly one of them, got both"),
+        ({"topk": 0}, ValueError, "topk: expected at least 1, got 0"),
+        ({"topk": -3}, ValueError, "topk: expected at least 1, got -3"),
+        ({"topk": 2.0}, TypeError, "topk: expected an int, got float"),
+        ({"topk": True}, TypeError, "topk: expected an int, got bool"),
+        ({"sparsity": 1.0}, ValueError, r"sparsity: expected a number in \[0, 1\), got 1.0"),
+        ({"sparsity": -0.1}, ValueError, r"sparsity: expected a number in \[0, 1\), got -0.1"),
+        ({"sparsity": float("nan")}, ValueError, r"sparsity: expected a number in \[0, 1\), got nan"),
+        ({"sparsity": "0.9"}, TypeError, "sparsity: expected a float, got str"),
+    ],
+)
+def test_topk_and_sparsity(arguments, error, message):
+    with pytest.raises(error, match=message):
+        vsa_jit.video_sparse_attn(**qkv(), **arguments)
+
+
+@pytest.mark.parametrize(
+    ("gate", "error", "message"),
+    [
+        ("0.5", TypeError, "compress_attn_weight: expected a tensor, a float or None, got str"),
+        (float("inf"), ValueError, "compress_attn_weight: expected a finite number, got inf"),
+        (torch.ones(B, H, S, D, dtype=torch.int32), TypeError, "compress_attn_weight: expected a floating-point tensor"),
+        (torch.ones(B, H, S - 1, D), ValueError, r"compress_attn_weight: expected q's shape .* got \(1, 2, 255, 32\)"),
+        (torch.ones(1, B, H, S, D), ValueError, "compress_attn_weight: expected q's shape"),
+        (torch.ones(B, H, S, D, device="meta"), ValueError, "compress_attn_weight: expected q's device cpu, got meta"),
+    ],
+)
+def test_gate(gate, error, message):
+    with pytest.raises(error, match=message):
+        vsa_jit.video_sparse_attn(**qkv(), topk=2, compress_attn_weight=gate)
+
+
+@pytest.mark.parametrize(
+    ("changes", "error", "message"),
+    [
+        ({"q2k_idx": torch.zeros(B, H, BLOCKS, 2)}, TypeError, "q2k_idx: expected dtype torch.int32, got torch.float32"),
+        (
+            {"q2k_idx": torch.zeros(B, H, BLOCKS, 2, dtype=torch.int64)},
+            TypeError,
+            "q2k_idx: expected dtype torch.int32, got torch.int64",
+        ),
+        (
+            {"q2k_idx": torch.zeros(B, H, BLOCKS + 1, 2, dtype=torch.int32)},
+            ValueError,
+            r"q2k_idx: expected shape \(1, 2, 4, m\) for any m, got \(1, 2, 5, 2\)",
+        ),
+        ({"q2k_num": torch.ones(B, H, BLOCKS)}, TypeError, "q2k_num: expected dtype torch.int32, got torch.float32"),
+        (
+            {"q2k_num": torch.ones(H, BLOCKS, dtype=torch.int32)},
+            ValueError,
+            r"q2k_num: expected shape \(1, 2, 4\), got \(2, 4\)",
+        ),
+        (
+            {"q2k_num": torch.ones(B, H, BLOCKS, dtype=torch.int32, device="meta")},
+            ValueError,
+            "q2k_num: expected q's device cpu, got meta",
+        ),
+    ],
+)
+def test_indices(changes, error, message):
+    with pytest.raises(error, match=message):
+        vsa_jit.block_sparse_attn_from_indices(**qkv(), **indices(**changes))
+
+
+@pytest.mark.parametrize(
+    ("block_map", "error", "message"),
+    [
+        (torch.ones(B, H, BLOCKS, BLOCKS), TypeError, "block_map: expected dtype torch.bool, got torch.float32"),
+        (
+            torch.ones(B, H, BLOCKS, 3, dtype=torch.bool),
+            ValueError,
+            r"block_map: expected shape \(1, 2, 4, 4\) or \(2, 4, 4\), got \(1, 2, 4, 3\)",
+        ),
+        ([[True]], TypeError, "block_map: expected a tensor, got list"),
+    ],
+)
+def test_block_map(block_map, error, message):
+    with pytest.raises(error, match=message):
+        vsa_jit.block_sparse_attn(**qkv(), block_map=block_map)
+
+
+def test_no_indices_at_all_is_an_empty_map():
+    none = indices(q2k_idx=torch.zeros(B, H, BLOCKS, 0, dtype=torch.int32))
+    out, lse = vsa_jit.block_sparse_attn_from_indices(**qkv(), **none)
+    assert torch.equal(out, torch.zeros_like(out))
+    assert lse.isneginf().all()

@@ -1,0 +1,168 @@
+"""The operators as PyTorch sees them: opcheck, torch.compile, CUDA graphs."""
+
+import pytest
+import torch
+from problems import Case, Inputs
+
+import vsa_jit
+from vsa_jit import ops
+
+DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
+CASE_OF_ORDER = {
+    "plain": Case("plain", q_len=200, batch=2, heads=4, kv_heads=2, gate="full"),
+    "tiled": Case("tiled", q_len=192, sizes=(64, 17, 40), gate="full"),
+    "raster": Case("raster", grid=(5, 6, 7), layout="bshd", gate="per channel"),
+    "ungated": Case("ungated", q_len=200),
+    "fine only": Case("fine only", q_len=200, gate=0.0),
+}
+
+
+def leaf(*shape, device, dtype=torch.float32):
+    return torch.randn(shape, device=device, dtype=dtype, requires_grad=True)
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("layout", ["bhsd", "bshd"])
+@pytest.mark.parametrize("gate", ["tensor", "float", "none"])
+def test_opcheck_attend(device, layout, gate):
+    shape = (1, 4, 192, 32) if layout == "bhsd" else (1, 192, 4, 32)
+    kv_shape = (1, 2, 192, 32) if layout == "bhsd" else (1, 192, 2, 32)
+    idx = torch.randint(0, 3, (1, 4, 3, 2), device=device, dtype=torch.int32)
+    num = torch.tensor([2, 0, 1], device=device, dtype=torch.int32).expand(1, 4, 3)
+    sizes = torch.tensor([64, 3, 64], device=device)
+    arguments = (
+        leaf(*shape, device=device),
+        leaf(*kv_shape, device=device),
+        leaf(*kv_shape, device=device),
+        idx,
+        num,
+        sizes,
+        sizes,
+        None if gate == "none" else leaf(1, 4, 3, 32, device=device),
+        leaf(*shape, device=device) if gate == "tensor" else None,
+        0.5,
+        gate != "none",
+        [1, 1, 64],
+        None,
+        layout,
+        0.2,
+        "auto",
+    )
+    torch.library.opcheck(ops.attend, arguments)
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_opcheck_pool_and_select_and_compact(device):
+    q, k, v = leaf(1, 210, 4, 32, device=device), leaf(1, 210, 2, 32, device=device), leaf(1, 210, 2, 32, device=device)
+    static = ([4, 4, 4], [5, 6, 7], "bshd", 0.2, "auto")
+    torch.library.opcheck(ops.pool_and_select, (q, k, v, None, None, 2, *static))
+    torch.library.opcheck(ops.pool_and_select, (q, k, None, None, None, 2, *static))
+    block_map = torch.rand(1, 4, 8, 8, device=device) < 0.5
+    torch.library.opcheck(ops.compact, (block_map, q, k, *static))
+    means = torch.randn(1, 4, 8, 32, device=device)
+    torch.library.opcheck(ops.block_mean_backward, (means, q.detach(), None, *static))
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("name", CASE_OF_ORDER)
+def test_compile_whole_function(device, name):
+    """fullgraph, forward and backward: the same bits as eager, since the same operators run."""
+    case = CASE_OF_ORDER[name]
+    results = []
+    for compiled in (False, True):
+        inputs = Inputs(case, device, torch.float32, seed=3)
+
+        def call(q, k, v, gate, arguments=inputs.order):
+            return vsa_jit.video_sparse_attn(q, k, v, topk=2, compress_attn_weight=gate, **arguments)
+
+        run = torch.compile(call, fullgraph=True) if compiled else call
+        out = run(inputs.q, inputs.k, inputs.v, inputs.gate)
+        out.backward(inputs.dout)
+        grads = [inputs.q.grad, inputs.k.grad, inputs.v.grad]
+        if isinstance(inputs.gate, torch.Tensor):
+            grads.append(inputs.gate.grad)
+        results.append([out, *grads])
+    for eager, compiled in zip(*results, strict=True):
+        torch.testing.assert_close(compiled, eager, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_compile_with_dynamic_length(device):
+    call = torch.compile(
+        lambda q, k, v: vsa_jit.video_sparse_attn(q, k, v, sparsity=0.5), fullgraph=True, dynamic=True
+    )
+    for length in (200, 300, 450):
+        inputs = Inputs(Case("dynamic", q_len=length), device, torch.float32)
+        eager = vsa_jit.video_sparse_attn(inputs.q, inputs.k, inputs.v, sparsity=0.5)
+        torch.testing.assert_close(call(inputs.q, inputs.k, inputs.v), eager, rtol=1e-5, atol=1e-6)
+
+
+def test_only_what_needs_a_gradient_gets_one():
+    inputs = Inputs(Case("frozen", q_len=200, gate="full"), "cpu", torch.float32)
+    for name in "kv":
+        getattr(inputs, name).requires_grad_(False)
+    out = inputs.video_sparse_attn("torch")
+    out.backward(inputs.dout)
+    assert inputs.q.grad is not None
+    assert inputs.gate.grad is not None
+    assert inputs.k.grad is None
+    assert inputs.v.grad is None
+
+
+def test_second_derivative_is_refused():
+    inputs = Inputs(Case("twice", q_len=200), "cpu", torch.float32)
+    out = inputs.video_sparse_attn("torch")
+    (dq,) = torch.autograd.grad(out.sum(), inputs.q, create_graph=True)
+    with pytest.raises(RuntimeError):
+        dq.sum().backward()
+
+
+def test_no_grad_keeps_nothing():
+    inputs = Inputs(Case("inference", q_len=200, gate="full"), "cpu", torch.float32)
+    with torch.no_grad():
+        assert not inputs.video_sparse_attn("torch").requires_grad
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("name", CASE_OF_ORDER)
+def test_cuda_graph(name):
+    """Captured forward and backward replay with new inputs; capturing at all shows that nothing waits for the GPU."""
+    case = CASE_OF_ORDER[name]
+    inputs = Inputs(case, "cuda", torch.float16)
+    leaves = [x for x in (inputs.q, inputs.k, inputs.v, inputs.gate) if isinstance(x, torch.Tensor)]
+
+    def step():
+        out = inputs.video_sparse_attn("triton")
+        return out, *torch.autograd.grad(out, leaves, inputs.dout)
+
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        step()
+    torch.cuda.current_stream().wait_stream(side)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured = step()
+
+    fresh = Inputs(case, "cuda", torch.float16)
+    with torch.no_grad():
+        for old, new in zip(leaves, (fresh.q, fresh.k, fresh.v, fresh.gate), strict=False):
+            old.copy_(new)
+        inputs.dout.copy_(fresh.dout)
+    graph.replay()
+    for replayed, eager in zip(captured, step(), strict=True):
+        assert torch.equal(replayed, eager)
+
+
+@pytest.mark.gpu
+def test_never_waits_for_the_gpu():
+    inputs = Inputs(CASE_OF_ORDER["plain"], "cuda", torch.float16)
+    block_map = torch.rand(2, 4, 4, 4, device="cuda") < 0.5
+    inputs.video_sparse_attn("triton").backward(inputs.dout)
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        inputs.video_sparse_attn("triton").backward(inputs.dout)
+        vsa_jit.block_sparse_attn(inputs.q, inputs.k, inputs.v, block_map, backend="triton")
+        inputs.video_sparse_attn("torch").backward(inputs.dout)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")

@@ -1,0 +1,86 @@
+"""The package as installed: import cost, what an import touches, what the wheel carries."""
+
+import os
+import subprocess
+import sys
+import zipfile
+from pathlib import Path
+
+import pytest
+
+from vsa_jit.jit.source import kernels_dir
+
+ROOT = Path(__file__).parent.parent
+
+IMPORT_COST = """
+import time, torch
+start = time.perf_counter()
+import vsa_jit
+print(time.perf_counter() - start)
+"""
+
+IMPORT_EFFECTS = """
+import sys, torch
+modules, opened = set(sys.modules), []
+def hook(event, arguments):
+    if event == "open" and isinstance(arguments[1], str) and set(arguments[1]) & set("wax+"):
+        opened.append(arguments[0])
+    if event in ("os.mkdir", "os.rename", "os.remove", "subprocess.Popen"):
+        opened.append(event)
+sys.addaudithook(hook)
+import vsa_jit
+new = {name.partition(".")[0] for name in set(sys.modules) - modules}
+assert not new & {"triton", "cupy", "matplotlib", "rich"}, new
+assert not torch.cuda.is_initialized()
+assert not opened, opened
+"""
+
+
+def python(code: str, path: Path = ROOT, cwd: Path = ROOT) -> str:
+    environment = {**os.environ, "PYTHONPATH": str(path), "PYTHONDONTWRITEBYTECODE": "1"}
+    run = subprocess.run([sys.executable, "-c", code], env=environment, cwd=cwd, capture_output=True, text=True)
+    assert run.returncode == 0, run.stderr
+    return run.stdout
+
+
+def test_import_costs_little():
+    assert min(float(python(IMPORT_COST)) for _ in range(5)) < 0.05
+
+
+def test_import_touches_no_gpu_no_compiler_and_no_disk():
+    python(IMPORT_EFFECTS)
+
+
+def test_sources_of_a_checkout():
+    assert kernels_dir() == ROOT / "kernels_src"
+
+
+@pytest.fixture(scope="module")
+def wheel(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("wheel")
+    command = [sys.executable, "-m", "hatchling", "build", "-t", "wheel", "-d", str(folder)]
+    run = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert run.returncode == 0, run.stderr
+    (path,) = folder.glob("*.whl")
+    return path
+
+
+def test_wheel_is_pure_python_and_carries_all(wheel):
+    assert wheel.name.endswith("-py3-none-any.whl")
+    names = zipfile.ZipFile(wheel).namelist()
+    sources = {f"vsa_jit/{path.relative_to(ROOT).as_posix()}" for path in (ROOT / "kernels_src").rglob("*.*")}
+    assert sources <= set(names)
+    assert {"vsa_jit/py.typed", "vsa_jit/api.py", "vsa_jit/cli.py"} <= set(names)
+    assert {name.partition("/")[0].partition("-")[0] for name in names} == {"vsa_jit"}
+
+
+def test_sources_of_an_installed_wheel(wheel, tmp_path):
+    zipfile.ZipFile(wheel).extractall(tmp_path)
+    code = "from vsa_jit.jit.source import kernels_dir; print(kernels_dir())"
+    assert python(code, path=tmp_path, cwd=tmp_path).strip() == str(tmp_path / "vsa_jit" / "kernels_src")
+
+
+def test_missing_sources_are_named(monkeypatch, tmp_path):
+    monkeypatch.setattr("vsa_jit.jit.source.__file__", str(tmp_path / "vsa_jit" / "jit" / "source.py"))
+    with pytest.raises(FileNotFoundError, match=r"kernels_src: expected at .*vsa_jit.kernels_src or .*"):
+        kernels_dir()

@@ -1,0 +1,183 @@
+"""Every order of tokens, layout, block and head size against the dense reference, forward and backward."""
+
+import pytest
+import reference as ref
+import torch
+from problems import CASES, Case, Inputs
+
+import vsa_jit
+
+GPU = torch.cuda.is_available()
+CPU_RUNS = [("torch", "cpu", dtype) for dtype in (torch.bfloat16, torch.float16, torch.float32)]
+# Triton's interpreter computes products of bf16 wrongly.
+INTERPRETER_RUNS = [] if GPU else [("triton", "cpu", dtype) for dtype in (torch.float16, torch.float32)]
+GPU_RUNS = [
+    pytest.param((backend, "cuda", dtype), marks=pytest.mark.gpu)
+    for backend in ("triton", "torch")
+    for dtype in (torch.bfloat16, torch.float16, torch.float32)
+]
+
+
+RUNS = [*CPU_RUNS, *INTERPRETER_RUNS, *GPU_RUNS]
+
+
+def run_name(run) -> str:
+    return "-".join(str(part).removeprefix("torch.") for part in run)
+
+
+def with_cases(cases):
+    """Every case on every run of a dtype that the case is for."""
+    pairs = []
+    for run in RUNS:
+        values, marks = (run.values[0], run.marks) if hasattr(run, "values") else (run, ())
+        for case in cases:
+            if values[2] in case.dtypes:
+                pairs.append(pytest.param(case, values, marks=marks, id=f"{run_name(values)}-{case.name}"))
+    return pytest.mark.parametrize(("case", "run"), pairs)
+
+
+@pytest.fixture(params=RUNS, ids=run_name)
+def run(request):
+    return request.param
+
+
+@with_cases(CASES)
+def test_video_sparse_attn(case: Case, run):
+    backend, device, dtype = run
+    inputs = Inputs(case, device, dtype)
+    out = inputs.video_sparse_attn(backend)
+    out.backward(inputs.dout)
+    results = {"out": out, "dq": inputs.q.grad, "dk": inputs.k.grad, "dv": inputs.v.grad}
+    if isinstance(inputs.gate, torch.Tensor):
+        results["dgate"] = inputs.gate.grad
+
+    block_map = inputs.block_map()
+    expected, plain = inputs.expected(torch.float64, block_map), inputs.expected(dtype, block_map)
+    assert out.dtype == dtype
+    for name, result in results.items():
+        ref.assert_close(name, inputs.bhsd(result), expected[name], plain[name])
+    for name, valid in (("out", inputs.q_valid), ("dq", inputs.q_valid), ("dk", inputs.kv_valid)):
+        padding = inputs.bhsd(results[name])[:, :, ~valid.to(device)]
+        assert torch.equal(padding, torch.zeros_like(padding)), f"{name} of padding is not 0"
+
+
+INDEX_CASES = [
+    Case("plain", q_len=200, kv_len=300, batch=2, heads=4, kv_heads=2),
+    Case("tiled", q_len=256, sizes=(64, 17, 0, 40)),
+    Case("raster, bshd", grid=(5, 6, 7), block_size=64, layout="bshd"),
+    Case("raster 128", grid=(3, 9, 10), block_size=128),
+]
+
+
+@with_cases(INDEX_CASES)
+def test_indices_with_uneven_rows(case: Case, run):
+    """Rows of 0 … n_k key blocks in any order, junk past a row's number; the gradient of lse counts too."""
+    backend, device, dtype = run
+    inputs = Inputs(case, device, dtype)
+    rows = (case.batch, case.heads, inputs.num_q_blocks)
+    num = torch.randint(0, inputs.num_kv_blocks + 1, rows, generator=inputs.generator, dtype=torch.int32)
+    num.view(-1)[0] = 0
+    idx = torch.rand((*rows, inputs.num_kv_blocks), generator=inputs.generator).argsort(-1).int()
+    used = torch.arange(inputs.num_kv_blocks) < num[..., None]
+    block_map = torch.zeros(idx.shape, dtype=torch.bool).scatter(-1, idx.long(), used)
+    idx = idx.masked_fill(~used, 2**31 - 1)
+
+    out, lse = vsa_jit.block_sparse_attn_from_indices(
+        inputs.q, inputs.k, inputs.v, idx.to(device), num.to(device), backend=backend, **inputs.order
+    )
+    dlse = inputs.dlse.nan_to_num(0.0)
+    finite = lse.isfinite()
+    torch.autograd.backward([out, lse.masked_fill(~finite, 0.0)], [inputs.dout, dlse])
+
+    def dense(compute_dtype):
+        tensors = inputs.clean(compute_dtype)
+        out, lse = ref.attention(tensors["q"], tensors["k"], tensors["v"], inputs.mask(block_map), inputs.scale)
+        total = (out * inputs.clean_dout(compute_dtype)).sum()
+        total = total + (lse.masked_fill(~lse.isfinite(), 0.0) * dlse).sum()
+        total.backward()
+        return {"out": out, "lse": lse, **{f"d{name}": tensors[name].grad for name in "qkv"}}
+
+    expected, plain = dense(torch.float64), dense(dtype)
+    results = {"out": inputs.bhsd(out), "lse": lse, "dq": inputs.bhsd(inputs.q.grad)}
+    results |= {"dk": inputs.bhsd(inputs.k.grad), "dv": inputs.bhsd(inputs.v.grad)}
+    for name, result in results.items():
+        ref.assert_close(name, result, expected[name], plain[name])
+    assert torch.equal(lse.isneginf(), expected["lse"].isneginf())
+
+
+@pytest.mark.parametrize("rank", [3, 4])
+def test_block_map_is_the_same_as_its_indices(rank: int, run):
+    backend, device, dtype = run
+    inputs = Inputs(Case("map", q_len=200, kv_len=300, batch=2), device, dtype)
+    shape = (2, inputs.case.heads, inputs.num_q_blocks, inputs.num_kv_blocks)[4 - rank :]
+    block_map = (torch.rand(shape, generator=inputs.generator) < 0.5).to(device)
+    order = {**inputs.order, "backend": backend}
+    out, lse = vsa_jit.block_sparse_attn(inputs.q, inputs.k, inputs.v, block_map, **order)
+    full = block_map.expand(2, -1, -1, -1) if rank == 3 else block_map
+    idx = full.int().sort(dim=-1, descending=True, stable=True).indices.int()
+    num = full.sum(-1, dtype=torch.int32)
+    out_idx, lse_idx = vsa_jit.block_sparse_attn_from_indices(inputs.q, inputs.k, inputs.v, idx, num, **order)
+    assert torch.equal(out, out_idx)
+    assert torch.equal(lse, lse_idx)
+
+
+@pytest.mark.parametrize("wrong", [-1, 4, 2**31 - 1, -(2**31)])
+def test_index_out_of_range_gives_nan_to_its_row_only(wrong: int, run):
+    backend, device, dtype = run
+    inputs = Inputs(Case("range", q_len=256), device, dtype)
+    idx = torch.tensor([0, 3], dtype=torch.int32).expand(1, 2, 4, 2).contiguous()
+    num = torch.full((1, 2, 4), 2, dtype=torch.int32)
+    order = {**inputs.order, "backend": backend}
+    good, good_lse = vsa_jit.block_sparse_attn_from_indices(
+        inputs.q, inputs.k, inputs.v, idx.to(device), num.to(device), **order
+    )
+    idx[0, 1, 2, 1] = wrong
+    out, lse = vsa_jit.block_sparse_attn_from_indices(
+        inputs.q, inputs.k, inputs.v, idx.to(device), num.to(device), **order
+    )
+    hit = torch.zeros(1, 2, 256, dtype=torch.bool, device=device)
+    hit[0, 1, 128:192] = True
+    assert out[hit].isnan().all()
+    assert lse[hit].isnan().all()
+    assert torch.equal(out[~hit], good[~hit])
+    assert torch.equal(lse[~hit], good_lse[~hit])
+    out.sum().backward()
+    assert inputs.q.grad[hit].isnan().all()
+    assert inputs.q.grad[~hit].isfinite().all()
+
+
+def test_number_of_indices_is_clamped(run):
+    backend, device, dtype = run
+    inputs = Inputs(Case("number", q_len=256), device, dtype)
+    idx = torch.tensor([2, 0], dtype=torch.int32, device=device).expand(1, 2, 4, 2).contiguous()
+
+    def attend(num):
+        num = torch.tensor(num, dtype=torch.int32, device=device).expand(1, 2, 4).contiguous()
+        call = vsa_jit.block_sparse_attn_from_indices
+        return call(inputs.q, inputs.k, inputs.v, idx, num, backend=backend, **inputs.order)[0]
+
+    assert torch.equal(attend([2, 0, 99, -7]), attend([2, 0, 2, 0]))
+
+
+def test_same_bits_on_every_run(run):
+    backend, device, dtype = run
+    case = Case("bits", q_len=700, heads=4, kv_heads=2, topk=5, gate="full")
+    results = []
+    for _ in range(2):
+        inputs = Inputs(case, device, dtype, seed=7)
+        out = inputs.video_sparse_attn(backend)
+        out.backward(inputs.dout)
+        results.append([out, inputs.q.grad, inputs.k.grad, inputs.v.grad, inputs.gate.grad])
+    if backend == "torch" and device == "cuda":
+        results = [result[:2] for result in results]
+    for first, second in zip(*results, strict=True):
+        assert torch.equal(first, second)
+
+
+def test_sparsity_and_topk_agree(run):
+    backend, device, dtype = run
+    inputs = Inputs(Case("sparsity", q_len=640), device, dtype)
+    call = vsa_jit.video_sparse_attn
+    for sparsity, topk in ((0.0, 10), (0.7, 3), (0.75, 3), (0.99, 1)):
+        by_sparsity = call(inputs.q, inputs.k, inputs.v, sparsity=sparsity, backend=backend)
+        assert torch.equal(by_sparsity, call(inputs.q, inputs.k, inputs.v, topk=topk, backend=backend))

@@ -1,0 +1,47 @@
+"""Every Triton kernel compiles for every supported architecture, without a GPU, and fits its shared memory."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from compile_triton import ARCHITECTURES
+
+from vsa_jit.backends.triton import config
+
+TESTS = Path(__file__).parent
+
+
+@pytest.mark.parametrize("capability", ARCHITECTURES)
+def test_kernels_fit_shared_memory(capability):
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    environment["PYTHONPATH"] = os.pathsep.join([str(TESTS.parent), environment.get("PYTHONPATH", "")])
+    command = [sys.executable, TESTS / "compile_triton.py", str(capability)]
+    run = subprocess.run(command, env=environment, capture_output=True, text=True)
+    assert run.returncode == 0, run.stderr[-2000:]
+    kernels = [json.loads(line) for line in run.stdout.splitlines()]
+    assert len(kernels) == 72
+    too_large = [kernel for kernel in kernels if kernel["shared"] > ARCHITECTURES[capability].shared_memory]
+    assert not too_large
+
+
+@pytest.mark.parametrize("capability", ARCHITECTURES)
+@pytest.mark.parametrize("itemsize", [2, 4])
+def test_every_size_has_tiles(capability, itemsize):
+    for block in (64, 128, 192, 256, 320, 512, 1024):
+        for head_dim in (16, 24, 64, 80, 128, 160, 256):
+            for choose in (config.forward, config.backward_q, config.backward_kv):
+                tiles = choose(block, head_dim, itemsize, ARCHITECTURES[capability])
+                assert block % tiles.rows == 0
+                assert block % tiles.columns == 0
+
+
+def test_larger_blocks_get_larger_tiles():
+    hopper = ARCHITECTURES[90]
+    assert config.forward(64, 128, 2, hopper).rows == 64
+    for block in (128, 256, 384):
+        assert config.forward(block, 128, 2, hopper).rows == 128
+        assert config.backward_q(block, 128, 2, hopper).rows == 128
+        assert config.backward_kv(block, 128, 2, hopper).columns == 128

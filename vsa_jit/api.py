@@ -1,0 +1,266 @@
+"""The public functions: check → select → attend → combine."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from vsa_jit import coarse, ops
+from vsa_jit.backends.choose import Choice, check_name, choose
+from vsa_jit.problem import (
+    Problem,
+    check_block_map,
+    check_gate,
+    check_indices,
+    check_problem,
+    check_topk,
+)
+
+
+def video_sparse_attn(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    variable_block_sizes: Tensor | None = None,
+    q_variable_block_sizes: Tensor | None = None,
+    topk: int | None = None,
+    block_size: int | Sequence[int] = 64,
+    compress_attn_weight: Tensor | float | None = None,
+    *,
+    sparsity: float | None = None,
+    grid: Sequence[int] | None = None,
+    layout: str = "bhsd",
+    softmax_scale: float | None = None,
+    backend: str = "auto",
+) -> Tensor:
+    """Video Sparse Attention (arXiv 2505.13389): block means choose the key blocks that each query block attends.
+
+    ``out = compress_attn_weight · softmax(q_c k_cᵀ · scale) v_c + attention over the topk best key blocks``, where
+    ``q_c, k_c, v_c`` are the means of the valid tokens of each block. The choice of blocks carries no gradient.
+
+    Args:
+        q: [B, H, S_q, D] (or [B, S_q, H, D], see ``layout``), bf16, fp16 or fp32, D from 16 to 256; the last dimension
+            contiguous, the others of any stride.
+        k, v: [B, H_kv, S_k, D] of q's dtype; H a multiple of H_kv.
+        variable_block_sizes: int32 or int64 [n_k], valid tokens of each key block, which come first in it; the sequence
+            is then blocks padded to full size. Values are clamped to 0 … block. None: every token is valid.
+        q_variable_block_sizes: the same for queries, [n_q]. None: the same as ``variable_block_sizes`` where S_q equals
+            S_k (self-attention), else every token is valid.
+        topk: key blocks to attend for each query block, at least 1; clamped to n_k.
+        block_size: tokens of a block, a multiple of 64, or a video tile (t, h, w) of so many. With ``grid`` an int means
+            64 → (4,4,4), 128 → (2,8,8), 256 → (4,8,8).
+        compress_attn_weight: weight of the coarse output: a tensor of q's shape (or broadcastable to it), a float, None
+            for 1. The float 0.0 drops the coarse output and its cost.
+        sparsity: instead of ``topk``, the share of key blocks to leave out, in [0, 1).
+        grid: (T, H, W) of a video whose tokens come in raster order, w fastest: any size, nothing is padded or copied.
+        layout: "bhsd" or "bshd", of q, k, v, the weight and the output.
+        softmax_scale: 1/sqrt(D) if None.
+        backend: "auto", or the name of the one that must run.
+
+    Returns:
+        Of q's shape and dtype. Tokens that are not valid get 0.
+
+    Raises:
+        TypeError, ValueError: an argument is wrong; the message names it, what was expected and what came.
+        RuntimeError: the backend asked for cannot run this call.
+    """
+    problem, q_sizes, kv_sizes = _check(
+        q,
+        k,
+        v,
+        variable_block_sizes,
+        q_variable_block_sizes,
+        block_size=block_size,
+        grid=grid,
+        layout=layout,
+        softmax_scale=softmax_scale,
+        backend=backend,
+    )
+    topk = check_topk(topk, sparsity, problem.num_kv_blocks)
+    gate = check_gate(compress_attn_weight, q)
+
+    q2k_idx, q2k_num, out_c = coarse.coarse_branch(
+        problem, q, k, v, q_sizes, kv_sizes, topk, with_output=isinstance(gate, Tensor) or gate != 0.0
+    )
+    out, _ = _attend(problem, q, k, v, q2k_idx, q2k_num, q_sizes, kv_sizes, out_c, gate)
+    return out
+
+
+def block_sparse_attn(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    block_map: Tensor,
+    variable_block_sizes: Tensor | None = None,
+    *,
+    q_variable_block_sizes: Tensor | None = None,
+    block_size: int | Sequence[int] = 64,
+    grid: Sequence[int] | None = None,
+    layout: str = "bhsd",
+    softmax_scale: float | None = None,
+    backend: str = "auto",
+) -> tuple[Tensor, Tensor]:
+    """Attention of each query block over the key blocks that a map names.
+
+    Args:
+        block_map: bool [B, H, n_q, n_k] or [H, n_q, n_k]: whether the query block attends the key block.
+
+    The other arguments are those of ``video_sparse_attn``.
+
+    Returns:
+        ``(out, lse)``: out of q's shape and dtype; lse fp32 [B, H, S_q], the natural-log log-sum-exp of the scaled scores.
+        A query without keys gets 0 and -inf.
+    """
+    problem, q_sizes, kv_sizes = _check(
+        q,
+        k,
+        v,
+        variable_block_sizes,
+        q_variable_block_sizes,
+        block_size=block_size,
+        grid=grid,
+        layout=layout,
+        softmax_scale=softmax_scale,
+        backend=backend,
+    )
+    block_map = check_block_map(block_map, problem, q.device)
+    q2k_idx, q2k_num = ops.compact(block_map, q, k, *problem.static)
+    return _attend(problem, q, k, v, q2k_idx, q2k_num, q_sizes, kv_sizes, None, 0.0)
+
+
+def block_sparse_attn_from_indices(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    q2k_idx: Tensor,
+    q2k_num: Tensor,
+    variable_block_sizes: Tensor | None = None,
+    *,
+    q_variable_block_sizes: Tensor | None = None,
+    block_size: int | Sequence[int] = 64,
+    grid: Sequence[int] | None = None,
+    layout: str = "bhsd",
+    softmax_scale: float | None = None,
+    backend: str = "auto",
+) -> tuple[Tensor, Tensor]:
+    """Attention of each query block over the key blocks that indices name.
+
+    Args:
+        q2k_idx: int32 [B, H, n_q, m] for any m: key blocks of each query block, in any order, each at most once.
+        q2k_num: int32 [B, H, n_q], how many of the m entries count; the others are ignored. Clamped to 0 … m.
+
+    The other arguments are those of ``video_sparse_attn``. Indices cannot be checked without waiting for the GPU: a query
+    block that names a key block outside 0 … n_k - 1 gets NaN, and nothing outside the tensors is read.
+
+    Returns:
+        ``(out, lse)``, as ``block_sparse_attn``.
+    """
+    problem, q_sizes, kv_sizes = _check(
+        q,
+        k,
+        v,
+        variable_block_sizes,
+        q_variable_block_sizes,
+        block_size=block_size,
+        grid=grid,
+        layout=layout,
+        softmax_scale=softmax_scale,
+        backend=backend,
+    )
+    check_indices(q2k_idx, q2k_num, problem, q.device)
+    return _attend(problem, q, k, v, q2k_idx, q2k_num, q_sizes, kv_sizes, None, 0.0)
+
+
+def explain(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    variable_block_sizes: Tensor | None = None,
+    q_variable_block_sizes: Tensor | None = None,
+    topk: int | None = None,
+    block_size: int | Sequence[int] = 64,
+    compress_attn_weight: Tensor | float | None = None,
+    *,
+    sparsity: float | None = None,
+    grid: Sequence[int] | None = None,
+    layout: str = "bhsd",
+    softmax_scale: float | None = None,
+    backend: str = "auto",
+) -> Choice:
+    """Which backend and engine would run this call of ``video_sparse_attn``, and why each other one would not.
+
+    Takes the arguments of ``video_sparse_attn``; ``topk`` and ``sparsity`` may both be left out. Computes nothing.
+
+    Returns:
+        A record with ``backend``, ``engine`` and ``reasons`` (name → why not); printed, it is a line for each.
+    """
+    problem, _, _ = _check(
+        q,
+        k,
+        v,
+        variable_block_sizes,
+        q_variable_block_sizes,
+        block_size=block_size,
+        grid=grid,
+        layout=layout,
+        softmax_scale=softmax_scale,
+        backend=backend,
+    )
+    if topk is not None or sparsity is not None:
+        check_topk(topk, sparsity, problem.num_kv_blocks)
+    check_gate(compress_attn_weight, q)
+    return choose(problem, q.device, q.dtype)
+
+
+def _check(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    variable_block_sizes: Tensor | None,
+    q_variable_block_sizes: Tensor | None,
+    *,
+    block_size: int | Sequence[int],
+    grid: Sequence[int] | None,
+    layout: str,
+    softmax_scale: float | None,
+    backend: str,
+) -> tuple[Problem, Tensor | None, Tensor | None]:
+    """The record of the call, and the sizes of its query and key blocks."""
+    problem = check_problem(
+        q,
+        k,
+        v,
+        block_size=block_size,
+        grid=grid,
+        layout=layout,
+        softmax_scale=softmax_scale,
+        backend=check_name("backend", backend),
+        variable_block_sizes=variable_block_sizes,
+        q_variable_block_sizes=q_variable_block_sizes,
+    )
+    if q_variable_block_sizes is None and problem.q_len == problem.kv_len:
+        q_variable_block_sizes = variable_block_sizes
+    return problem, q_variable_block_sizes, variable_block_sizes
+
+
+def _attend(
+    problem: Problem,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    q2k_idx: Tensor,
+    q2k_num: Tensor,
+    q_sizes: Tensor | None,
+    kv_sizes: Tensor | None,
+    out_c: Tensor | None,
+    gate: Tensor | float,
+) -> tuple[Tensor, Tensor]:
+    gate_tensor, gate_value = (gate, 0.0) if isinstance(gate, Tensor) else (None, gate)
+    differentiable = [x for x in (q, k, v, gate_tensor) if x is not None]
+    keep_out_s = out_c is not None and torch.is_grad_enabled() and any(x.requires_grad for x in differentiable)
+    out, lse, _ = ops.attend(
+        q, k, v, q2k_idx, q2k_num, q_sizes, kv_sizes, out_c, gate_tensor, gate_value, keep_out_s, *problem.static
+    )
+    return out, lse

@@ -1,0 +1,1 @@
+"""One module for each backend, named after it, and ``choose``, which picks one for a call."""

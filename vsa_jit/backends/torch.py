@@ -1,0 +1,245 @@
+"""Plain PyTorch, on any device: gathers the selected blocks of a few query blocks at a time.
+
+Memory is O(selected) for one chunk of query blocks, never a matrix of all queries by all keys. All arithmetic is fp32.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from vsa_jit.grid import block_tokens
+from vsa_jit.problem import Problem, bhsd
+
+# Elements of one gathered chunk of keys, and of one chunk of scores.
+CHUNK_ELEMENTS = 1 << 23
+
+
+def block_means(
+    problem: Problem, q: Tensor, k: Tensor, v: Tensor | None, q_sizes: Tensor | None, kv_sizes: Tensor | None
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    q_c, k_c = _block_mean(problem, q, q_sizes), _block_mean(problem, k, kv_sizes)
+    return q_c, k_c, None if v is None else _block_mean(problem, v, kv_sizes)
+
+
+def _block_mean(problem: Problem, x: Tensor, sizes: Tensor | None) -> Tensor:
+    x = bhsd(x, problem.layout)
+    tokens = block_tokens(problem, x.shape[2], sizes, x.device)
+    count = (tokens >= 0).sum(-1).clamp(min=1)
+    means = [_take(x_bh, tokens).sum(1) / count[:, None] for x_bh in x.flatten(0, 1)]
+    return torch.stack(means).unflatten(0, x.shape[:2])
+
+
+def block_mean_backward(problem: Problem, dmean: Tensor, x: Tensor, sizes: Tensor | None) -> Tensor:
+    dx = torch.empty_like(x)
+    dx_view = bhsd(dx, problem.layout)
+    tokens = block_tokens(problem, dx_view.shape[2], sizes, x.device)
+    count = (tokens >= 0).sum(-1).clamp(min=1)
+    for b in range(dx_view.shape[0]):
+        for h in range(dx_view.shape[1]):
+            share = (dmean[b, h] / count[:, None])[:, None, :].expand(-1, problem.block, -1)
+            _put(dx_view[b, h], tokens, share)
+    return dx
+
+
+def select(scores: Tensor, kv_sizes: Tensor | None, topk: int, q2k_idx: Tensor, q2k_num: Tensor) -> None:
+    # Stable sorts keep the lower index first among equal scores.
+    order = scores.sort(dim=-1, descending=True, stable=True).indices
+    num = torch.full_like(q2k_num, topk)
+    if kv_sizes is not None:
+        empty = kv_sizes < 1
+        order = order.gather(-1, empty[order].sort(dim=-1, stable=True).indices)
+        num = num.minimum((~empty).sum())
+    kept = torch.arange(topk, device=scores.device) < num[..., None]
+    idx = torch.where(kept, order[..., :topk], scores.shape[-1]).sort(dim=-1).values
+    q2k_idx.copy_(torch.where(kept, idx, 0))
+    q2k_num.copy_(num)
+
+
+def compact(block_map: Tensor, q2k_idx: Tensor, q2k_num: Tensor) -> None:
+    q2k_num.copy_(block_map.sum(-1))
+    order = block_map.sort(dim=-1, descending=True, stable=True).indices
+    kept = torch.arange(block_map.shape[-1], device=block_map.device) < q2k_num[..., None]
+    q2k_idx.copy_(torch.where(kept, order, 0))
+
+
+@dataclass(frozen=True)
+class _Chunk:
+    """Some query blocks of one head, the keys that they selected and their scores."""
+
+    b: int
+    h: int
+    h_kv: int
+    rows: slice
+    q: Tensor  # [c, block, D]
+    k: Tensor  # [c, m·block, D]
+    v: Tensor  # [c, m·block, D]
+    kv_tokens: Tensor  # [c, m·block]
+    scores: Tensor  # [c, block, m·block], scaled, -inf where the key is not valid
+    poisoned: Tensor  # [c, 1, 1]: the map names a block that does not exist
+
+
+def _chunks(
+    problem: Problem,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    q2k_idx: Tensor,
+    q2k_num: Tensor,
+    q_tokens: Tensor,
+    kv_tokens: Tensor,
+) -> Iterator[_Chunk]:
+    width = q2k_idx.shape[-1]
+    if q2k_num.device.type == "cpu":
+        width = min(width, max(int(q2k_num.max()), 0))
+    per_block = max(width, 1) * problem.block * max(problem.head_dim, problem.block)
+    step = max(1, CHUNK_ELEMENTS // per_block)
+    slot = torch.arange(width, device=q.device)
+    for b in range(problem.batch):
+        for h in range(problem.heads):
+            h_kv = h // problem.group
+            for start in range(0, problem.num_q_blocks, step):
+                rows = slice(start, min(start + step, problem.num_q_blocks))
+                named = q2k_idx[b, h, rows, :width].long()
+                used = slot < q2k_num[b, h, rows, None]
+                exists = (named >= 0) & (named < problem.num_kv_blocks)
+                tokens = kv_tokens[named.clamp(0, problem.num_kv_blocks - 1)]
+                tokens = torch.where((used & exists)[..., None], tokens, -1).flatten(1)
+                q_rows = _take(q[b, h], q_tokens[rows])
+                k_rows = _take(k[b, h_kv], tokens)
+                v_rows = _take(v[b, h_kv], tokens)
+                scores = torch.baddbmm(
+                    torch.where(tokens >= 0, 0.0, float("-inf"))[:, None, :].expand(-1, problem.block, -1),
+                    q_rows,
+                    k_rows.mT,
+                    alpha=problem.softmax_scale,
+                )
+                poisoned = (used & ~exists).any(-1)[:, None, None]
+                yield _Chunk(b, h, h_kv, rows, q_rows, k_rows, v_rows, tokens, scores, poisoned)
+
+
+def forward(
+    problem: Problem,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    q2k_idx: Tensor,
+    q2k_num: Tensor,
+    q_sizes: Tensor | None,
+    kv_sizes: Tensor | None,
+    out_c: Tensor | None,
+    gate: Tensor | None,
+    gate_value: float,
+    keep_out_s: bool,
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    out = torch.empty_like(q)
+    out_s = torch.empty_like(q) if keep_out_s else None
+    lse = q.new_empty((problem.batch, problem.heads, problem.q_len), dtype=torch.float32)
+    q, k, v, out_view = (bhsd(x, problem.layout) for x in (q, k, v, out))
+    gate_view = None if gate is None else bhsd(gate, problem.layout)
+    q_tokens = block_tokens(problem, problem.q_len, q_sizes, q.device)
+    kv_tokens = block_tokens(problem, problem.kv_len, kv_sizes, q.device)
+    padded = q.new_empty((problem.num_q_blocks, problem.block, problem.head_dim + 1), dtype=torch.float32)
+    for chunk in _chunks(problem, q, k, v, q2k_idx, q2k_num, q_tokens, kv_tokens):
+        chunk_lse = chunk.scores.logsumexp(-1, keepdim=True)
+        # A row without keys has -inf everywhere: its probabilities are 0, not NaN.
+        p = torch.exp(chunk.scores - chunk_lse.masked_fill(chunk_lse == float("-inf"), 0.0))
+        block_out = torch.cat([p @ chunk.v, chunk_lse], -1)
+        padded[chunk.rows] = block_out.masked_fill(chunk.poisoned, float("nan"))
+        if chunk.rows.stop < problem.num_q_blocks:
+            continue
+        b, h = chunk.b, chunk.h
+        _put(lse[b, h, :, None], q_tokens, padded[..., -1:], fill=float("-inf"))
+        fine = padded[..., :-1]
+        if out_s is not None:
+            _put(bhsd(out_s, problem.layout)[b, h], q_tokens, fine)
+        if out_c is not None:
+            weight = gate_value if gate_view is None else _take(gate_view[b, h], q_tokens)
+            fine = fine + weight * out_c[b, h, :, None, :]
+        _put(out_view[b, h], q_tokens, fine)
+    return out, lse, out_s
+
+
+def backward(
+    problem: Problem,
+    dout: Tensor,
+    dlse: Tensor | None,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    out_s: Tensor,
+    lse: Tensor,
+    q2k_idx: Tensor,
+    q2k_num: Tensor,
+    q_sizes: Tensor | None,
+    kv_sizes: Tensor | None,
+    out_c: Tensor | None,
+    gate: Tensor | None,
+    gate_value: float,
+    need_dq: bool,
+    need_dkv: bool,
+) -> tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None, Tensor | None]:
+    layout = problem.layout
+    q_tokens = block_tokens(problem, problem.q_len, q_sizes, q.device)
+    kv_tokens = block_tokens(problem, problem.kv_len, kv_sizes, q.device)
+    dout, out_s = bhsd(dout, layout), bhsd(out_s, layout)
+    dgate = dout_c = None
+    if out_c is not None:
+        dgate = None if gate is None else torch.empty_like(gate, memory_format=torch.contiguous_format)
+        dout_c = torch.empty_like(out_c, memory_format=torch.contiguous_format)
+        for b in range(problem.batch):
+            for h in range(problem.heads):
+                dout_rows = _take(dout[b, h], q_tokens)
+                weight = gate_value if gate is None else _take(bhsd(gate, layout)[b, h], q_tokens)
+                dout_c[b, h] = (weight * dout_rows).sum(1)
+                if dgate is not None:
+                    _put(bhsd(dgate, layout)[b, h], q_tokens, dout_rows * out_c[b, h, :, None, :])
+
+    dq = torch.empty_like(q) if need_dq else None
+    kv_shape = (problem.batch, problem.kv_heads, problem.kv_len, problem.head_dim)
+    dk_sum = q.new_zeros(kv_shape if need_dkv else 0, dtype=torch.float32)
+    dv_sum = q.new_zeros(kv_shape if need_dkv else 0, dtype=torch.float32)
+    dq_blocks = q.new_empty((problem.num_q_blocks, problem.block, problem.head_dim), dtype=torch.float32)
+    q_view, k_view, v_view = (bhsd(x, layout) for x in (q, k, v))
+    for chunk in _chunks(problem, q_view, k_view, v_view, q2k_idx, q2k_num, q_tokens, kv_tokens):
+        b, h, tokens = chunk.b, chunk.h, q_tokens[chunk.rows]
+        chunk_lse = _take(lse[b, h, :, None], tokens, fill=float("-inf"))
+        p = torch.exp(chunk.scores - chunk_lse)
+        p = p.masked_fill(chunk_lse == float("-inf"), 0.0)
+        dout_rows = _take(dout[b, h], tokens)
+        delta = (dout_rows * _take(out_s[b, h], tokens)).sum(-1, keepdim=True)
+        if dlse is not None:
+            delta = delta - _take(dlse[b, h, :, None], tokens)
+        ds = p * (dout_rows @ chunk.v.mT - delta) * problem.softmax_scale
+        if need_dkv:
+            into = chunk.kv_tokens.clamp(min=0).flatten()
+            dk_sum[b, chunk.h_kv].index_add_(0, into, (ds.mT @ chunk.q).flatten(0, 1))
+            dv_sum[b, chunk.h_kv].index_add_(0, into, (p.mT @ dout_rows).flatten(0, 1))
+        if dq is not None:
+            dq_blocks[chunk.rows] = ds @ chunk.k
+            if chunk.rows.stop == problem.num_q_blocks:
+                _put(bhsd(dq, layout)[b, h], q_tokens, dq_blocks)
+    if not need_dkv:
+        return dq, None, None, dgate, dout_c
+    dk, dv = torch.empty_like(k), torch.empty_like(v)
+    bhsd(dk, layout).copy_(dk_sum)
+    bhsd(dv, layout).copy_(dv_sum)
+    return dq, dk, dv, dgate, dout_c
+
+
+def _take(x: Tensor, tokens: Tensor, fill: float = 0.0) -> Tensor:
+    """Rows of ``x`` [S, C] by token, in fp32; ``fill`` where the token is -1."""
+    rows = x[tokens.clamp(min=0)].float()
+    return rows.masked_fill((tokens < 0)[..., None], fill)
+
+
+def _put(x: Tensor, tokens: Tensor, rows: Tensor, fill: float = 0.0) -> None:
+    """Writes rows [n, block, C] to their tokens in ``x`` [S, C]; a token of ``x`` that no slot holds gets ``fill``."""
+    # One spare row takes what belongs to no token.
+    spare = x.shape[0]
+    target = rows.new_full((spare + 1, x.shape[1]), fill)
+    target[torch.where(tokens >= 0, tokens, spare)] = rows.float()
+    x.copy_(target[:spare])

@@ -1,0 +1,381 @@
+"""Triton kernels, for every GPU that Triton runs on: this module prepares their arguments and launches them.
+
+Video tiles are read from the raster by computed row offsets: nothing is padded, gathered or copied.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from vsa_jit.backends.triton import config
+from vsa_jit.backends.triton.backward import (
+    attend_backward_kv_kernel,
+    attend_backward_q_kernel,
+    prepare_backward_kernel,
+)
+from vsa_jit.backends.triton.forward import attend_forward_kernel
+from vsa_jit.backends.triton.means import block_mean_kernel
+from vsa_jit.backends.triton.select import compact_kernel, invert_kernel, select_kernel
+from vsa_jit.problem import Problem, axes, bhsd
+
+LOG2E = math.log2(math.e)
+INT32_MAX = 2**31 - 1
+# Query blocks that one program of the counting sort handles, and the most programs for each head.
+ROWS_PER_CHUNK = 16
+MAX_CHUNKS = 64
+
+
+def block_means(
+    problem: Problem, q: Tensor, k: Tensor, v: Tensor | None, q_sizes: Tensor | None, kv_sizes: Tensor | None
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    q_c, k_c = _block_mean(problem, q, q_sizes), _block_mean(problem, k, kv_sizes)
+    return q_c, k_c, None if v is None else _block_mean(problem, v, kv_sizes)
+
+
+def _block_mean(problem: Problem, x: Tensor, sizes: Tensor | None) -> Tensor:
+    batch, heads, length, head_dim = bhsd(x, problem.layout).shape
+    mean = x.new_empty((batch, heads, problem.num_blocks(length), head_dim), dtype=torch.float32)
+    _launch_means(problem, x, mean, sizes, backward=False)
+    return mean
+
+
+def block_mean_backward(problem: Problem, dmean: Tensor, x: Tensor, sizes: Tensor | None) -> Tensor:
+    dx = torch.empty_like(x)
+    _launch_means(problem, dx, dmean.contiguous(), sizes, backward=True)
+    return dx
+
+
+def _launch_means(problem: Problem, x: Tensor, mean: Tensor, sizes: Tensor | None, *, backward: bool) -> None:
+    batch, heads, blocks, _ = mean.shape
+    length = bhsd(x, problem.layout).shape[2]
+    with torch.cuda.device_of(x):
+        block_mean_kernel[(batch * heads * blocks,)](
+            x,
+            mean,
+            sizes,
+            *_strides(x, problem.layout),
+            heads,
+            blocks,
+            length,
+            *_extents(problem),
+            **_head_and_tile(problem),
+            HAS_SIZES=sizes is not None,
+            ROWS=64,
+            BACKWARD=backward,
+            num_warps=4,
+        )
+
+
+def select(scores: Tensor, kv_sizes: Tensor | None, topk: int, q2k_idx: Tensor, q2k_num: Tensor) -> None:
+    columns = triton.next_power_of_2(scores.shape[-1])
+    with torch.cuda.device_of(scores):
+        select_kernel[(q2k_num.numel(),)](
+            scores,
+            kv_sizes,
+            q2k_idx,
+            q2k_num,
+            scores.shape[-1],
+            topk,
+            COLUMNS=columns,
+            WIDTH_PAD=triton.next_power_of_2(topk),
+            HAS_SIZES=kv_sizes is not None,
+            num_warps=_row_warps(columns),
+        )
+
+
+def compact(block_map: Tensor, q2k_idx: Tensor, q2k_num: Tensor) -> None:
+    columns = triton.next_power_of_2(block_map.shape[-1])
+    with torch.cuda.device_of(block_map):
+        compact_kernel[(q2k_num.numel(),)](
+            block_map.contiguous(),
+            q2k_idx,
+            q2k_num,
+            block_map.shape[-1],
+            COLUMNS=columns,
+            num_warps=_row_warps(columns),
+        )
+
+
+def _row_warps(columns: int) -> int:
+    """One warp holds a whole row where it can: its sums then need no barrier."""
+    return min(max(columns // 2048, 1), 16)
+
+
+def invert(problem: Problem, q2k_idx: Tensor, q2k_num: Tensor) -> tuple[Tensor, Tensor, int]:
+    """The inverse of a map by a counting sort on the GPU, the same bits on every run.
+
+    Returns:
+        ``(ends, k2q_idx, chunks)``: ``k2q_idx`` int32 holds, for each (batch, query head, key block) in order, the query
+        blocks that name it, ascending; ``ends`` int64 [B·H·n_k·chunks] says where the entries of each cell end.
+    """
+    rows, width = problem.batch * problem.heads, q2k_idx.shape[-1]
+    rows_per_chunk = max(ROWS_PER_CHUNK, -(-problem.num_q_blocks // MAX_CHUNKS))
+    chunks = -(-problem.num_q_blocks // rows_per_chunk)
+    counts = torch.zeros(rows * problem.num_kv_blocks * chunks, dtype=torch.int32, device=q2k_idx.device)
+    k2q_idx = torch.empty(q2k_idx.numel(), dtype=torch.int32, device=q2k_idx.device)
+    shape = (problem.num_q_blocks, problem.num_kv_blocks, width, chunks, rows_per_chunk)
+    constants: dict[str, Any] = {
+        "WIDTH_PAD": triton.next_power_of_2(max(width, 1)),
+        "num_warps": min(max(width // 128, 1), 8),
+    }
+    with torch.cuda.device_of(q2k_idx):
+        invert_kernel[(rows * chunks,)](q2k_idx, q2k_num, counts, k2q_idx, *shape, PLACE=False, **constants)
+        ends = counts.cumsum(0)
+        begins = ends - counts
+        invert_kernel[(rows * chunks,)](q2k_idx, q2k_num, begins, k2q_idx, *shape, PLACE=True, **constants)
+    return ends, k2q_idx, chunks
+
+
+def forward(
+    problem: Problem,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    q2k_idx: Tensor,
+    q2k_num: Tensor,
+    q_sizes: Tensor | None,
+    kv_sizes: Tensor | None,
+    out_c: Tensor | None,
+    gate: Tensor | None,
+    gate_value: float,
+    keep_out_s: bool,
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    out = torch.empty_like(q)
+    out_s = torch.empty_like(q) if keep_out_s else None
+    lse = q.new_empty((problem.batch, problem.heads, problem.q_len), dtype=torch.float32)
+    tiles = config.forward(problem.block, problem.head_dim, q.element_size(), config.architecture(q.device))
+    programs = problem.batch * problem.heads * problem.num_q_blocks * (problem.block // tiles.rows)
+    with torch.cuda.device_of(q):
+        attend_forward_kernel[(programs,)](
+            q,
+            k,
+            v,
+            out,
+            out_s,
+            lse,
+            q2k_idx.contiguous(),
+            q2k_num.contiguous(),
+            q_sizes,
+            kv_sizes,
+            gate,
+            None if out_c is None else out_c.contiguous(),
+            gate_value,
+            *_strides(q, problem.layout),
+            *_strides(k, problem.layout),
+            *_strides(v, problem.layout),
+            *_strides(out, problem.layout),
+            *_gate_strides(gate, problem.layout),
+            problem.heads,
+            problem.num_q_blocks,
+            problem.num_kv_blocks,
+            q2k_idx.shape[-1],
+            problem.q_len,
+            problem.kv_len,
+            *_extents(problem),
+            problem.softmax_scale,
+            problem.softmax_scale * LOG2E,
+            **_attention_constants(problem, q, q_sizes, kv_sizes, (k, v)),
+            COMBINE=out_c is not None,
+            HAS_GATE=gate is not None,
+            KEEP_OUT_S=keep_out_s,
+            **tiles.launch,
+        )
+    return out, lse, out_s
+
+
+def backward(
+    problem: Problem,
+    dout: Tensor,
+    dlse: Tensor | None,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    out_s: Tensor,
+    lse: Tensor,
+    q2k_idx: Tensor,
+    q2k_num: Tensor,
+    q_sizes: Tensor | None,
+    kv_sizes: Tensor | None,
+    out_c: Tensor | None,
+    gate: Tensor | None,
+    gate_value: float,
+    need_dq: bool,
+    need_dkv: bool,
+) -> tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None, Tensor | None]:
+    layout = problem.layout
+    dout = dout if dout.stride(-1) == 1 else dout.contiguous()
+    q2k_idx, q2k_num = q2k_idx.contiguous(), q2k_num.contiguous()
+    dgate = None if gate is None or out_c is None else torch.empty_like(gate, memory_format=torch.contiguous_format)
+    dout_c = None if out_c is None else torch.empty_like(out_c, memory_format=torch.contiguous_format)
+    padded = (problem.batch, problem.heads, problem.num_q_blocks, problem.block)
+    shift = q.new_empty(padded, dtype=torch.float32)
+    delta = q.new_empty(padded, dtype=torch.float32)
+    with torch.cuda.device_of(q):
+        prepare_backward_kernel[(problem.batch * problem.heads * problem.num_q_blocks,)](
+            dout,
+            out_s,
+            lse,
+            None if dlse is None else dlse.contiguous(),
+            q_sizes,
+            gate,
+            None if out_c is None else out_c.contiguous(),
+            dgate,
+            dout_c,
+            shift,
+            delta,
+            gate_value,
+            *_strides(dout, layout),
+            *_strides(out_s, layout),
+            *_gate_strides(gate, layout),
+            *_gate_strides(dgate, layout)[:3],
+            problem.heads,
+            problem.num_q_blocks,
+            problem.q_len,
+            *_extents(problem),
+            **_head_and_tile(problem),
+            HAS_Q_SIZES=q_sizes is not None,
+            HAS_DLSE=dlse is not None,
+            COMBINE=out_c is not None,
+            HAS_GATE=gate is not None,
+            EXACT=q.dtype == torch.float32,
+            BLOCK_M=32,
+            num_warps=4,
+        )
+
+    dq = dk = dv = None
+    arch = config.architecture(q.device)
+    if need_dq:
+        dq = torch.empty_like(q)
+        tiles = config.backward_q(problem.block, problem.head_dim, q.element_size(), arch)
+        programs = problem.batch * problem.heads * problem.num_q_blocks * (problem.block // tiles.rows)
+        with torch.cuda.device_of(q):
+            attend_backward_q_kernel[(programs,)](
+                q,
+                k,
+                v,
+                dout,
+                dq,
+                shift,
+                delta,
+                q2k_idx,
+                q2k_num,
+                q_sizes,
+                kv_sizes,
+                *_strides(q, layout),
+                *_strides(k, layout),
+                *_strides(v, layout),
+                *_strides(dout, layout),
+                *_strides(dq, layout),
+                problem.heads,
+                problem.num_q_blocks,
+                problem.num_kv_blocks,
+                q2k_idx.shape[-1],
+                problem.q_len,
+                problem.kv_len,
+                *_extents(problem),
+                problem.softmax_scale,
+                problem.softmax_scale * LOG2E,
+                **_attention_constants(problem, q, q_sizes, kv_sizes, (k, v)),
+                EXACT=q.dtype == torch.float32,
+                **tiles.launch,
+            )
+    if need_dkv:
+        dk, dv = torch.empty_like(k), torch.empty_like(v)
+        ends, k2q_idx, chunks = invert(problem, q2k_idx, q2k_num)
+        tiles = config.backward_kv(problem.block, problem.head_dim, q.element_size(), arch)
+        programs = problem.batch * problem.kv_heads * problem.num_kv_blocks * (problem.block // tiles.columns)
+        with torch.cuda.device_of(q):
+            attend_backward_kv_kernel[(programs,)](
+                q,
+                k,
+                v,
+                dout,
+                dk,
+                dv,
+                shift,
+                delta,
+                ends,
+                k2q_idx,
+                q_sizes,
+                kv_sizes,
+                *_strides(q, layout),
+                *_strides(k, layout),
+                *_strides(v, layout),
+                *_strides(dout, layout),
+                *_strides(dk, layout),
+                *_strides(dv, layout),
+                problem.kv_heads,
+                problem.num_q_blocks,
+                problem.num_kv_blocks,
+                chunks,
+                problem.q_len,
+                problem.kv_len,
+                *_extents(problem),
+                problem.softmax_scale,
+                problem.softmax_scale * LOG2E,
+                **_attention_constants(problem, q, q_sizes, kv_sizes, (q, dout)),
+                EXACT=q.dtype == torch.float32,
+                **tiles.launch,
+            )
+    return dq, dk, dv, dgate, dout_c
+
+
+def _strides(x: Tensor, layout: str) -> tuple[int, int, int]:
+    b, h, s, _ = axes(layout)
+    return x.stride(b), x.stride(h), x.stride(s)
+
+
+def _gate_strides(gate: Tensor | None, layout: str) -> tuple[int, int, int, int]:
+    return (0, 0, 0, 0) if gate is None else (*_strides(gate, layout), gate.stride(-1))
+
+
+def _extents(problem: Problem) -> tuple[int, int, int]:
+    return (1, 1, 1) if problem.grid is None else problem.grid
+
+
+def _head_and_tile(problem: Problem) -> dict[str, Any]:
+    tile_t, tile_h, tile_w = problem.tile
+    return {
+        "D": problem.head_dim,
+        "D_PAD": triton.next_power_of_2(problem.head_dim),
+        "BLOCK": problem.block,
+        "TILE_T": tile_t,
+        "TILE_H": tile_h,
+        "TILE_W": tile_w,
+        "RASTER": problem.grid is not None,
+    }
+
+
+def _attention_constants(
+    problem: Problem, q: Tensor, q_sizes: Tensor | None, kv_sizes: Tensor | None, streamed: tuple[Tensor, Tensor]
+) -> dict[str, Any]:
+    """``streamed`` are the two tensors whose blocks are read in the inner loop."""
+    reach = _block_reach(problem)
+    row_strides = [x.stride(axes(problem.layout)[2]) for x in streamed]
+    fits = reach * max(row_strides) + problem.head_dim <= INT32_MAX
+    return {
+        **_head_and_tile(problem),
+        "GROUP": problem.group,
+        "HAS_Q_SIZES": q_sizes is not None,
+        "HAS_K_SIZES": kv_sizes is not None,
+        "MASK_Q": q_sizes is not None or problem.q_is_partial,
+        "MASK_K": kv_sizes is not None or problem.kv_is_partial,
+        "ALIKE": row_strides[0] == row_strides[1],
+        "OFFSET": tl.int32 if fits else tl.int64,
+        # Half precision multiplies exactly either way; for fp32 this keeps the tensor cores' tf32 out.
+        "PRECISION": "ieee",
+    }
+
+
+def _block_reach(problem: Problem) -> int:
+    """The largest distance, in tokens, between two tokens of one block."""
+    if problem.grid is None:
+        return problem.block - 1
+    t, h, w = problem.tile
+    return ((t - 1) * problem.grid[1] + h - 1) * problem.grid[2] + w - 1

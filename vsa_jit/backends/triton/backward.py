@@ -1,0 +1,433 @@
+"""Backward of the fine branch: one preparation, one pass over key blocks for dq, one over query blocks for dk and dv.
+
+Two passes recompute the scores twice, and in exchange nothing is accumulated with atomics: gradients are the same bits
+on every run.
+"""
+
+import math
+
+import triton
+import triton.language as tl
+
+from vsa_jit.backends.triton.rows import first_token, relative_tokens, row_token, tiles_are_shifted, valid_rows
+
+LOG2E = tl.constexpr(math.log2(math.e))
+
+
+@triton.jit
+def probabilities(s, shift, scale, scale_log2, EXACT: tl.constexpr):
+    """exp(s · scale − lse). ``shift`` is lse in base 2, so that one multiply-add is left; for fp32, where its rounding
+    would be the largest error, it is lse itself."""
+    if EXACT:
+        return tl.math.exp2((s * scale - shift) * LOG2E)
+    return tl.math.exp2(s * scale_log2 - shift)
+
+
+@triton.jit
+def prepare_backward_kernel(
+    DOut,
+    OutS,
+    Lse,
+    DLse,
+    QSizes,
+    Gate,
+    OutC,
+    DGate,
+    DOutC,
+    Shift,
+    Delta,
+    gate_value,
+    stride_dob,
+    stride_doh,
+    stride_dos,
+    stride_osb,
+    stride_osh,
+    stride_oss,
+    stride_gb,
+    stride_gh,
+    stride_gs,
+    stride_gd,
+    stride_dgb,
+    stride_dgh,
+    stride_dgs,
+    heads,
+    num_q_blocks,
+    q_len,
+    T,
+    H,
+    W,
+    D: tl.constexpr,
+    D_PAD: tl.constexpr,
+    BLOCK: tl.constexpr,
+    TILE_T: tl.constexpr,
+    TILE_H: tl.constexpr,
+    TILE_W: tl.constexpr,
+    RASTER: tl.constexpr,
+    HAS_Q_SIZES: tl.constexpr,
+    HAS_DLSE: tl.constexpr,
+    COMBINE: tl.constexpr,
+    HAS_GATE: tl.constexpr,
+    EXACT: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+):
+    """Per query block: delta = Σ_d dout · out_s − dlse, the shift that ``probabilities`` takes, the combine's gradients.
+
+    ``Shift`` and ``Delta`` are in block order, padded to whole blocks, so that the two passes read them without masks;
+    a row that attends nothing gets the shift +inf, which makes its probabilities 0.
+    """
+    q_block = tl.program_id(0) % num_q_blocks
+    bh = tl.program_id(0) // num_q_blocks
+    b = (bh // heads).to(tl.int64)
+    h = (bh % heads).to(tl.int64)
+    row = bh.to(tl.int64) * num_q_blocks + q_block
+    d = tl.arange(0, D_PAD)
+    in_head = d < D
+    if COMBINE:
+        out_c = tl.load(OutC + row * D + d, mask=in_head, other=0.0).to(tl.float32)
+        dout_c = tl.zeros([D_PAD], tl.float32)
+    for row0 in range(0, BLOCK, BLOCK_M):
+        token = first_token(q_block, RASTER, BLOCK, TILE_T, TILE_H, TILE_W, H, W)
+        token += relative_tokens(row0, BLOCK_M, RASTER, TILE_H, TILE_W, H, W)
+        valid = valid_rows(
+            q_block, row0, BLOCK_M, RASTER, BLOCK, TILE_T, TILE_H, TILE_W, T, H, W, q_len, QSizes, HAS_Q_SIZES
+        )
+        mask = valid[:, None] & in_head[None, :]
+        dout_ptrs = DOut + b * stride_dob + h * stride_doh + token[:, None] * stride_dos + d[None, :]
+        dout = tl.load(dout_ptrs, mask=mask, other=0.0).to(tl.float32)
+        out_ptrs = OutS + b * stride_osb + h * stride_osh + token[:, None] * stride_oss + d[None, :]
+        out_s = tl.load(out_ptrs, mask=mask, other=0.0).to(tl.float32)
+        lse = tl.load(Lse + bh.to(tl.int64) * q_len + token, mask=valid, other=float("-inf"))
+        delta = tl.sum(dout * out_s, 1)
+        if HAS_DLSE:
+            delta -= tl.load(DLse + bh.to(tl.int64) * q_len + token, mask=valid, other=0.0)
+        padded = row * BLOCK + row0 + tl.arange(0, BLOCK_M)
+        shift = lse if EXACT else lse * LOG2E
+        tl.store(Shift + padded, tl.where(lse == float("-inf"), float("inf"), shift))
+        tl.store(Delta + padded, delta)
+        if COMBINE:
+            if HAS_GATE:
+                gate_ptrs = Gate + b * stride_gb + h * stride_gh + token[:, None] * stride_gs + d[None, :] * stride_gd
+                gate = tl.load(gate_ptrs, mask=mask, other=0.0).to(tl.float32)
+                dout_c += tl.sum(gate * dout, 0)
+                dgate_ptrs = DGate + b * stride_dgb + h * stride_dgh + token[:, None] * stride_dgs + d[None, :]
+                if RASTER:
+                    stored = valid
+                else:
+                    stored = token < q_len
+                dgate = (dout * out_c[None, :]).to(DGate.dtype.element_ty)
+                tl.store(dgate_ptrs, dgate, mask=stored[:, None] & in_head[None, :])
+            else:
+                dout_c += gate_value * tl.sum(dout, 0)
+    if COMBINE:
+        tl.store(DOutC + row * D + d, dout_c.to(DOutC.dtype.element_ty), mask=in_head)
+
+
+@triton.jit
+def attend_backward_q_kernel(
+    Q,
+    K,
+    V,
+    DOut,
+    DQ,
+    Shift,
+    Delta,
+    Q2kIdx,
+    Q2kNum,
+    QSizes,
+    KSizes,
+    stride_qb,
+    stride_qh,
+    stride_qs,
+    stride_kb,
+    stride_kh,
+    stride_ks,
+    stride_vb,
+    stride_vh,
+    stride_vs,
+    stride_dob,
+    stride_doh,
+    stride_dos,
+    stride_dqb,
+    stride_dqh,
+    stride_dqs,
+    heads,
+    num_q_blocks,
+    num_kv_blocks,
+    width,
+    q_len,
+    kv_len,
+    T,
+    H,
+    W,
+    scale,
+    scale_log2,
+    GROUP: tl.constexpr,
+    D: tl.constexpr,
+    D_PAD: tl.constexpr,
+    BLOCK: tl.constexpr,
+    TILE_T: tl.constexpr,
+    TILE_H: tl.constexpr,
+    TILE_W: tl.constexpr,
+    RASTER: tl.constexpr,
+    HAS_Q_SIZES: tl.constexpr,
+    HAS_K_SIZES: tl.constexpr,
+    MASK_Q: tl.constexpr,
+    MASK_K: tl.constexpr,
+    ALIKE: tl.constexpr,
+    OFFSET: tl.constexpr,
+    EXACT: tl.constexpr,
+    PRECISION: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+):
+    """dq of one tile of query rows: Σ over its key blocks of ds · k, with ds = p · (dout · vᵀ − delta)."""
+    TILES_M: tl.constexpr = BLOCK // BLOCK_M
+    TILES_N: tl.constexpr = BLOCK // BLOCK_N
+    MASK_D: tl.constexpr = D != D_PAD
+    SHIFTED: tl.constexpr = tiles_are_shifted(BLOCK_N, RASTER, TILE_H, TILE_W)
+
+    pid = tl.program_id(0)
+    tile = pid % (num_q_blocks * TILES_M)
+    bh = pid // (num_q_blocks * TILES_M)
+    b = (bh // heads).to(tl.int64)
+    h = (bh % heads).to(tl.int64)
+    q_block = tile // TILES_M
+    q_row0 = tile % TILES_M * BLOCK_M
+    row = bh.to(tl.int64) * num_q_blocks + q_block
+
+    d = tl.arange(0, D_PAD)
+    in_head = d < D
+    q_token = first_token(q_block, RASTER, BLOCK, TILE_T, TILE_H, TILE_W, H, W)
+    q_token += relative_tokens(q_row0, BLOCK_M, RASTER, TILE_H, TILE_W, H, W)
+    q_valid = valid_rows(
+        q_block, q_row0, BLOCK_M, RASTER, BLOCK, TILE_T, TILE_H, TILE_W, T, H, W, q_len, QSizes, HAS_Q_SIZES
+    )
+    q_ptrs = Q + b * stride_qb + h * stride_qh + q_token[:, None] * stride_qs + d[None, :]
+    dout_ptrs = DOut + b * stride_dob + h * stride_doh + q_token[:, None] * stride_dos + d[None, :]
+    if MASK_Q or MASK_D:
+        q = tl.load(q_ptrs, mask=q_valid[:, None] & in_head[None, :], other=0.0)
+        dout = tl.load(dout_ptrs, mask=q_valid[:, None] & in_head[None, :], other=0.0)
+    else:
+        q = tl.load(q_ptrs)
+        dout = tl.load(dout_ptrs)
+    padded = row * BLOCK + q_row0 + tl.arange(0, BLOCK_M)
+    shift = tl.load(Shift + padded)
+    delta = tl.load(Delta + padded)
+
+    # With one row stride for both, one set of offsets is kept in registers.
+    if ALIKE:
+        stride_vs = stride_ks
+    kv_row = relative_tokens(0, BLOCK_N, RASTER, TILE_H, TILE_W, H, W).to(OFFSET)
+    k_tile = kv_row[:, None] * stride_ks + d[None, :]
+    v_tile = kv_row[:, None] * stride_vs + d[None, :]
+    K += b * stride_kb + h // GROUP * stride_kh
+    V += b * stride_vb + h // GROUP * stride_vh
+    Q2kIdx += row * width
+    num = tl.minimum(tl.maximum(tl.load(Q2kNum + row), 0), width)
+
+    dq = tl.zeros([BLOCK_M, D_PAD], tl.float32)
+    for step in range(0, num * TILES_N):
+        kv_block = tl.load(Q2kIdx + step // TILES_N)
+        kv_block = tl.minimum(tl.maximum(kv_block, 0), num_kv_blocks - 1)
+        kv_row0 = step % TILES_N * BLOCK_N
+        kv_token = first_token(kv_block, RASTER, BLOCK, TILE_T, TILE_H, TILE_W, H, W)
+        if TILES_N > 1:
+            if SHIFTED:
+                kv_token += row_token(kv_row0, RASTER, TILE_H, TILE_W, H, W)
+            else:
+                kv_row = relative_tokens(kv_row0, BLOCK_N, RASTER, TILE_H, TILE_W, H, W).to(OFFSET)
+                k_tile = kv_row[:, None] * stride_ks + d[None, :]
+                v_tile = kv_row[:, None] * stride_vs + d[None, :]
+        k_ptrs = K + kv_token * stride_ks + k_tile
+        v_ptrs = V + kv_token * stride_vs + v_tile
+        if MASK_K:
+            kv_valid = valid_rows(
+                kv_block, kv_row0, BLOCK_N, RASTER, BLOCK, TILE_T, TILE_H, TILE_W, T, H, W, kv_len, KSizes, HAS_K_SIZES
+            )
+            k = tl.load(k_ptrs, mask=kv_valid[:, None] & in_head[None, :], other=0.0)
+            v = tl.load(v_ptrs, mask=kv_valid[:, None] & in_head[None, :], other=0.0)
+        elif MASK_D:
+            k = tl.load(k_ptrs, mask=in_head[None, :], other=0.0)
+            v = tl.load(v_ptrs, mask=in_head[None, :], other=0.0)
+        else:
+            k = tl.load(k_ptrs)
+            v = tl.load(v_ptrs)
+        s = tl.dot(q, tl.trans(k), input_precision=PRECISION)
+        dp = tl.dot(dout, tl.trans(v), input_precision=PRECISION)
+        p = probabilities(s, shift[:, None], scale, scale_log2, EXACT)
+        ds = p * (dp - delta[:, None])
+        if MASK_K:
+            ds = tl.where(kv_valid[None, :], ds, 0.0)
+        dq = tl.dot(ds.to(k.dtype), k, dq, input_precision=PRECISION)
+
+    dq *= scale
+    if RASTER:
+        stored = q_valid
+    else:
+        stored = q_token < q_len
+    if MASK_Q:
+        dq = tl.where(q_valid[:, None], dq, 0.0)
+    dq_ptrs = DQ + b * stride_dqb + h * stride_dqh + q_token[:, None] * stride_dqs + d[None, :]
+    tl.store(dq_ptrs, dq.to(DQ.dtype.element_ty), mask=stored[:, None] & in_head[None, :])
+
+
+@triton.jit
+def attend_backward_kv_kernel(
+    Q,
+    K,
+    V,
+    DOut,
+    DK,
+    DV,
+    Shift,
+    Delta,
+    K2qEnd,
+    K2qIdx,
+    QSizes,
+    KSizes,
+    stride_qb,
+    stride_qh,
+    stride_qs,
+    stride_kb,
+    stride_kh,
+    stride_ks,
+    stride_vb,
+    stride_vh,
+    stride_vs,
+    stride_dob,
+    stride_doh,
+    stride_dos,
+    stride_dkb,
+    stride_dkh,
+    stride_dks,
+    stride_dvb,
+    stride_dvh,
+    stride_dvs,
+    kv_heads,
+    num_q_blocks,
+    num_kv_blocks,
+    chunks,
+    q_len,
+    kv_len,
+    T,
+    H,
+    W,
+    scale,
+    scale_log2,
+    GROUP: tl.constexpr,
+    D: tl.constexpr,
+    D_PAD: tl.constexpr,
+    BLOCK: tl.constexpr,
+    TILE_T: tl.constexpr,
+    TILE_H: tl.constexpr,
+    TILE_W: tl.constexpr,
+    RASTER: tl.constexpr,
+    HAS_Q_SIZES: tl.constexpr,
+    HAS_K_SIZES: tl.constexpr,
+    MASK_Q: tl.constexpr,
+    MASK_K: tl.constexpr,
+    ALIKE: tl.constexpr,
+    OFFSET: tl.constexpr,
+    EXACT: tl.constexpr,
+    PRECISION: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+):
+    """dk and dv of one tile of key rows: Σ over the query blocks that selected it, of every query head of its group.
+
+    Scores are computed transposed, keys by queries, so that pᵀ and dsᵀ stay in registers as left operands.
+    """
+    TILES_M: tl.constexpr = BLOCK // BLOCK_M
+    TILES_N: tl.constexpr = BLOCK // BLOCK_N
+    MASK_D: tl.constexpr = D != D_PAD
+    SHIFTED: tl.constexpr = tiles_are_shifted(BLOCK_M, RASTER, TILE_H, TILE_W)
+
+    pid = tl.program_id(0)
+    tile = pid % (num_kv_blocks * TILES_N)
+    b_kv = pid // (num_kv_blocks * TILES_N)
+    b = (b_kv // kv_heads).to(tl.int64)
+    h_kv = (b_kv % kv_heads).to(tl.int64)
+    kv_block = tile // TILES_N
+    kv_row0 = tile % TILES_N * BLOCK_N
+
+    d = tl.arange(0, D_PAD)
+    in_head = d < D
+    kv_token = first_token(kv_block, RASTER, BLOCK, TILE_T, TILE_H, TILE_W, H, W)
+    kv_token += relative_tokens(kv_row0, BLOCK_N, RASTER, TILE_H, TILE_W, H, W)
+    kv_valid = valid_rows(
+        kv_block, kv_row0, BLOCK_N, RASTER, BLOCK, TILE_T, TILE_H, TILE_W, T, H, W, kv_len, KSizes, HAS_K_SIZES
+    )
+    k_ptrs = K + b * stride_kb + h_kv * stride_kh + kv_token[:, None] * stride_ks + d[None, :]
+    v_ptrs = V + b * stride_vb + h_kv * stride_vh + kv_token[:, None] * stride_vs + d[None, :]
+    if MASK_K or MASK_D:
+        k = tl.load(k_ptrs, mask=kv_valid[:, None] & in_head[None, :], other=0.0)
+        v = tl.load(v_ptrs, mask=kv_valid[:, None] & in_head[None, :], other=0.0)
+    else:
+        k = tl.load(k_ptrs)
+        v = tl.load(v_ptrs)
+
+    # With one row stride for both, one set of offsets is kept in registers.
+    if ALIKE:
+        stride_dos = stride_qs
+    q_row = relative_tokens(0, BLOCK_M, RASTER, TILE_H, TILE_W, H, W).to(OFFSET)
+    q_tile = q_row[:, None] * stride_qs + d[None, :]
+    dout_tile = q_row[:, None] * stride_dos + d[None, :]
+
+    dk = tl.zeros([BLOCK_N, D_PAD], tl.float32)
+    dv = tl.zeros([BLOCK_N, D_PAD], tl.float32)
+    for g in range(0, GROUP):
+        h = h_kv * GROUP + g
+        bh = b_kv.to(tl.int64) * GROUP + g
+        Q_h = Q + b * stride_qb + h * stride_qh
+        DOut_h = DOut + b * stride_dob + h * stride_doh
+        entry = (bh * num_kv_blocks + kv_block) * chunks
+        begin = tl.load(K2qEnd + entry - 1, mask=entry > 0, other=0)
+        count = (tl.load(K2qEnd + entry + chunks - 1) - begin).to(tl.int32)
+        for step in range(0, count * TILES_M):
+            q_block = tl.load(K2qIdx + begin + step // TILES_M)
+            q_row0 = step % TILES_M * BLOCK_M
+            q_token = first_token(q_block, RASTER, BLOCK, TILE_T, TILE_H, TILE_W, H, W)
+            if TILES_M > 1:
+                if SHIFTED:
+                    q_token += row_token(q_row0, RASTER, TILE_H, TILE_W, H, W)
+                else:
+                    q_row = relative_tokens(q_row0, BLOCK_M, RASTER, TILE_H, TILE_W, H, W).to(OFFSET)
+                    q_tile = q_row[:, None] * stride_qs + d[None, :]
+                    dout_tile = q_row[:, None] * stride_dos + d[None, :]
+            q_ptrs = Q_h + q_token * stride_qs + q_tile
+            dout_ptrs = DOut_h + q_token * stride_dos + dout_tile
+            if MASK_Q:
+                q_valid = valid_rows(
+                    q_block, q_row0, BLOCK_M, RASTER, BLOCK, TILE_T, TILE_H, TILE_W, T, H, W, q_len, QSizes, HAS_Q_SIZES
+                )
+                q = tl.load(q_ptrs, mask=q_valid[:, None] & in_head[None, :], other=0.0)
+                dout = tl.load(dout_ptrs, mask=q_valid[:, None] & in_head[None, :], other=0.0)
+            elif MASK_D:
+                q = tl.load(q_ptrs, mask=in_head[None, :], other=0.0)
+                dout = tl.load(dout_ptrs, mask=in_head[None, :], other=0.0)
+            else:
+                q = tl.load(q_ptrs)
+                dout = tl.load(dout_ptrs)
+            padded = (bh * num_q_blocks + q_block) * BLOCK + q_row0 + tl.arange(0, BLOCK_M)
+            shift = tl.load(Shift + padded)
+            delta = tl.load(Delta + padded)
+            s_t = tl.dot(k, tl.trans(q), input_precision=PRECISION)
+            p_t = probabilities(s_t, shift[None, :], scale, scale_log2, EXACT)
+            dv = tl.dot(p_t.to(dout.dtype), dout, dv, input_precision=PRECISION)
+            dp_t = tl.dot(v, tl.trans(dout), input_precision=PRECISION)
+            ds_t = p_t * (dp_t - delta[None, :])
+            dk = tl.dot(ds_t.to(q.dtype), q, dk, input_precision=PRECISION)
+
+    dk *= scale
+    if RASTER:
+        stored = kv_valid
+    else:
+        stored = kv_token < kv_len
+    if MASK_K:
+        dk = tl.where(kv_valid[:, None], dk, 0.0)
+        dv = tl.where(kv_valid[:, None], dv, 0.0)
+    mask = stored[:, None] & in_head[None, :]
+    dk_ptrs = DK + b * stride_dkb + h_kv * stride_dkh + kv_token[:, None] * stride_dks + d[None, :]
+    dv_ptrs = DV + b * stride_dvb + h_kv * stride_dvh + kv_token[:, None] * stride_dvs + d[None, :]
+    tl.store(dk_ptrs, dk.to(DK.dtype.element_ty), mask=mask)
+    tl.store(dv_ptrs, dv.to(DV.dtype.element_ty), mask=mask)

@@ -1,0 +1,224 @@
+"""The command ``vsa-jit bench``: its arguments, and what it does with them."""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import sys
+from collections.abc import Callable, Sequence
+from itertools import product
+from pathlib import Path
+from typing import Any, TextIO
+
+import torch
+
+from vsa_jit.backends.choose import NAMES
+from vsa_jit.bench import parse, report
+from vsa_jit.bench.cases import (
+    DEFAULTS,
+    DIRECTIONS,
+    DTYPES,
+    GATES,
+    PRESETS,
+    RECIPES,
+    BlockSize,
+    Case,
+    Defaults,
+    Inputs,
+    Preset,
+    Selection,
+    Shape,
+)
+from vsa_jit.bench.extras import INSTALL, has_matplotlib
+from vsa_jit.bench.stages import write_trace
+from vsa_jit.bench.sweep import OK, Row, sweep
+from vsa_jit.problem import LAYOUTS
+
+SUMMARY = "measure speed, memory and precision beside dense attention"
+DESCRIPTION = f"""\
+Sweeps every combination of what is given, and for each one and each pass prints its time, TFLOP/s, speed-up over
+dense attention, peak memory of both, and its precision. Outputs are checked first: a row whose check fails says FAILED,
+has no speed, and makes the exit code 1. Without arguments it takes under two minutes, with sizes that suit the device.
+
+{report.NOTES}
+"""
+PLOT_SUFFIXES = (".png", ".pdf", ".svg")
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.description = DESCRIPTION
+    parser.epilog = "\n".join(f"default on {device}: {defaults}" for device, defaults in DEFAULTS.items())
+    parser.formatter_class = argparse.RawDescriptionHelpFormatter
+
+    def several(group: argparse._ActionsContainer, flag: str, kind: Callable[[str], Any], name: str, text: str) -> None:
+        group.add_argument(flag, nargs="+", action="extend", type=kind, metavar=name, help=text)
+
+    what = parser.add_argument_group("what to sweep (several values each)")
+    several(what, "--seq-len", parse.positive_int, "S", "plain sequences of S tokens")
+    several(what, "--grid", parse.triple, "TxHxW", "videos in raster order, such as 21x30x52")
+    several(what, "--shape", parse.one_of(PRESETS), "NAME", "known shapes. " + _listed(PRESETS))
+    selection = what.add_mutually_exclusive_group()
+    several(selection, "--sparsity", parse.sparsity, "X", "share of key blocks to leave out, in [0, 1)")
+    several(selection, "--topk", parse.positive_int, "N", "key blocks to attend for each query block")
+    several(selection, "--recipe", parse.one_of(RECIPES), "NAME", "a top-k and its block size. " + _listed(RECIPES))
+    several(what, "--block-size", parse.block_size, "SIZE", "tokens, or a tile such as 4x8x8; a multiple of 64 tokens")
+    several(what, "--head-dim", parse.head_dim, "D", "size of a head")
+    several(what, "--dtype", parse.one_of(DTYPES), "NAME", ", ".join(DTYPES))
+    several(what, "--backend", parse.one_of(NAMES), "NAME", f"{', '.join(NAMES)}; default auto")
+
+    how = parser.add_argument_group("how to run it")
+    how.add_argument(
+        "--direction", type=parse.one_of((*DIRECTIONS, "both")), default="both", help="which pass, default both"
+    )
+    how.add_argument("--heads", type=parse.positive_int, metavar="H", help="number of heads")
+    how.add_argument("--batch", type=parse.positive_int, default=1, metavar="B", help="batch size, default 1")
+    how.add_argument("--layout", type=parse.one_of(LAYOUTS), default="bhsd", help="bhsd (default) or bshd")
+    how.add_argument(
+        "--gate",
+        type=parse.one_of(GATES),
+        default="tensor",
+        help="weight of the coarse output: tensor (default, as a learned gate), one, or off, which drops it",
+    )
+    how.add_argument("--device", type=parse.device, help="cpu, cuda or cuda:N; default cuda where there is one")
+    how.add_argument("--seconds", type=parse.seconds, metavar="X", help="time that goes into each measurement")
+    how.add_argument("--seed", type=int, default=0, help="of the random inputs, default 0")
+
+    output = parser.add_argument_group(
+        "what to write (a FILE of - is standard output; the tables then go to standard error)"
+    )
+    output.add_argument("--profile", action="store_true", help="print the time of each stage")
+    output.add_argument("--json", metavar="FILE", help="the environment and complete rows")
+    output.add_argument("--csv", metavar="FILE", help="complete rows, the environment in each")
+    output.add_argument("--plot", metavar="FILE.png", type=Path, help="speed-up and peak memory by length and sparsity")
+    output.add_argument(
+        "--trace", metavar="FILE.json", type=Path, help="Chrome trace of a forward and backward of the first case"
+    )
+
+
+def _listed(named: dict[str, Any]) -> str:
+    return "; ".join(f"{name}: {entry}" for name, entry in named.items())
+
+
+def run(args: argparse.Namespace) -> int:
+    """Runs the sweep that the arguments describe.
+
+    Returns:
+        The exit code: 0, or 1 where some row failed.
+
+    Raises:
+        argparse.ArgumentError: the arguments do not go together, or the device cannot run them.
+    """
+    device = args.device or torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    defaults = DEFAULTS[device.type]
+    seconds = args.seconds or defaults.seconds
+    directions = DIRECTIONS if args.direction == "both" else (args.direction,)
+    cases = plan(args, defaults)
+    _check_runnable(cases, device)
+    _check_outputs(args)
+
+    environment = report.environment(device, args.seed, seconds)
+    people = sys.stderr if "-" in (args.json, args.csv) else sys.stdout
+    choices = dict.fromkeys(str(case.choice(device)) for case in cases)
+    report.print_header(environment, choices, people)
+    progress = report.Progress(len(cases) * len(directions))
+    rows = list(
+        sweep(
+            cases,
+            directions,
+            device,
+            seconds=seconds,
+            seed=args.seed,
+            profile=args.profile,
+            on_start=lambda case, direction: progress.start(f"{direction}, {case}"),
+        )
+    )
+    progress.finish()
+    report.print_tables(rows, people)
+    _write_outputs(args, environment, rows, device)
+    return 0 if all(row.status == OK for row in rows) else 1
+
+
+def plan(args: argparse.Namespace, defaults: Defaults) -> list[Case]:
+    """Every combination that the arguments name, the cases of one shape beside each other."""
+    lengths: list[tuple[int, tuple[int, int, int] | None, Preset | None]] = [
+        *((length, None, None) for length in args.seq_len or ()),
+        *((grid[0] * grid[1] * grid[2], grid, None) for grid in args.grid or ()),
+        *((preset.seq_len, preset.grid, preset) for preset in (PRESETS[name] for name in args.shape or ())),
+    ]
+    if not lengths:
+        lengths = [(length, None, None) for length in defaults.seq_lens]
+        lengths += [(grid[0] * grid[1] * grid[2], grid, None) for grid in defaults.grids]
+    cases = []
+    for seq_len, grid, preset in lengths:
+        sizes = preset or defaults
+        for head_dim, dtype in product(args.head_dim or [sizes.head_dim], args.dtype or [defaults.dtype]):
+            shape = Shape(seq_len, grid, args.batch, args.heads or sizes.heads, head_dim, dtype, args.layout)
+            choices = _selections(args, defaults, preset)
+            for (block_size, selection), backend in product(choices, args.backend or ["auto"]):
+                cases.append(Case(shape, block_size, selection, args.gate, backend))
+    return cases
+
+
+def _selections(
+    args: argparse.Namespace, defaults: Defaults, preset: Preset | None
+) -> list[tuple[BlockSize, Selection]]:
+    """What each case attends: pairs of a block size and how many blocks of it."""
+    if args.recipe:
+        if args.block_size:
+            raise argparse.ArgumentError(None, "argument --block-size: not allowed with argument --recipe")
+        recipes = (RECIPES[name] for name in args.recipe)
+        return [(recipe.block_size, Selection(topk=recipe.topk)) for recipe in recipes]
+    block_sizes: Sequence[BlockSize] = args.block_size or defaults.block_sizes
+    if args.topk:
+        return list(product(block_sizes, (Selection(topk=topk) for topk in args.topk)))
+    if preset is not None and not args.sparsity:
+        return [(size, Selection(topk=max(1, preset.selected // parse.block_tokens(size)))) for size in block_sizes]
+    sparsities = args.sparsity or defaults.sparsities
+    return list(product(block_sizes, (Selection(sparsity=sparsity) for sparsity in sparsities)))
+
+
+def _check_runnable(cases: Sequence[Case], device: torch.device) -> None:
+    for case in cases:
+        try:
+            case.choice(device)
+        except (ValueError, RuntimeError) as error:
+            raise argparse.ArgumentError(None, str(error)) from error
+
+
+def _check_outputs(args: argparse.Namespace) -> None:
+    """Before anything is measured: a sweep must not be lost for a file that cannot be written."""
+    if args.json == "-" and args.csv == "-":
+        raise argparse.ArgumentError(None, "argument --csv: expected a file where --json is standard output, got '-'")
+    for flag, path in (("json", args.json), ("csv", args.csv), ("plot", args.plot), ("trace", args.trace)):
+        if path not in (None, "-") and not Path(path).absolute().parent.is_dir():
+            raise argparse.ArgumentError(
+                None, f"argument --{flag}: expected a file in an existing folder, got '{path}'"
+            )
+    if args.plot is not None:
+        if args.plot.suffix not in PLOT_SUFFIXES:
+            raise argparse.ArgumentError(
+                None, f"argument --plot: expected a name ending in {', '.join(PLOT_SUFFIXES)}, got '{args.plot}'"
+            )
+        if not has_matplotlib():
+            raise argparse.ArgumentError(None, f"argument --plot: expected matplotlib to be installed: {INSTALL}")
+
+
+def _write_outputs(
+    args: argparse.Namespace, environment: dict[str, Any], rows: Sequence[Row], device: torch.device
+) -> None:
+    for target, write in ((args.json, report.write_json), (args.csv, report.write_csv)):
+        if target is not None:
+            with _open(target) as file:
+                write(environment, rows, file)
+    if args.plot is not None:
+        from vsa_jit.bench.plot import plot
+
+        plot(rows, environment, args.plot)
+    if args.trace is not None:
+        write_trace(rows[0].case, Inputs.random(rows[0].case.shape, device, args.seed), args.trace)
+
+
+def _open(target: str) -> contextlib.AbstractContextManager[TextIO]:
+    if target == "-":
+        return contextlib.nullcontext(sys.stdout)
+    return open(target, "w", encoding="utf-8", newline="")

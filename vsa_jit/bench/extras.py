@@ -1,0 +1,15 @@
+"""The optional packages of the benchmark."""
+
+from __future__ import annotations
+
+import importlib.util
+
+INSTALL = "pip install 'vsa-jit[bench]'"
+
+
+def has_rich() -> bool:
+    return importlib.util.find_spec("rich") is not None
+
+
+def has_matplotlib() -> bool:
+    return importlib.util.find_spec("matplotlib") is not None

@@ -1,0 +1,87 @@
+"""Arguments of the command line: each function gives the value or says what was expected and what came."""
+
+from __future__ import annotations
+
+import math
+from argparse import ArgumentTypeError
+from collections.abc import Callable, Collection
+
+import torch
+
+from vsa_jit.bench.cases import BlockSize
+from vsa_jit.problem import MAX_HEAD_DIM, MIN_HEAD_DIM
+
+
+def positive_int(text: str) -> int:
+    if not text.isdecimal() or int(text) < 1:
+        raise ArgumentTypeError(f"expected a positive int, got {text!r}")
+    return int(text)
+
+
+def head_dim(text: str) -> int:
+    if not text.isdecimal() or not MIN_HEAD_DIM <= int(text) <= MAX_HEAD_DIM:
+        raise ArgumentTypeError(f"expected an int from {MIN_HEAD_DIM} to {MAX_HEAD_DIM}, got {text!r}")
+    return int(text)
+
+
+def sparsity(text: str) -> float:
+    value = _float(text)
+    if not 0.0 <= value < 1.0:
+        raise ArgumentTypeError(f"expected a number in [0, 1), got {text!r}")
+    return value
+
+
+def seconds(text: str) -> float:
+    value = _float(text)
+    if not 0.0 < value < math.inf:
+        raise ArgumentTypeError(f"expected a positive number of seconds, got {text!r}")
+    return value
+
+
+def _float(text: str) -> float:
+    """NaN where the text is no number: it then fails every comparison."""
+    try:
+        return float(text)
+    except ValueError:
+        return math.nan
+
+
+def triple(text: str) -> tuple[int, int, int]:
+    parts = text.lower().split("x")
+    if len(parts) != 3 or not all(part.isdecimal() and int(part) > 0 for part in parts):
+        raise ArgumentTypeError(f"expected three positive ints such as 21x30x52, got {text!r}")
+    return int(parts[0]), int(parts[1]), int(parts[2])
+
+
+def block_size(text: str) -> BlockSize:
+    size: BlockSize = int(text) if text.isdecimal() else triple(text)
+    tokens = block_tokens(size)
+    if tokens < 64 or tokens % 64 != 0:
+        raise ArgumentTypeError(f"expected a positive multiple of 64 tokens, got {text!r} with {tokens}")
+    return size
+
+
+def block_tokens(size: BlockSize) -> int:
+    return size if isinstance(size, int) else math.prod(size)
+
+
+def device(text: str) -> torch.device:
+    try:
+        value = torch.device(text)
+    except RuntimeError:
+        value = torch.device("meta")
+    if value.type not in ("cpu", "cuda"):
+        raise ArgumentTypeError(f"expected cpu, cuda or cuda:N, got {text!r}")
+    count = torch.cuda.device_count() if value.type == "cuda" else 1
+    if (value.index or 0) >= count:
+        raise ArgumentTypeError(f"expected a device of this machine, which has {count} CUDA devices, got {text!r}")
+    return value
+
+
+def one_of(names: Collection[str]) -> Callable[[str], str]:
+    def parse(text: str) -> str:
+        if text not in names:
+            raise ArgumentTypeError(f"expected one of {', '.join(names)}, got {text!r}")
+        return text
+
+    return parse

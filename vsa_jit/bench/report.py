@@ -1,0 +1,283 @@
+"""What a sweep found, for people (tables) and for programs (JSON, CSV)."""
+
+from __future__ import annotations
+
+import csv
+import importlib.metadata
+import json
+import math
+import os
+import platform
+import shutil
+import sys
+from collections.abc import Iterable, Sequence
+from dataclasses import asdict
+from typing import Any, TextIO
+
+import torch
+
+from vsa_jit.bench.cases import format_size
+from vsa_jit.bench.check import Metrics
+from vsa_jit.bench.extras import has_rich
+from vsa_jit.bench.stages import Stage
+from vsa_jit.bench.sweep import FAILED, Row
+
+NOTES = """\
+ms, TFLOP/s: the whole call, as a user sees it, at 4·B·H·S·(topk·block)·D FLOP forward and 2.5 times that backward.
+speed-up: over dense attention by the fastest of PyTorch's SDPA backends, named beside its time.
+MiB: peak memory above what the call found allocated; for the backward, of a forward and its backward together.
+error, bound: against fp64 on the selected keys; the bound is twice plain PyTorch's error in the same dtype.
+same keys: every block selected, against dense attention by the backend named: rounding is the only difference.
+approximation: the row's own selection without the coarse branch, against the same. Random inputs have nearly uniform
+scores, so it says nothing about a trained model."""
+
+SPEED_COLUMNS = (
+    "#",
+    "tokens",
+    "B·H·D",
+    "dtype",
+    "block",
+    "topk",
+    "sparsity",
+    "backend",
+    "pass",
+    "check",
+    "ms",
+    "TFLOP/s",
+    "speed-up",
+    "dense ms",
+    "dense by",
+    "MiB",
+    "dense MiB",
+)
+PRECISION_COLUMNS = (
+    "#",
+    "pass",
+    "checked",
+    "error",
+    "bound",
+    "against",
+    "same keys: cos",
+    "L1",
+    "RMSE",
+    "approximation: cos",
+    "L1",
+    "RMSE",
+)
+STAGE_COLUMNS = ("stage", "ms", "%", "TFLOP/s")
+
+
+def environment(device: torch.device, seed: int, seconds: float) -> dict[str, Any]:
+    """The machine, the versions and the settings that the rows hold for."""
+    on_cuda = device.type == "cuda"
+    cpu = f"{platform.machine()} CPU with {torch.backends.cpu.get_cpu_capability()}"
+    return {
+        "device": str(device),
+        "device_name": torch.cuda.get_device_name(device) if on_cuda else cpu,
+        "compute_capability": ".".join(map(str, torch.cuda.get_device_capability(device))) if on_cuda else None,
+        "cpu_threads": torch.get_num_threads(),
+        "vsa_jit": _version("vsa-jit"),
+        "torch": torch.__version__,
+        "triton": _version("triton"),
+        "cuda": torch.version.cuda,
+        "cudnn": torch.backends.cudnn.version() if on_cuda else None,
+        "python": platform.python_version(),
+        "seed": seed,
+        "seconds_per_measurement": seconds,
+    }
+
+
+def _version(package: str) -> str | None:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
+def record(row: Row) -> dict[str, Any]:
+    """A row, complete and flat except for its stages. Times in ms, rates in TFLOP/s, memory in MiB."""
+    case, shape, checked = row.case, row.case.shape, row.checked
+    worst = None if checked is None else checked.worst
+    error, bound = (None, None) if checked is None or worst is None else checked.errors[worst]
+    return {
+        "seq_len": shape.seq_len,
+        "grid": None if shape.grid is None else format_size(shape.grid),
+        "batch": shape.batch,
+        "heads": shape.heads,
+        "head_dim": shape.head_dim,
+        "dtype": shape.dtype,
+        "layout": shape.layout,
+        "block_size": format_size(case.block_size),
+        "block_tokens": case.problem.block,
+        "num_kv_blocks": case.problem.num_kv_blocks,
+        "selection": str(case.selection),
+        "topk": case.topk,
+        "sparsity": case.sparsity,
+        "gate": case.gate,
+        "backend": row.backend,
+        "engine": row.engine,
+        "direction": row.direction,
+        "status": row.status,
+        "checked": worst,
+        "check_error": error,
+        "check_bound": bound,
+        **_fields("", row.timing, ("ms", "tflops", "speedup", "peak_mib")),
+        **_fields("dense_", row.dense, ("name", "ms", "tflops", "peak_mib")),
+        "precision_against": None if row.precision is None else row.precision.against,
+        **_fields("same_keys_", row.precision and row.precision.same_keys, ("cosine", "l1", "rmse")),
+        **_fields("approximation_", row.precision and row.precision.approximation, ("cosine", "l1", "rmse")),
+        "stages": [asdict(stage) for stage in row.stages],
+    }
+
+
+def _fields(prefix: str, source: object | None, names: Sequence[str]) -> dict[str, Any]:
+    return {prefix + name: getattr(source, name, None) for name in names}
+
+
+def write_json(environment: dict[str, Any], rows: Sequence[Row], file: TextIO) -> None:
+    records = [{name: _finite(value) for name, value in record(row).items()} for row in rows]
+    json.dump({"environment": environment, "rows": records}, file, indent=2, allow_nan=False)
+    file.write("\n")
+
+
+def _finite(value: Any) -> Any:
+    """JSON has no NaN and no infinity."""
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def write_csv(environment: dict[str, Any], rows: Sequence[Row], file: TextIO) -> None:
+    """A line for each row, which repeats the environment; each stage's time is a column."""
+    lines = []
+    for row in rows:
+        flat = {**environment, **record(row)}
+        for stage in flat.pop("stages"):
+            flat[f"stage_{stage['name']}_ms"] = stage["ms"]
+        lines.append(flat)
+    writer = csv.DictWriter(file, fieldnames=list(dict.fromkeys(name for line in lines for name in line)))
+    writer.writeheader()
+    writer.writerows(lines)
+
+
+def print_header(environment: dict[str, Any], choices: Iterable[str], file: TextIO) -> None:
+    """The machine and the versions, and which backends run and why."""
+    capability = environment["compute_capability"]
+    threads = f"{environment['cpu_threads']} threads" if capability is None else f"compute capability {capability}"
+    print(f"device: {environment['device']}, {environment['device_name']}, {threads}", file=file)
+    versions = ", ".join(
+        f"{name} {environment[name]}" for name in ("vsa_jit", "torch", "triton", "cuda") if environment[name]
+    )
+    print(f"versions: {versions}", file=file)
+    for choice in choices:
+        print(choice, file=file)
+
+
+def print_tables(rows: Sequence[Row], file: TextIO) -> None:
+    """Speed and memory, then precision, then the stages of each row that has them."""
+    print(file=file)
+    _print_table(SPEED_COLUMNS, [_speed_cells(number, row) for number, row in enumerate(rows, 1)], file)
+    print(file=file)
+    _print_table(PRECISION_COLUMNS, [_precision_cells(number, row) for number, row in enumerate(rows, 1)], file)
+    print(f"\n{NOTES}", file=file)
+    for number, row in enumerate(rows, 1):
+        if row.stages:
+            print(f"\n# {number}: {row.direction}, {row.case}", file=file)
+            _print_table(STAGE_COLUMNS, _stage_cells(row), file)
+
+
+def _speed_cells(number: int, row: Row) -> list[str]:
+    case, shape, timing, dense = row.case, row.case.shape, row.timing, row.dense
+    cells = [
+        str(number),
+        shape.tokens,
+        f"{shape.batch}·{shape.heads}·{shape.head_dim}",
+        shape.dtype,
+        format_size(case.block_size),
+        f"{case.topk}/{case.problem.num_kv_blocks}",
+        f"{case.sparsity:.3f}",
+        row.backend,
+        row.direction,
+        row.status,
+    ]
+    if timing is None:
+        return cells + ["-"] * 7
+    own = [f"{timing.ms:.3f}", _rate(timing.tflops), "-" if timing.speedup is None else f"{timing.speedup:.2f}x"]
+    beside = ["-", "-"] if dense is None else [f"{dense.ms:.3f}", dense.name]
+    return [*cells, *own, *beside, _memory(timing.peak_mib), _memory(None if dense is None else dense.peak_mib)]
+
+
+def _precision_cells(number: int, row: Row) -> list[str]:
+    checked, precision = row.checked, row.precision
+    cells = [str(number), row.direction]
+    if checked is None:
+        cells += ["-"] * 3
+    else:
+        cells += [checked.worst, *(f"{value:.2e}" for value in checked.errors[checked.worst])]
+    if precision is None:
+        return cells + ["-"] * 7
+    return [*cells, precision.against, *_metric_cells(precision.same_keys), *_metric_cells(precision.approximation)]
+
+
+def _metric_cells(metrics: Metrics) -> list[str]:
+    return [f"{metrics.cosine:.7f}", f"{metrics.l1:.2e}", f"{metrics.rmse:.2e}"]
+
+
+def _stage_cells(row: Row) -> list[list[str]]:
+    assert row.timing is not None
+    stages = [*row.stages, Stage("whole call", row.timing.ms, row.timing.tflops)]
+    return [
+        [
+            stage.name,
+            f"{stage.ms:.3f}",
+            f"{100 * stage.ms / row.timing.ms:.1f}",
+            "-" if stage.tflops is None else _rate(stage.tflops),
+        ]
+        for stage in stages
+    ]
+
+
+def _rate(tflops: float) -> str:
+    """Three digits, whether a GPU or a CPU made them."""
+    return f"{tflops:.0f}" if tflops >= 100 else f"{tflops:#.3g}"
+
+
+def _memory(mib: float | None) -> str:
+    """PyTorch counts memory on GPUs only."""
+    return "n/a" if mib is None else f"{mib:.0f}"
+
+
+def _print_table(columns: Sequence[str], rows: Sequence[Sequence[str]], file: TextIO) -> None:
+    widths = [max(map(len, cells)) for cells in zip(columns, *rows, strict=True)]
+    # With its borders a table takes three more for each column; in a narrower terminal it would lose text.
+    if file.isatty() and has_rich() and sum(widths) + 3 * len(widths) < shutil.get_terminal_size().columns:
+        from rich.console import Console
+        from rich.table import Column, Table
+
+        table = Table(*(Column(column, justify="right") for column in columns))
+        for row in rows:
+            table.add_row(*row, style="bold red" if FAILED in row else None)
+        Console(file=file).print(table)
+        return
+    for cells in (columns, *rows):
+        print("  ".join(cell.rjust(width) for cell, width in zip(cells, widths, strict=True)).rstrip(), file=file)
+
+
+class Progress:
+    """Which row is running, on one line of a terminal that is written over; silent anywhere else."""
+
+    def __init__(self, total: int) -> None:
+        self._total = total
+        self._started = 0
+        self._shown = sys.stderr.isatty() and os.environ.get("TERM") != "dumb"
+
+    def start(self, what: str) -> None:
+        self._started += 1
+        self._write(f"[{self._started}/{self._total}] {what}")
+
+    def finish(self) -> None:
+        self._write("")
+
+    def _write(self, text: str) -> None:
+        if self._shown:
+            # Back to the start of the line, and erase what was there; a line that wraps could not be written over.
+            columns = shutil.get_terminal_size().columns
+            print(f"\r\x1b[K{text[: columns - 1]}", end="", file=sys.stderr, flush=True)

@@ -1,0 +1,131 @@
+"""Runs the cases of a sweep: check first, measure only what passed."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+
+import torch
+
+from vsa_jit.bench import attention, stages
+from vsa_jit.bench.attention import DenseResult
+from vsa_jit.bench.cases import Case, Inputs, flops_factor
+from vsa_jit.bench.check import Checked, Metrics, check, metrics
+from vsa_jit.bench.stages import Stage
+
+OK = "ok"
+FAILED = "FAILED"
+OUT_OF_MEMORY = "out of memory"
+
+
+@dataclass(frozen=True)
+class Timing:
+    """Of the whole call; ``speedup`` over dense attention, None where no dense attention ran."""
+
+    ms: float
+    tflops: float
+    speedup: float | None
+    peak_mib: float | None
+
+
+@dataclass(frozen=True)
+class Precision:
+    """Results against dense attention by PyTorch's backend ``against``.
+
+    ``same_keys``: the kernel with every key block selected, so that nothing but rounding differs. ``approximation``:
+    the case's own selection without the coarse branch, so that what was left out differs as well.
+    """
+
+    against: str
+    same_keys: Metrics
+    approximation: Metrics
+
+
+@dataclass(frozen=True)
+class Row:
+    """One direction of one case. ``timing`` is None unless ``status`` is ok: only checked outputs have a speed."""
+
+    case: Case
+    backend: str
+    engine: str | None
+    direction: str
+    status: str
+    checked: Checked | None = None
+    precision: Precision | None = None
+    timing: Timing | None = None
+    dense: DenseResult | None = None
+    stages: tuple[Stage, ...] = ()
+
+
+def sweep(
+    cases: Sequence[Case],
+    directions: Sequence[str],
+    device: torch.device,
+    *,
+    seconds: float,
+    seed: int,
+    profile: bool,
+    on_start: Callable[[Case, str], None],
+) -> Iterator[Row]:
+    """Yields a row for each case and direction; ``on_start`` is told before each.
+
+    Cases of one shape must be neighbours: they share inputs and the dense measurements.
+    """
+    for shape, group in itertools.groupby(cases, key=lambda case: case.shape):
+        inputs = Inputs.random(shape, device, seed)
+        beside = _Dense(inputs, seconds)
+        for case, direction in itertools.product(group, directions):
+            on_start(case, direction)
+            yield _row(case, direction, inputs, beside, seconds, seed, profile)
+
+
+class _Dense:
+    """What the rows of one shape are compared with, each part computed when a row first needs it."""
+
+    def __init__(self, inputs: Inputs, seconds: float) -> None:
+        self._inputs = inputs
+        self._seconds = seconds
+        self._fastest: dict[str, DenseResult | None] = {}
+        self._flash: dict[str, tuple[str, tuple[torch.Tensor, ...]] | None] = {}
+        self._same_keys: dict[tuple[object, ...], Metrics] = {}
+
+    def fastest(self, direction: str) -> DenseResult | None:
+        if direction not in self._fastest:
+            self._fastest[direction] = attention.fastest_dense(self._inputs, direction, self._seconds)
+        return self._fastest[direction]
+
+    def precision(self, case: Case, direction: str) -> Precision | None:
+        if direction not in self._flash:
+            self._flash[direction] = attention.flash_results(self._inputs, direction)
+        flash = self._flash[direction]
+        if flash is None:
+            return None
+        name, wanted = flash
+        key = (case.block_size, case.backend, direction)
+        if key not in self._same_keys:
+            self._same_keys[key] = metrics(attention.all_blocks(case, self._inputs).results(direction), wanted)
+        fine = attention.sparse(case, self._inputs, gate="off")
+        return Precision(name, self._same_keys[key], metrics(fine.results(direction), wanted))
+
+
+def _row(case: Case, direction: str, inputs: Inputs, beside: _Dense, seconds: float, seed: int, profile: bool) -> Row:
+    choice = case.choice(inputs.device)
+    identity = (case, choice.backend, choice.engine, direction)
+    run = attention.sparse(case, inputs)
+    try:
+        checked = check(case, inputs, run.results(direction), direction, seed)
+        if not checked.ok:
+            return Row(*identity, FAILED, checked)
+        ms = run.median_ms(direction, seconds)
+        dense = beside.fastest(direction)
+        timing = Timing(
+            ms,
+            tflops=case.flops * flops_factor(direction) / ms * 1e-9,
+            speedup=None if dense is None else dense.ms / ms,
+            peak_mib=run.peak_mib(direction),
+        )
+        breakdown = tuple(stages.breakdown(case, inputs, direction, ms, seconds)) if profile else ()
+        return Row(*identity, OK, checked, beside.precision(case, direction), timing, dense, breakdown)
+    except torch.OutOfMemoryError:
+        return Row(*identity, OUT_OF_MEMORY)

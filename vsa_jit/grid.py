@@ -1,0 +1,42 @@
+"""Tiles of a video and the tokens of each block, for every order that tokens come in."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from vsa_jit.problem import Problem
+
+
+def tile_tokens(grid: Sequence[int], tile: Sequence[int], device: torch.device | str | None = None) -> Tensor:
+    """Raster token of each slot of each tile of a video: int64 [n, t·h·w], -1 where a border tile has no token.
+
+    Args:
+        grid: frames, height and width of the video in tokens ``(T, H, W)``; w runs fastest in the sequence.
+        tile: the block as ``(t, h, w)``. Tiles are numbered like tokens, w fastest, and so are the slots of a tile.
+    """
+    positions = []
+    for extent, side in zip(grid, tile, strict=True):
+        position = torch.arange(-(-extent // side) * side, device=device).view(-1, side)
+        positions.append(torch.where(position < extent, position, -1))
+    t = positions[0][:, None, None, :, None, None]
+    h = positions[1][None, :, None, None, :, None]
+    w = positions[2][None, None, :, None, None, :]
+    tokens = (t * grid[1] + h) * grid[2] + w
+    tokens = torch.where((t >= 0) & (h >= 0) & (w >= 0), tokens, -1)
+    return tokens.reshape(-1, tile[0] * tile[1] * tile[2])
+
+
+def block_tokens(problem: Problem, length: int, sizes: Tensor | None, device: torch.device) -> Tensor:
+    """Token of each slot of each block of a sequence: int64 [n, block], -1 where the slot holds no valid token."""
+    if problem.grid is not None:
+        return tile_tokens(problem.grid, problem.tile, device)
+    blocks = -(-length // problem.block)
+    tokens = torch.arange(blocks * problem.block, device=device).view(blocks, problem.block)
+    slot = torch.arange(problem.block, device=device)
+    if sizes is not None:
+        return torch.where(slot < sizes[:, None], tokens, -1)
+    return torch.where(tokens < length, tokens, -1)
+

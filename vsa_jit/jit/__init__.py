@@ -1,0 +1,1 @@
+"""Run-time compilation of the CUDA sources. Knows nothing about attention."""

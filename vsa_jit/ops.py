@@ -1,0 +1,338 @@
+"""The operators that PyTorch sees: each has a fake implementation for tracing, and autograd where it is differentiable.
+
+Every operator ends with the same five arguments, ``Problem.static``: the tile, the grid, the layout, the softmax scale and
+the backend asked for. Which backend runs is decided when the operator runs, from the device of its tensors.
+"""
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from vsa_jit.backends.choose import Backend, backend_for
+from vsa_jit.problem import Problem, bhsd
+
+# Scores that are computed at a time, so that selection needs little memory however many blocks there are.
+SCORES_AT_A_TIME = 1 << 24
+
+
+def _backend(problem: Problem, x: Tensor) -> Backend:
+    return backend_for(problem, x.device, x.dtype)
+
+
+@torch.library.custom_op("vsa_jit::pool_and_select", mutates_args=())
+def pool_and_select(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor | None,
+    q_sizes: Tensor | None,
+    kv_sizes: Tensor | None,
+    topk: int,
+    tile: Sequence[int],
+    grid: Sequence[int] | None,
+    layout: str,
+    softmax_scale: float,
+    backend: str,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Block means, and the ``topk`` key blocks of highest score q_c · k_c for each query block, ties to the lower index.
+
+    Args:
+        v: None where its means are not needed.
+        q_sizes, kv_sizes: valid tokens of each block; a key block without any is never selected.
+
+    Returns:
+        ``(q_c, k_c, v_c, q2k_idx, q2k_num)``: fp32 [B, H, n_q, D] and [B, H_kv, n_k, D], means of the valid tokens, 0 for
+        an empty block (v_c is empty without v); int32 [B, H, n_q, topk], ascending, 0 past the number selected; int32
+        [B, H, n_q]. The means are differentiable, the selection is not.
+    """
+    problem = Problem.of(q, k, tile, grid, layout, softmax_scale, backend)
+    run = _backend(problem, q)
+    q_c, k_c, v_c = run.block_means(problem, q, k, v, q_sizes, kv_sizes)
+    rows = problem.batch * problem.kv_heads
+    shape = (problem.batch, problem.heads, problem.num_q_blocks)
+    q2k_idx = q.new_empty((*shape, topk), dtype=torch.int32)
+    q2k_num = q.new_empty(shape, dtype=torch.int32)
+    # The query heads of one key/value head are rows of one product.
+    q_rows, k_rows = q_c.view(rows, -1, problem.head_dim), k_c.view(rows, -1, problem.head_dim)
+    idx, num = q2k_idx.view(rows, -1, topk), q2k_num.view(rows, -1)
+    step = max(1, SCORES_AT_A_TIME // (q_rows.shape[1] * k_rows.shape[1]))
+    for start in range(0, rows, step):
+        part = slice(start, start + step)
+        run.select(q_rows[part] @ k_rows[part].mT, kv_sizes, topk, idx[part], num[part])
+    return q_c, k_c, q.new_empty(0, dtype=torch.float32) if v_c is None else v_c, q2k_idx, q2k_num
+
+
+@pool_and_select.register_fake
+def _(q, k, v, q_sizes, kv_sizes, topk, tile, grid, layout, softmax_scale, backend):
+    problem = Problem.of(q, k, tile, grid, layout, softmax_scale, backend)
+    rows = (problem.batch, problem.heads, problem.num_q_blocks)
+    kv_rows = (problem.batch, problem.kv_heads, problem.num_kv_blocks)
+    return (
+        q.new_empty((*rows, problem.head_dim), dtype=torch.float32),
+        k.new_empty((*kv_rows, problem.head_dim), dtype=torch.float32),
+        q.new_empty(0 if v is None else (*kv_rows, problem.head_dim), dtype=torch.float32),
+        q.new_empty((*rows, topk), dtype=torch.int32),
+        q.new_empty(rows, dtype=torch.int32),
+    )
+
+
+@torch.library.custom_op("vsa_jit::block_mean_backward", mutates_args=())
+def block_mean_backward(
+    dmean: Tensor,
+    x: Tensor,
+    sizes: Tensor | None,
+    tile: Sequence[int],
+    grid: Sequence[int] | None,
+    layout: str,
+    softmax_scale: float,
+    backend: str,
+) -> Tensor:
+    """Gradient of the block means of ``x`` in ``x``: each valid token's share of its block's, 0 for the other tokens."""
+    problem = Problem.of(x, x, tile, grid, layout, softmax_scale, backend)
+    return _backend(problem, x).block_mean_backward(problem, dmean, x, sizes)
+
+
+@block_mean_backward.register_fake
+def _(dmean, x, sizes, tile, grid, layout, softmax_scale, backend):
+    return torch.empty_like(x)
+
+
+def _setup_pool_and_select(ctx: Any, inputs: tuple, output: tuple[Tensor, ...]) -> None:
+    q, k, v, q_sizes, kv_sizes, _, *ctx.static = inputs
+    ctx.set_materialize_grads(False)
+    ctx.mark_non_differentiable(output[3], output[4])
+    ctx.save_for_backward(q, k, v, q_sizes, kv_sizes)
+
+
+def _pool_and_select_grad(ctx: Any, dq_c: Tensor | None, dk_c: Tensor | None, dv_c: Tensor | None, *_: None) -> tuple:
+    q, k, v, q_sizes, kv_sizes = ctx.saved_tensors
+    grads = [
+        block_mean_backward(dmean, x, sizes, *ctx.static) if needed and dmean is not None else None
+        for needed, dmean, x, sizes in zip(
+            ctx.needs_input_grad, (dq_c, dk_c, dv_c), (q, k, v), (q_sizes, kv_sizes, kv_sizes), strict=False
+        )
+    ]
+    return *grads, *(None,) * 8
+
+
+pool_and_select.register_autograd(_pool_and_select_grad, setup_context=_setup_pool_and_select)
+
+
+@torch.library.custom_op("vsa_jit::compact", mutates_args=())
+def compact(
+    block_map: Tensor,
+    q: Tensor,
+    k: Tensor,
+    tile: Sequence[int],
+    grid: Sequence[int] | None,
+    layout: str,
+    softmax_scale: float,
+    backend: str,
+) -> tuple[Tensor, Tensor]:
+    """The set columns of each row of a bool map [B, H, n_q, n_k] as ``(q2k_idx, q2k_num)``: int32 [B, H, n_q, n_k],
+    ascending, 0 past the number set; int32 [B, H, n_q]. ``q`` and ``k`` say what problem the map belongs to."""
+    problem = Problem.of(q, k, tile, grid, layout, softmax_scale, backend)
+    q2k_idx = block_map.new_empty(block_map.shape, dtype=torch.int32)
+    q2k_num = block_map.new_empty(block_map.shape[:3], dtype=torch.int32)
+    _backend(problem, q).compact(block_map, q2k_idx, q2k_num)
+    return q2k_idx, q2k_num
+
+
+@compact.register_fake
+def _(block_map, q, k, tile, grid, layout, softmax_scale, backend):
+    return (
+        block_map.new_empty(block_map.shape, dtype=torch.int32),
+        block_map.new_empty(block_map.shape[:3], dtype=torch.int32),
+    )
+
+
+@torch.library.custom_op("vsa_jit::attend", mutates_args=())
+def attend(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    q2k_idx: Tensor,
+    q2k_num: Tensor,
+    q_sizes: Tensor | None,
+    kv_sizes: Tensor | None,
+    out_c: Tensor | None,
+    gate: Tensor | None,
+    gate_value: float,
+    keep_out_s: bool,
+    tile: Sequence[int],
+    grid: Sequence[int] | None,
+    layout: str,
+    softmax_scale: float,
+    backend: str,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Attention of each query block over its key blocks, with the coarse output added where ``out_c`` is given.
+
+    Args:
+        out_c: [B, H, n_q, D], one row for each query block, weighted by ``gate`` (of q's shape) or else ``gate_value``.
+        keep_out_s: also return the output before the coarse one was added, which the backward needs.
+
+    Returns:
+        ``(out, lse, out_s)``: out like q; lse fp32 [B, H, S_q], natural log, -inf where a query has no key; out_s like q,
+        or empty where it was not asked for.
+    """
+    problem = Problem.of(q, k, tile, grid, layout, softmax_scale, backend)
+    out, lse, out_s = _backend(problem, q).forward(
+        problem, q, k, v, q2k_idx, q2k_num, q_sizes, kv_sizes, out_c, gate, gate_value, keep_out_s
+    )
+    return out, lse, q.new_empty(0) if out_s is None else out_s
+
+
+@attend.register_fake
+def _(
+    q,
+    k,
+    v,
+    q2k_idx,
+    q2k_num,
+    q_sizes,
+    kv_sizes,
+    out_c,
+    gate,
+    gate_value,
+    keep_out_s,
+    tile,
+    grid,
+    layout,
+    softmax_scale,
+    backend,
+):
+    lse = q.new_empty(bhsd(q, layout).shape[:3], dtype=torch.float32)
+    return torch.empty_like(q), lse, torch.empty_like(q) if keep_out_s else q.new_empty(0)
+
+
+@torch.library.custom_op("vsa_jit::attend_backward", mutates_args=())
+def attend_backward(
+    dout: Tensor,
+    dlse: Tensor | None,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    out_s: Tensor,
+    lse: Tensor,
+    q2k_idx: Tensor,
+    q2k_num: Tensor,
+    q_sizes: Tensor | None,
+    kv_sizes: Tensor | None,
+    out_c: Tensor | None,
+    gate: Tensor | None,
+    gate_value: float,
+    need_dq: bool,
+    need_dkv: bool,
+    tile: Sequence[int],
+    grid: Sequence[int] | None,
+    layout: str,
+    softmax_scale: float,
+    backend: str,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Gradients of ``attend`` in q, k, v, the gate and ``out_c``; empty where there is none or it is not needed."""
+    problem = Problem.of(q, k, tile, grid, layout, softmax_scale, backend)
+    grads = _backend(problem, q).backward(
+        problem,
+        dout,
+        dlse,
+        q,
+        k,
+        v,
+        out_s,
+        lse,
+        q2k_idx,
+        q2k_num,
+        q_sizes,
+        kv_sizes,
+        out_c,
+        gate,
+        gate_value,
+        need_dq,
+        need_dkv,
+    )
+    dq, dk, dv, dgate, dout_c = (q.new_empty(0) if grad is None else grad for grad in grads)
+    return dq, dk, dv, dgate, dout_c
+
+
+@attend_backward.register_fake
+def _(
+    dout,
+    dlse,
+    q,
+    k,
+    v,
+    out_s,
+    lse,
+    q2k_idx,
+    q2k_num,
+    q_sizes,
+    kv_sizes,
+    out_c,
+    gate,
+    gate_value,
+    need_dq,
+    need_dkv,
+    tile,
+    grid,
+    layout,
+    softmax_scale,
+    backend,
+):
+    none = q.new_empty(0)
+    combined = [None if out_c is None else x for x in (gate, out_c)]
+    return (
+        torch.empty_like(q) if need_dq else none,
+        torch.empty_like(k) if need_dkv else q.new_empty(0),
+        torch.empty_like(v) if need_dkv else q.new_empty(0),
+        *(
+            q.new_empty(0) if x is None else torch.empty_like(x, memory_format=torch.contiguous_format)
+            for x in combined
+        ),
+    )
+
+
+def _setup_attend(ctx: Any, inputs: tuple, output: tuple[Tensor, Tensor, Tensor]) -> None:
+    q, k, v, q2k_idx, q2k_num, q_sizes, kv_sizes, out_c, gate, ctx.gate_value, keep_out_s, *ctx.static = inputs
+    out, lse, out_s = output
+    ctx.set_materialize_grads(False)
+    ctx.save_for_backward(
+        q, k, v, out_s if keep_out_s else out, lse, q2k_idx, q2k_num, q_sizes, kv_sizes, out_c, gate
+    )
+
+
+def _attend_grad(ctx: Any, dout: Tensor | None, dlse: Tensor | None, dout_s: Tensor | None) -> tuple:
+    q, k, v, out_s, lse, q2k_idx, q2k_num, q_sizes, kv_sizes, out_c, gate = ctx.saved_tensors
+    need_dq, need_dkv = ctx.needs_input_grad[0], ctx.needs_input_grad[1] or ctx.needs_input_grad[2]
+    dout = torch.zeros_like(q) if dout is None else dout
+    dq, dk, dv, dgate, dout_c = attend_backward(
+        dout,
+        dlse,
+        q,
+        k,
+        v,
+        out_s,
+        lse,
+        q2k_idx,
+        q2k_num,
+        q_sizes,
+        kv_sizes,
+        out_c,
+        gate,
+        ctx.gate_value,
+        need_dq,
+        need_dkv,
+        *ctx.static,
+    )
+    return (
+        dq if need_dq else None,
+        dk if need_dkv else None,
+        dv if need_dkv else None,
+        *(None,) * 4,
+        dout_c if out_c is not None else None,
+        dgate if out_c is not None and gate is not None else None,
+        *(None,) * 7,
+    )
+
+
+attend.register_autograd(_attend_grad, setup_context=_setup_attend)
