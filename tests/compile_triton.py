@@ -1,7 +1,7 @@
 """Compiles every attention kernel for a GPU architecture without having one, and prints what each needs.
 
-Run as ``python compile_triton.py CAPABILITY``: a line of JSON for each kernel with its shared memory in bytes. It is a program
-of its own because Triton's interpreter, which the tests use, and its compiler exclude each other in one process.
+Run as ``python compile_triton.py CAPABILITY``: a line of JSON for each kernel with its shared memory in bytes. It is a
+program of its own because Triton's interpreter, which the tests use, and its compiler exclude each other in a process.
 """
 
 import json
@@ -36,6 +36,8 @@ TYPE_NAMES = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp3
 FP32 = {"Lse", "DLse", "OutC", "DOutC", "Shift", "Delta", "Mean", "Scores"}
 INT32 = {"Q2kIdx", "Q2kNum", "K2qIdx", "QSizes", "KSizes", "Sizes"}
 INT64 = {"K2qEnd", "Counts"}
+INT64_SCALARS = {"inverse_hw", "inverse_w"}
+POINTERS = {"Q", "K", "V", "X"}
 FLOATS = {"gate_value", "scale", "scale_log2"}
 TILES = {64: (4, 4, 4), 128: (2, 8, 8), 192: (4, 6, 8), 256: (4, 8, 8)}
 
@@ -56,6 +58,7 @@ def kernels(arch: config.Architecture, block: int, head_dim: int, dtype: torch.d
         "HAS_Q_SIZES": masked and not raster,
         "HAS_K_SIZES": masked and not raster,
         "HAS_SIZES": masked and not raster,
+        "MASK": masked,
         "MASK_Q": masked,
         "MASK_K": masked,
         "HAS_DLSE": True,
@@ -65,7 +68,6 @@ def kernels(arch: config.Architecture, block: int, head_dim: int, dtype: torch.d
         "ALIKE": True,
         "OFFSET": tl.int32,
         "EXACT": dtype == torch.float32,
-        "PRECISION": "ieee",
         "stride_gd": 1,
     }
     yield attend_forward_kernel, common | config.forward(block, head_dim, itemsize, arch).launch
@@ -73,7 +75,7 @@ def kernels(arch: config.Architecture, block: int, head_dim: int, dtype: torch.d
     yield attend_backward_kv_kernel, common | config.backward_kv(block, head_dim, itemsize, arch).launch
     yield prepare_backward_kernel, common | {"BLOCK_M": 32, "num_warps": 4}
     for backward in (False, True):
-        yield block_mean_kernel, common | {"ROWS": 64, "BACKWARD": backward, "num_warps": 4}
+        yield block_mean_kernel, common | {"ROWS": 32, "BACKWARD": backward, "num_warps": 1}
 
 
 def selection_kernels():
@@ -92,12 +94,14 @@ def compile_kernel(kernel, constants: dict, dtype: torch.dtype, capability: int)
             signature[name] = "constexpr"
         elif name in FLOATS:
             signature[name] = "fp32"
-        elif name[0].isupper() and len(name) > 1 or name in ("Q", "K", "V", "X"):
-            element = "fp32" if name in FP32 else "i32" if name in INT32 else "i64" if name in INT64 else TYPE_NAMES[dtype]
+        elif name in POINTERS or (name[0].isupper() and len(name) > 1):
+            element = (
+                "fp32" if name in FP32 else "i32" if name in INT32 else "i64" if name in INT64 else TYPE_NAMES[dtype]
+            )
             signature[name] = "*i1" if name == "BlockMap" else f"*{element}"
             attributes[(position,)] = [["tt.divisibility", 16]]
         else:
-            signature[name] = "i32"
+            signature[name] = "i64" if name in INT64_SCALARS else "i32"
             if name.startswith("stride"):
                 attributes[(position,)] = [["tt.divisibility", 16]]
     options = {name: constants[name] for name in ("num_warps", "num_stages") if name in constants}

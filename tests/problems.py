@@ -50,8 +50,8 @@ class Inputs:
         kv_len = q_len if case.kv_len is None else case.kv_len
         kv_heads = case.kv_heads or case.heads
         block = math.prod(case.tile)
-        self.sizes = None if case.sizes is None else torch.tensor(case.sizes, dtype=torch.int32)
-        q_sizes = None if case.q_sizes is None else torch.tensor(case.q_sizes, dtype=torch.int64)
+        self.sizes = None if case.sizes is None else torch.tensor(case.sizes, dtype=torch.int32, device=device)
+        q_sizes = None if case.q_sizes is None else torch.tensor(case.q_sizes, dtype=torch.int64, device=device)
         self.given_q_sizes = q_sizes
         if q_sizes is None and q_len == kv_len:
             q_sizes = self.sizes
@@ -75,7 +75,11 @@ class Inputs:
         if case.gate == "full":
             self.gate = self._tensor(shape_q, self.q_valid)
         elif case.gate == "per channel":
-            self.gate = torch.randn((1, case.heads, 1, case.head_dim), generator=self.generator).to(device, dtype).requires_grad_()
+            self.gate = (
+                torch.randn((1, case.heads, 1, case.head_dim), generator=self.generator)
+                .to(device, dtype)
+                .requires_grad_()
+            )
             if case.layout == "bshd":
                 self.gate = self.gate.detach().transpose(1, 2).contiguous().requires_grad_()
         self.dout = self._tensor(shape_q, self.q_valid).detach()
@@ -99,12 +103,14 @@ class Inputs:
     @property
     def order(self) -> dict:
         """The arguments that say where the tokens are."""
-        arguments = {"block_size": self.case.block_size, "grid": self.case.grid, "layout": self.case.layout}
-        if self.sizes is not None:
-            arguments["variable_block_sizes"] = self.sizes.to(self.device)
-        if self.given_q_sizes is not None:
-            arguments["q_variable_block_sizes"] = self.given_q_sizes.to(self.device)
-        return {**arguments, "softmax_scale": self.case.softmax_scale}
+        return {
+            "block_size": self.case.block_size,
+            "grid": self.case.grid,
+            "layout": self.case.layout,
+            "softmax_scale": self.case.softmax_scale,
+            "variable_block_sizes": self.sizes,
+            "q_variable_block_sizes": self.given_q_sizes,
+        }
 
     def video_sparse_attn(self, backend: str) -> Tensor:
         return vsa_jit.video_sparse_attn(

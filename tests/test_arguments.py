@@ -186,7 +186,11 @@ def test_topk_and_sparsity(arguments, error, message):
     [
         ("0.5", TypeError, "compress_attn_weight: expected a tensor, a float or None, got str"),
         (float("inf"), ValueError, "compress_attn_weight: expected a finite number, got inf"),
-        (torch.ones(B, H, S, D, dtype=torch.int32), TypeError, "compress_attn_weight: expected a floating-point tensor"),
+        (
+            torch.ones(B, H, S, D, dtype=torch.int32),
+            TypeError,
+            "compress_attn_weight: expected a floating-point tensor",
+        ),
         (torch.ones(B, H, S - 1, D), ValueError, r"compress_attn_weight: expected q's shape .* got \(1, 2, 255, 32\)"),
         (torch.ones(1, B, H, S, D), ValueError, "compress_attn_weight: expected q's shape"),
         (torch.ones(B, H, S, D, device="meta"), ValueError, "compress_attn_weight: expected q's device cpu, got meta"),
@@ -200,7 +204,11 @@ def test_gate(gate, error, message):
 @pytest.mark.parametrize(
     ("changes", "error", "message"),
     [
-        ({"q2k_idx": torch.zeros(B, H, BLOCKS, 2)}, TypeError, "q2k_idx: expected dtype torch.int32, got torch.float32"),
+        (
+            {"q2k_idx": torch.zeros(B, H, BLOCKS, 2)},
+            TypeError,
+            "q2k_idx: expected dtype torch.int32, got torch.float32",
+        ),
         (
             {"q2k_idx": torch.zeros(B, H, BLOCKS, 2, dtype=torch.int64)},
             TypeError,

@@ -74,7 +74,7 @@ def test_environment_variable(monkeypatch):
     assert (choice.backend, choice.reasons) == ("torch", {"triton": "torch was asked for"})
     assert choose(problem("triton"), CUDA, torch.float16).backend == "triton"
     monkeypatch.setenv("VSA_JIT_BACKEND", "cuda")
-    with pytest.raises(ValueError, match="VSA_JIT_BACKEND: expected one of .*, got 'cuda'"):
+    with pytest.raises(ValueError, match=r"VSA_JIT_BACKEND: expected one of .*, got 'cuda'"):
         choose(problem(), CUDA, torch.float16)
 
 
@@ -96,7 +96,9 @@ def test_each_choice_is_logged_once(caplog):
 def test_missing_the_backend_made_for_the_device_is_a_warning(monkeypatch, caplog):
     """What happens on a Hopper GPU whose own backend cannot run."""
     has_capability(monkeypatch, 9, 0)
-    hopper = Entry("hopper", "nvrtc", lambda device: True, lambda problem, device, dtype: "CUDA 12.3 is older than 12.4")
+    hopper = Entry(
+        "hopper", "nvrtc", lambda device: True, lambda problem, device, dtype: "CUDA 12.3 is older than 12.4"
+    )
     monkeypatch.setattr(chooser, "ENTRIES", (hopper, *chooser.ENTRIES))
     choice = choose(problem(), CUDA, torch.float16)
     with caplog.at_level(logging.INFO, logger="vsa_jit"):

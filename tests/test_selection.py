@@ -35,9 +35,7 @@ def expected_indices(scores, topk, nonempty):
     return torch.where(idx < scores.shape[-1], idx, 0).int(), num
 
 
-@pytest.mark.parametrize(
-    ("columns", "topk"), [(1, 1), (3, 2), (37, 5), (64, 64), (100, 1), (257, 100), (2500, 300)]
-)
+@pytest.mark.parametrize(("columns", "topk"), [(1, 1), (3, 2), (37, 5), (64, 64), (100, 1), (257, 100), (2500, 300)])
 def test_select(backend, columns, topk):
     scores = torch.randn(2, 7, columns)
     everywhere = torch.ones(columns, dtype=torch.bool)

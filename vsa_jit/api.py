@@ -49,8 +49,8 @@ def video_sparse_attn(
         q_variable_block_sizes: the same for queries, [n_q]. None: the same as ``variable_block_sizes`` where S_q equals
             S_k (self-attention), else every token is valid.
         topk: key blocks to attend for each query block, at least 1; clamped to n_k.
-        block_size: tokens of a block, a multiple of 64, or a video tile (t, h, w) of so many. With ``grid`` an int means
-            64 → (4,4,4), 128 → (2,8,8), 256 → (4,8,8).
+        block_size: tokens of a block, a multiple of 64, or a video tile (t, h, w) of so many. With ``grid`` an int
+            means 64 → (4,4,4), 128 → (2,8,8), 256 → (4,8,8).
         compress_attn_weight: weight of the coarse output: a tensor of q's shape (or broadcastable to it), a float, None
             for 1. The float 0.0 drops the coarse output and its cost.
         sparsity: instead of ``topk``, the share of key blocks to leave out, in [0, 1).
@@ -110,8 +110,8 @@ def block_sparse_attn(
     The other arguments are those of ``video_sparse_attn``.
 
     Returns:
-        ``(out, lse)``: out of q's shape and dtype; lse fp32 [B, H, S_q], the natural-log log-sum-exp of the scaled scores.
-        A query without keys gets 0 and -inf.
+        ``(out, lse)``: out of q's shape and dtype; lse fp32 [B, H, S_q], the natural-log log-sum-exp of the scaled
+        scores. A query without keys gets 0 and -inf.
     """
     problem, q_sizes, kv_sizes = _check(
         q,
@@ -151,8 +151,8 @@ def block_sparse_attn_from_indices(
         q2k_idx: int32 [B, H, n_q, m] for any m: key blocks of each query block, in any order, each at most once.
         q2k_num: int32 [B, H, n_q], how many of the m entries count; the others are ignored. Clamped to 0 … m.
 
-    The other arguments are those of ``video_sparse_attn``. Indices cannot be checked without waiting for the GPU: a query
-    block that names a key block outside 0 … n_k - 1 gets NaN, and nothing outside the tensors is read.
+    The other arguments are those of ``video_sparse_attn``. Indices cannot be checked without waiting for the GPU: a
+    query block that names a key block outside 0 … n_k - 1 gets NaN, and nothing outside the tensors is read.
 
     Returns:
         ``(out, lse)``, as ``block_sparse_attn``.

@@ -39,4 +39,3 @@ def block_tokens(problem: Problem, length: int, sizes: Tensor | None, device: to
     if sizes is not None:
         return torch.where(slot < sizes[:, None], tokens, -1)
     return torch.where(tokens < length, tokens, -1)
-

@@ -1,10 +1,10 @@
 """The operators that PyTorch sees: each has a fake implementation for tracing, and autograd where it is differentiable.
 
-Every operator ends with the same five arguments, ``Problem.static``: the tile, the grid, the layout, the softmax scale and
-the backend asked for. Which backend runs is decided when the operator runs, from the device of its tensors.
+Every operator ends with the same five arguments, ``Problem.static``: the tile, the grid, the layout, the softmax scale
+and the backend asked for. Which backend runs is decided when the operator runs, from the device of its tensors.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -17,11 +17,38 @@ from vsa_jit.problem import Problem, bhsd
 SCORES_AT_A_TIME = 1 << 24
 
 
+_LIBRARY = torch.library.Library("vsa_jit", "DEF")
+
+
+def _operator(function: Callable) -> torch._ops.OpOverload:
+    """Makes a function an operator of its name, with the schema of its annotations, on every device.
+
+    The same as ``torch.library.custom_op`` but for that one's checks at every call, which cost more than a launch.
+    """
+    name = function.__name__
+    schema = torch.library.infer_schema(function, mutates_args=())
+    _LIBRARY.define(name + schema, tags=(torch.Tag.pt2_compliant_tag,))
+    _LIBRARY.impl(name, function, "CompositeExplicitAutograd")
+    return getattr(torch.ops.vsa_jit, name).default
+
+
+def _fake(operator: torch._ops.OpOverload) -> Callable:
+    return torch.library.register_fake(operator, lib=_LIBRARY)
+
+
+def _autograd(operator: torch._ops.OpOverload, backward: Callable, setup_context: Callable | None = None) -> None:
+    torch.library.register_autograd(operator, backward, setup_context=setup_context, lib=_LIBRARY)
+
+
+def _refuse_second_derivative(ctx: Any, *grads: Tensor) -> None:
+    raise NotImplementedError("vsa_jit: the gradients of sparse attention cannot be differentiated again")
+
+
 def _backend(problem: Problem, x: Tensor) -> Backend:
     return backend_for(problem, x.device, x.dtype)
 
 
-@torch.library.custom_op("vsa_jit::pool_and_select", mutates_args=())
+@_operator
 def pool_and_select(
     q: Tensor,
     k: Tensor,
@@ -35,16 +62,16 @@ def pool_and_select(
     softmax_scale: float,
     backend: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Block means, and the ``topk`` key blocks of highest score q_c · k_c for each query block, ties to the lower index.
+    """Block means, and for each query block the ``topk`` key blocks of highest score q_c · k_c, ties to the lower.
 
     Args:
         v: None where its means are not needed.
         q_sizes, kv_sizes: valid tokens of each block; a key block without any is never selected.
 
     Returns:
-        ``(q_c, k_c, v_c, q2k_idx, q2k_num)``: fp32 [B, H, n_q, D] and [B, H_kv, n_k, D], means of the valid tokens, 0 for
-        an empty block (v_c is empty without v); int32 [B, H, n_q, topk], ascending, 0 past the number selected; int32
-        [B, H, n_q]. The means are differentiable, the selection is not.
+        ``(q_c, k_c, v_c, q2k_idx, q2k_num)``: fp32 [B, H, n_q, D] and [B, H_kv, n_k, D], means of the valid tokens, 0
+        for an empty block (v_c is empty without v); int32 [B, H, n_q, topk], ascending, 0 past the number selected;
+        int32 [B, H, n_q]. The means are differentiable, the selection is not.
     """
     problem = Problem.of(q, k, tile, grid, layout, softmax_scale, backend)
     run = _backend(problem, q)
@@ -63,7 +90,7 @@ def pool_and_select(
     return q_c, k_c, q.new_empty(0, dtype=torch.float32) if v_c is None else v_c, q2k_idx, q2k_num
 
 
-@pool_and_select.register_fake
+@_fake(pool_and_select)
 def _(q, k, v, q_sizes, kv_sizes, topk, tile, grid, layout, softmax_scale, backend):
     problem = Problem.of(q, k, tile, grid, layout, softmax_scale, backend)
     rows = (problem.batch, problem.heads, problem.num_q_blocks)
@@ -77,7 +104,7 @@ def _(q, k, v, q_sizes, kv_sizes, topk, tile, grid, layout, softmax_scale, backe
     )
 
 
-@torch.library.custom_op("vsa_jit::block_mean_backward", mutates_args=())
+@_operator
 def block_mean_backward(
     dmean: Tensor,
     x: Tensor,
@@ -88,12 +115,12 @@ def block_mean_backward(
     softmax_scale: float,
     backend: str,
 ) -> Tensor:
-    """Gradient of the block means of ``x`` in ``x``: each valid token's share of its block's, 0 for the other tokens."""
+    """Gradient of the block means of ``x`` in ``x``: each valid token's share of its block's, 0 for the others."""
     problem = Problem.of(x, x, tile, grid, layout, softmax_scale, backend)
     return _backend(problem, x).block_mean_backward(problem, dmean, x, sizes)
 
 
-@block_mean_backward.register_fake
+@_fake(block_mean_backward)
 def _(dmean, x, sizes, tile, grid, layout, softmax_scale, backend):
     return torch.empty_like(x)
 
@@ -116,10 +143,10 @@ def _pool_and_select_grad(ctx: Any, dq_c: Tensor | None, dk_c: Tensor | None, dv
     return *grads, *(None,) * 8
 
 
-pool_and_select.register_autograd(_pool_and_select_grad, setup_context=_setup_pool_and_select)
+_autograd(pool_and_select, _pool_and_select_grad, _setup_pool_and_select)
 
 
-@torch.library.custom_op("vsa_jit::compact", mutates_args=())
+@_operator
 def compact(
     block_map: Tensor,
     q: Tensor,
@@ -139,7 +166,7 @@ def compact(
     return q2k_idx, q2k_num
 
 
-@compact.register_fake
+@_fake(compact)
 def _(block_map, q, k, tile, grid, layout, softmax_scale, backend):
     return (
         block_map.new_empty(block_map.shape, dtype=torch.int32),
@@ -147,7 +174,7 @@ def _(block_map, q, k, tile, grid, layout, softmax_scale, backend):
     )
 
 
-@torch.library.custom_op("vsa_jit::attend", mutates_args=())
+@_operator
 def attend(
     q: Tensor,
     k: Tensor,
@@ -173,8 +200,8 @@ def attend(
         keep_out_s: also return the output before the coarse one was added, which the backward needs.
 
     Returns:
-        ``(out, lse, out_s)``: out like q; lse fp32 [B, H, S_q], natural log, -inf where a query has no key; out_s like q,
-        or empty where it was not asked for.
+        ``(out, lse, out_s)``: out like q; lse fp32 [B, H, S_q], natural log, -inf where a query has no key; out_s like
+        q, or empty where it was not asked for.
     """
     problem = Problem.of(q, k, tile, grid, layout, softmax_scale, backend)
     out, lse, out_s = _backend(problem, q).forward(
@@ -183,7 +210,7 @@ def attend(
     return out, lse, q.new_empty(0) if out_s is None else out_s
 
 
-@attend.register_fake
+@_fake(attend)
 def _(
     q,
     k,
@@ -206,7 +233,7 @@ def _(
     return torch.empty_like(q), lse, torch.empty_like(q) if keep_out_s else q.new_empty(0)
 
 
-@torch.library.custom_op("vsa_jit::attend_backward", mutates_args=())
+@_operator
 def attend_backward(
     dout: Tensor,
     dlse: Tensor | None,
@@ -255,7 +282,7 @@ def attend_backward(
     return dq, dk, dv, dgate, dout_c
 
 
-@attend_backward.register_fake
+@_fake(attend_backward)
 def _(
     dout,
     dlse,
@@ -296,9 +323,7 @@ def _setup_attend(ctx: Any, inputs: tuple, output: tuple[Tensor, Tensor, Tensor]
     q, k, v, q2k_idx, q2k_num, q_sizes, kv_sizes, out_c, gate, ctx.gate_value, keep_out_s, *ctx.static = inputs
     out, lse, out_s = output
     ctx.set_materialize_grads(False)
-    ctx.save_for_backward(
-        q, k, v, out_s if keep_out_s else out, lse, q2k_idx, q2k_num, q_sizes, kv_sizes, out_c, gate
-    )
+    ctx.save_for_backward(q, k, v, out_s if keep_out_s else out, lse, q2k_idx, q2k_num, q_sizes, kv_sizes, out_c, gate)
 
 
 def _attend_grad(ctx: Any, dout: Tensor | None, dlse: Tensor | None, dout_s: Tensor | None) -> tuple:
@@ -335,4 +360,6 @@ def _attend_grad(ctx: Any, dout: Tensor | None, dlse: Tensor | None, dout_s: Ten
     )
 
 
-attend.register_autograd(_attend_grad, setup_context=_setup_attend)
+_autograd(attend, _attend_grad, _setup_attend)
+_autograd(attend_backward, _refuse_second_derivative)
+_autograd(block_mean_backward, _refuse_second_derivative)

@@ -89,17 +89,8 @@ class Problem:
             return -(-length // self.block)
         return math.prod([-(-extent // side) for extent, side in zip(self.grid, self.tile, strict=True)])
 
-    @property
-    def q_is_partial(self) -> bool:
-        """Whether some query block is cut by the end of the sequence or by the border of the video."""
-        return self._is_partial(self.q_len)
-
-    @property
-    def kv_is_partial(self) -> bool:
-        """Whether some key block is cut by the end of the sequence or by the border of the video."""
-        return self._is_partial(self.kv_len)
-
-    def _is_partial(self, length: int) -> bool:
+    def is_partial(self, length: int) -> bool:
+        """Whether some block is cut by the end of a sequence of this length, or by the border of the video."""
         if self.grid is None:
             return length % self.block != 0
         return any([extent % side != 0 for extent, side in zip(self.grid, self.tile, strict=True)])

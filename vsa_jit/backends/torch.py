@@ -15,7 +15,7 @@ from vsa_jit.grid import block_tokens
 from vsa_jit.problem import Problem, bhsd
 
 # Elements of one gathered chunk of keys, and of one chunk of scores.
-CHUNK_ELEMENTS = 1 << 23
+CHUNK_ELEMENTS = 1 << 20
 
 
 def block_means(

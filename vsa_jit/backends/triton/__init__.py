@@ -21,6 +21,7 @@ from vsa_jit.backends.triton.backward import (
 )
 from vsa_jit.backends.triton.forward import attend_forward_kernel
 from vsa_jit.backends.triton.means import block_mean_kernel
+from vsa_jit.backends.triton.rows import reciprocal
 from vsa_jit.backends.triton.select import compact_kernel, invert_kernel, select_kernel
 from vsa_jit.problem import Problem, axes, bhsd
 
@@ -63,12 +64,14 @@ def _launch_means(problem: Problem, x: Tensor, mean: Tensor, sizes: Tensor | Non
             heads,
             blocks,
             length,
-            *_extents(problem),
+            *_geometry(problem),
             **_head_and_tile(problem),
             HAS_SIZES=sizes is not None,
-            ROWS=64,
+            MASK=sizes is not None or problem.is_partial(length),
+            ROWS=32,
             BACKWARD=backward,
-            num_warps=4,
+            # One warp holds a whole row of the sum: several would have to meet in shared memory.
+            num_warps=1,
         )
 
 
@@ -111,8 +114,8 @@ def invert(problem: Problem, q2k_idx: Tensor, q2k_num: Tensor) -> tuple[Tensor, 
     """The inverse of a map by a counting sort on the GPU, the same bits on every run.
 
     Returns:
-        ``(ends, k2q_idx, chunks)``: ``k2q_idx`` int32 holds, for each (batch, query head, key block) in order, the query
-        blocks that name it, ascending; ``ends`` int64 [B·H·n_k·chunks] says where the entries of each cell end.
+        ``(ends, k2q_idx, chunks)``: ``k2q_idx`` int32 holds, for each (batch, query head, key block) in order, the
+        query blocks that name it, ascending; ``ends`` int64 [B·H·n_k·chunks] says where the entries of each cell end.
     """
     rows, width = problem.batch * problem.heads, q2k_idx.shape[-1]
     rows_per_chunk = max(ROWS_PER_CHUNK, -(-problem.num_q_blocks // MAX_CHUNKS))
@@ -177,7 +180,7 @@ def forward(
             q2k_idx.shape[-1],
             problem.q_len,
             problem.kv_len,
-            *_extents(problem),
+            *_geometry(problem),
             problem.softmax_scale,
             problem.softmax_scale * LOG2E,
             **_attention_constants(problem, q, q_sizes, kv_sizes, (k, v)),
@@ -237,7 +240,7 @@ def backward(
             problem.heads,
             problem.num_q_blocks,
             problem.q_len,
-            *_extents(problem),
+            *_geometry(problem),
             **_head_and_tile(problem),
             HAS_Q_SIZES=q_sizes is not None,
             HAS_DLSE=dlse is not None,
@@ -278,11 +281,10 @@ def backward(
                 q2k_idx.shape[-1],
                 problem.q_len,
                 problem.kv_len,
-                *_extents(problem),
+                *_geometry(problem),
                 problem.softmax_scale,
                 problem.softmax_scale * LOG2E,
                 **_attention_constants(problem, q, q_sizes, kv_sizes, (k, v)),
-                EXACT=q.dtype == torch.float32,
                 **tiles.launch,
             )
     if need_dkv:
@@ -316,11 +318,10 @@ def backward(
                 chunks,
                 problem.q_len,
                 problem.kv_len,
-                *_extents(problem),
+                *_geometry(problem),
                 problem.softmax_scale,
                 problem.softmax_scale * LOG2E,
                 **_attention_constants(problem, q, q_sizes, kv_sizes, (q, dout)),
-                EXACT=q.dtype == torch.float32,
                 **tiles.launch,
             )
     return dq, dk, dv, dgate, dout_c
@@ -335,8 +336,12 @@ def _gate_strides(gate: Tensor | None, layout: str) -> tuple[int, int, int, int]
     return (0, 0, 0, 0) if gate is None else (*_strides(gate, layout), gate.stride(-1))
 
 
-def _extents(problem: Problem) -> tuple[int, int, int]:
-    return (1, 1, 1) if problem.grid is None else problem.grid
+def _geometry(problem: Problem) -> tuple[int, ...]:
+    """Extents of the video, its tiles in one frame and in one row of a frame, and their reciprocals."""
+    if problem.grid is None:
+        return (1,) * 7
+    tiles_h, tiles_w = (-(-problem.grid[axis] // problem.tile[axis]) for axis in (1, 2))
+    return *problem.grid, tiles_h * tiles_w, tiles_w, reciprocal(tiles_h * tiles_w), reciprocal(tiles_w)
 
 
 def _head_and_tile(problem: Problem) -> dict[str, Any]:
@@ -364,12 +369,11 @@ def _attention_constants(
         "GROUP": problem.group,
         "HAS_Q_SIZES": q_sizes is not None,
         "HAS_K_SIZES": kv_sizes is not None,
-        "MASK_Q": q_sizes is not None or problem.q_is_partial,
-        "MASK_K": kv_sizes is not None or problem.kv_is_partial,
+        "MASK_Q": q_sizes is not None or problem.is_partial(problem.q_len),
+        "MASK_K": kv_sizes is not None or problem.is_partial(problem.kv_len),
         "ALIKE": row_strides[0] == row_strides[1],
         "OFFSET": tl.int32 if fits else tl.int64,
-        # Half precision multiplies exactly either way; for fp32 this keeps the tensor cores' tf32 out.
-        "PRECISION": "ieee",
+        "EXACT": q.dtype == torch.float32,
     }
 
 

@@ -9,7 +9,16 @@ import math
 import triton
 import triton.language as tl
 
-from vsa_jit.backends.triton.rows import first_token, relative_tokens, row_token, tiles_are_shifted, valid_rows
+from vsa_jit.backends.triton.product import add_product
+from vsa_jit.backends.triton.rows import (
+    block_origin,
+    is_partial,
+    relative_tokens,
+    row_token,
+    tiles_are_shifted,
+    token_at,
+    valid_rows,
+)
 
 LOG2E = tl.constexpr(math.log2(math.e))
 
@@ -56,6 +65,10 @@ def prepare_backward_kernel(
     T,
     H,
     W,
+    tiles_hw,
+    tiles_w,
+    inverse_hw,
+    inverse_w,
     D: tl.constexpr,
     D_PAD: tl.constexpr,
     BLOCK: tl.constexpr,
@@ -70,7 +83,7 @@ def prepare_backward_kernel(
     EXACT: tl.constexpr,
     BLOCK_M: tl.constexpr,
 ):
-    """Per query block: delta = Σ_d dout · out_s − dlse, the shift that ``probabilities`` takes, the combine's gradients.
+    """Per query block: delta = Σ_d dout · out_s − dlse, the shift for ``probabilities``, the gradients of the combine.
 
     ``Shift`` and ``Delta`` are in block order, padded to whole blocks, so that the two passes read them without masks;
     a row that attends nothing gets the shift +inf, which makes its probabilities 0.
@@ -85,12 +98,11 @@ def prepare_backward_kernel(
     if COMBINE:
         out_c = tl.load(OutC + row * D + d, mask=in_head, other=0.0).to(tl.float32)
         dout_c = tl.zeros([D_PAD], tl.float32)
+    q_w = W if RASTER else q_len
+    origin = block_origin(q_block, RASTER, BLOCK, TILE_T, TILE_H, TILE_W, tiles_hw, tiles_w, inverse_hw, inverse_w)
     for row0 in range(0, BLOCK, BLOCK_M):
-        token = first_token(q_block, RASTER, BLOCK, TILE_T, TILE_H, TILE_W, H, W)
-        token += relative_tokens(row0, BLOCK_M, RASTER, TILE_H, TILE_W, H, W)
-        valid = valid_rows(
-            q_block, row0, BLOCK_M, RASTER, BLOCK, TILE_T, TILE_H, TILE_W, T, H, W, q_len, QSizes, HAS_Q_SIZES
-        )
+        token = token_at(origin, H, W) + relative_tokens(row0, BLOCK_M, RASTER, TILE_H, TILE_W, H, W)
+        valid = valid_rows(q_block, origin, row0, BLOCK_M, RASTER, TILE_H, TILE_W, T, H, q_w, QSizes, HAS_Q_SIZES)
         mask = valid[:, None] & in_head[None, :]
         dout_ptrs = DOut + b * stride_dob + h * stride_doh + token[:, None] * stride_dos + d[None, :]
         dout = tl.load(dout_ptrs, mask=mask, other=0.0).to(tl.float32)
@@ -159,6 +171,10 @@ def attend_backward_q_kernel(
     T,
     H,
     W,
+    tiles_hw,
+    tiles_w,
+    inverse_hw,
+    inverse_w,
     scale,
     scale_log2,
     GROUP: tl.constexpr,
@@ -176,7 +192,6 @@ def attend_backward_q_kernel(
     ALIKE: tl.constexpr,
     OFFSET: tl.constexpr,
     EXACT: tl.constexpr,
-    PRECISION: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
 ):
@@ -197,11 +212,12 @@ def attend_backward_q_kernel(
 
     d = tl.arange(0, D_PAD)
     in_head = d < D
-    q_token = first_token(q_block, RASTER, BLOCK, TILE_T, TILE_H, TILE_W, H, W)
+    q_w = W if RASTER else q_len
+    kv_w = W if RASTER else kv_len
+    q_origin = block_origin(q_block, RASTER, BLOCK, TILE_T, TILE_H, TILE_W, tiles_hw, tiles_w, inverse_hw, inverse_w)
+    q_token = token_at(q_origin, H, W)
     q_token += relative_tokens(q_row0, BLOCK_M, RASTER, TILE_H, TILE_W, H, W)
-    q_valid = valid_rows(
-        q_block, q_row0, BLOCK_M, RASTER, BLOCK, TILE_T, TILE_H, TILE_W, T, H, W, q_len, QSizes, HAS_Q_SIZES
-    )
+    q_valid = valid_rows(q_block, q_origin, q_row0, BLOCK_M, RASTER, TILE_H, TILE_W, T, H, q_w, QSizes, HAS_Q_SIZES)
     q_ptrs = Q + b * stride_qb + h * stride_qh + q_token[:, None] * stride_qs + d[None, :]
     dout_ptrs = DOut + b * stride_dob + h * stride_doh + q_token[:, None] * stride_dos + d[None, :]
     if MASK_Q or MASK_D:
@@ -230,7 +246,10 @@ def attend_backward_q_kernel(
         kv_block = tl.load(Q2kIdx + step // TILES_N)
         kv_block = tl.minimum(tl.maximum(kv_block, 0), num_kv_blocks - 1)
         kv_row0 = step % TILES_N * BLOCK_N
-        kv_token = first_token(kv_block, RASTER, BLOCK, TILE_T, TILE_H, TILE_W, H, W)
+        kv_origin = block_origin(
+            kv_block, RASTER, BLOCK, TILE_T, TILE_H, TILE_W, tiles_hw, tiles_w, inverse_hw, inverse_w
+        )
+        kv_token = token_at(kv_origin, H, W)
         if TILES_N > 1:
             if SHIFTED:
                 kv_token += row_token(kv_row0, RASTER, TILE_H, TILE_W, H, W)
@@ -242,7 +261,10 @@ def attend_backward_q_kernel(
         v_ptrs = V + kv_token * stride_vs + v_tile
         if MASK_K:
             kv_valid = valid_rows(
-                kv_block, kv_row0, BLOCK_N, RASTER, BLOCK, TILE_T, TILE_H, TILE_W, T, H, W, kv_len, KSizes, HAS_K_SIZES
+                kv_block, kv_origin, kv_row0, BLOCK_N, RASTER, TILE_H, TILE_W, T, H, kv_w, KSizes, HAS_K_SIZES
+            )
+            kv_partial = is_partial(
+                kv_block, kv_origin, RASTER, BLOCK, TILE_T, TILE_H, TILE_W, T, H, kv_w, KSizes, HAS_K_SIZES
             )
             k = tl.load(k_ptrs, mask=kv_valid[:, None] & in_head[None, :], other=0.0)
             v = tl.load(v_ptrs, mask=kv_valid[:, None] & in_head[None, :], other=0.0)
@@ -252,13 +274,14 @@ def attend_backward_q_kernel(
         else:
             k = tl.load(k_ptrs)
             v = tl.load(v_ptrs)
-        s = tl.dot(q, tl.trans(k), input_precision=PRECISION)
-        dp = tl.dot(dout, tl.trans(v), input_precision=PRECISION)
+        s = tl.dot(q, tl.trans(k), input_precision="ieee")
+        dp = tl.dot(dout, tl.trans(v), input_precision="ieee")
         p = probabilities(s, shift[:, None], scale, scale_log2, EXACT)
         ds = p * (dp - delta[:, None])
         if MASK_K:
-            ds = tl.where(kv_valid[None, :], ds, 0.0)
-        dq = tl.dot(ds.to(k.dtype), k, dq, input_precision=PRECISION)
+            if kv_partial:
+                ds = tl.where(kv_valid[None, :], ds, 0.0)
+        dq = add_product(dq, ds.to(k.dtype), k, EXACT)
 
     dq *= scale
     if RASTER:
@@ -312,6 +335,10 @@ def attend_backward_kv_kernel(
     T,
     H,
     W,
+    tiles_hw,
+    tiles_w,
+    inverse_hw,
+    inverse_w,
     scale,
     scale_log2,
     GROUP: tl.constexpr,
@@ -329,7 +356,6 @@ def attend_backward_kv_kernel(
     ALIKE: tl.constexpr,
     OFFSET: tl.constexpr,
     EXACT: tl.constexpr,
-    PRECISION: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
 ):
@@ -352,10 +378,13 @@ def attend_backward_kv_kernel(
 
     d = tl.arange(0, D_PAD)
     in_head = d < D
-    kv_token = first_token(kv_block, RASTER, BLOCK, TILE_T, TILE_H, TILE_W, H, W)
+    q_w = W if RASTER else q_len
+    kv_w = W if RASTER else kv_len
+    kv_origin = block_origin(kv_block, RASTER, BLOCK, TILE_T, TILE_H, TILE_W, tiles_hw, tiles_w, inverse_hw, inverse_w)
+    kv_token = token_at(kv_origin, H, W)
     kv_token += relative_tokens(kv_row0, BLOCK_N, RASTER, TILE_H, TILE_W, H, W)
     kv_valid = valid_rows(
-        kv_block, kv_row0, BLOCK_N, RASTER, BLOCK, TILE_T, TILE_H, TILE_W, T, H, W, kv_len, KSizes, HAS_K_SIZES
+        kv_block, kv_origin, kv_row0, BLOCK_N, RASTER, TILE_H, TILE_W, T, H, kv_w, KSizes, HAS_K_SIZES
     )
     k_ptrs = K + b * stride_kb + h_kv * stride_kh + kv_token[:, None] * stride_ks + d[None, :]
     v_ptrs = V + b * stride_vb + h_kv * stride_vh + kv_token[:, None] * stride_vs + d[None, :]
@@ -386,7 +415,10 @@ def attend_backward_kv_kernel(
         for step in range(0, count * TILES_M):
             q_block = tl.load(K2qIdx + begin + step // TILES_M)
             q_row0 = step % TILES_M * BLOCK_M
-            q_token = first_token(q_block, RASTER, BLOCK, TILE_T, TILE_H, TILE_W, H, W)
+            q_origin = block_origin(
+                q_block, RASTER, BLOCK, TILE_T, TILE_H, TILE_W, tiles_hw, tiles_w, inverse_hw, inverse_w
+            )
+            q_token = token_at(q_origin, H, W)
             if TILES_M > 1:
                 if SHIFTED:
                     q_token += row_token(q_row0, RASTER, TILE_H, TILE_W, H, W)
@@ -398,7 +430,7 @@ def attend_backward_kv_kernel(
             dout_ptrs = DOut_h + q_token * stride_dos + dout_tile
             if MASK_Q:
                 q_valid = valid_rows(
-                    q_block, q_row0, BLOCK_M, RASTER, BLOCK, TILE_T, TILE_H, TILE_W, T, H, W, q_len, QSizes, HAS_Q_SIZES
+                    q_block, q_origin, q_row0, BLOCK_M, RASTER, TILE_H, TILE_W, T, H, q_w, QSizes, HAS_Q_SIZES
                 )
                 q = tl.load(q_ptrs, mask=q_valid[:, None] & in_head[None, :], other=0.0)
                 dout = tl.load(dout_ptrs, mask=q_valid[:, None] & in_head[None, :], other=0.0)
@@ -411,12 +443,12 @@ def attend_backward_kv_kernel(
             padded = (bh * num_q_blocks + q_block) * BLOCK + q_row0 + tl.arange(0, BLOCK_M)
             shift = tl.load(Shift + padded)
             delta = tl.load(Delta + padded)
-            s_t = tl.dot(k, tl.trans(q), input_precision=PRECISION)
+            s_t = tl.dot(k, tl.trans(q), input_precision="ieee")
             p_t = probabilities(s_t, shift[None, :], scale, scale_log2, EXACT)
-            dv = tl.dot(p_t.to(dout.dtype), dout, dv, input_precision=PRECISION)
-            dp_t = tl.dot(v, tl.trans(dout), input_precision=PRECISION)
+            dv = add_product(dv, p_t.to(dout.dtype), dout, EXACT)
+            dp_t = tl.dot(v, tl.trans(dout), input_precision="ieee")
             ds_t = p_t * (dp_t - delta[None, :])
-            dk = tl.dot(ds_t.to(q.dtype), q, dk, input_precision=PRECISION)
+            dk = add_product(dk, ds_t.to(q.dtype), q, EXACT)
 
     dk *= scale
     if RASTER:

@@ -3,7 +3,17 @@
 import triton
 import triton.language as tl
 
-from vsa_jit.backends.triton.rows import first_token, relative_tokens, row_token, tiles_are_shifted, valid_rows
+from vsa_jit.backends.triton.product import add_product
+from vsa_jit.backends.triton.rows import (
+    block_origin,
+    is_partial,
+    relative_tokens,
+    row_token,
+    tiles_are_shifted,
+    token_at,
+    valid_rows,
+)
+
 
 @triton.jit
 def attend_forward_kernel(
@@ -45,6 +55,10 @@ def attend_forward_kernel(
     T,
     H,
     W,
+    tiles_hw,
+    tiles_w,
+    inverse_hw,
+    inverse_w,
     scale,
     scale_log2,
     GROUP: tl.constexpr,
@@ -64,7 +78,7 @@ def attend_forward_kernel(
     KEEP_OUT_S: tl.constexpr,
     ALIKE: tl.constexpr,
     OFFSET: tl.constexpr,
-    PRECISION: tl.constexpr,
+    EXACT: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
 ):
@@ -83,11 +97,11 @@ def attend_forward_kernel(
 
     d = tl.arange(0, D_PAD)
     in_head = d < D
-    q_token = first_token(q_block, RASTER, BLOCK, TILE_T, TILE_H, TILE_W, H, W)
-    q_token += relative_tokens(q_row0, BLOCK_M, RASTER, TILE_H, TILE_W, H, W)
-    q_valid = valid_rows(
-        q_block, q_row0, BLOCK_M, RASTER, BLOCK, TILE_T, TILE_H, TILE_W, T, H, W, q_len, QSizes, HAS_Q_SIZES
-    )
+    q_w = W if RASTER else q_len
+    kv_w = W if RASTER else kv_len
+    q_origin = block_origin(q_block, RASTER, BLOCK, TILE_T, TILE_H, TILE_W, tiles_hw, tiles_w, inverse_hw, inverse_w)
+    q_token = token_at(q_origin, H, W) + relative_tokens(q_row0, BLOCK_M, RASTER, TILE_H, TILE_W, H, W)
+    q_valid = valid_rows(q_block, q_origin, q_row0, BLOCK_M, RASTER, TILE_H, TILE_W, T, H, q_w, QSizes, HAS_Q_SIZES)
     q_ptrs = Q + b * stride_qb + h * stride_qh + q_token[:, None] * stride_qs + d[None, :]
     if MASK_Q or MASK_D:
         q = tl.load(q_ptrs, mask=q_valid[:, None] & in_head[None, :], other=0.0)
@@ -116,7 +130,10 @@ def attend_forward_kernel(
         kv_block = tl.minimum(tl.maximum(named, 0), num_kv_blocks - 1)
         out_of_range |= named ^ kv_block
         kv_row0 = step % TILES_N * BLOCK_N
-        kv_token = first_token(kv_block, RASTER, BLOCK, TILE_T, TILE_H, TILE_W, H, W)
+        kv_origin = block_origin(
+            kv_block, RASTER, BLOCK, TILE_T, TILE_H, TILE_W, tiles_hw, tiles_w, inverse_hw, inverse_w
+        )
+        kv_token = token_at(kv_origin, H, W)
         if TILES_N > 1:
             if SHIFTED:
                 kv_token += row_token(kv_row0, RASTER, TILE_H, TILE_W, H, W)
@@ -128,22 +145,31 @@ def attend_forward_kernel(
         v_ptrs = V + kv_token * stride_vs + v_tile
         if MASK_K:
             kv_valid = valid_rows(
-                kv_block, kv_row0, BLOCK_N, RASTER, BLOCK, TILE_T, TILE_H, TILE_W, T, H, W, kv_len, KSizes, HAS_K_SIZES
+                kv_block, kv_origin, kv_row0, BLOCK_N, RASTER, TILE_H, TILE_W, T, H, kv_w, KSizes, HAS_K_SIZES
+            )
+            kv_partial = is_partial(
+                kv_block, kv_origin, RASTER, BLOCK, TILE_T, TILE_H, TILE_W, T, H, kv_w, KSizes, HAS_K_SIZES
             )
             k = tl.load(k_ptrs, mask=kv_valid[:, None] & in_head[None, :], other=0.0)
         elif MASK_D:
             k = tl.load(k_ptrs, mask=in_head[None, :], other=0.0)
         else:
             k = tl.load(k_ptrs)
-        s = tl.dot(q, tl.trans(k), input_precision=PRECISION)
+        s = tl.dot(q, tl.trans(k), input_precision="ieee")
         if MASK_K:
-            s = tl.where(kv_valid[None, :], s, float("-inf"))
+            # The branch spares full blocks the masking.
+            if kv_partial:
+                s = tl.where(kv_valid[None, :], s, float("-inf"))
         new_max = tl.maximum(row_max, tl.max(s, 1))
-        max_scaled = new_max * scale_log2
         if MASK_K:
-            max_scaled = tl.where(new_max == float("-inf"), 0.0, max_scaled)
-        p = tl.math.exp2(s * scale_log2 - max_scaled[:, None])
-        alpha = tl.math.exp2(row_max * scale_log2 - max_scaled)
+            shift = tl.where(new_max == float("-inf"), 0.0, new_max)
+        else:
+            shift = new_max
+        if EXACT:
+            p = tl.math.exp2((s - shift[:, None]) * scale_log2)
+        else:
+            p = tl.math.exp2(s * scale_log2 - (shift * scale_log2)[:, None])
+        alpha = tl.math.exp2((row_max - shift) * scale_log2)
         row_sum = row_sum * alpha + tl.sum(p, 1)
         acc = acc * alpha[:, None]
         if MASK_K:
@@ -152,7 +178,7 @@ def attend_forward_kernel(
             v = tl.load(v_ptrs, mask=in_head[None, :], other=0.0)
         else:
             v = tl.load(v_ptrs)
-        acc = tl.dot(p.to(v.dtype), v, acc, input_precision=PRECISION)
+        acc = add_product(acc, p.to(v.dtype), v, EXACT)
         row_max = new_max
 
     out = acc * tl.where(row_sum > 0.0, 1.0 / row_sum, 0.0)[:, None]

@@ -3,7 +3,7 @@
 import triton
 import triton.language as tl
 
-from vsa_jit.backends.triton.rows import first_token, relative_tokens, valid_rows
+from vsa_jit.backends.triton.rows import block_origin, relative_tokens, token_at, valid_rows
 
 
 @triton.jit
@@ -20,6 +20,10 @@ def block_mean_kernel(
     T,
     H,
     W,
+    tiles_hw,
+    tiles_w,
+    inverse_hw,
+    inverse_w,
     D: tl.constexpr,
     D_PAD: tl.constexpr,
     BLOCK: tl.constexpr,
@@ -28,10 +32,11 @@ def block_mean_kernel(
     TILE_W: tl.constexpr,
     RASTER: tl.constexpr,
     HAS_SIZES: tl.constexpr,
+    MASK: tl.constexpr,
     ROWS: tl.constexpr,
     BACKWARD: tl.constexpr,
 ):
-    """Forward: Mean[b, h, block] = Σ valid X / count. Backward: X[token] = Mean[b, h, block] / count, 0 where invalid."""
+    """Forward: Mean[b, h, block] = Σ valid X / count. Backward: X[token] = Mean[b, h, block] / count, else 0."""
     block = tl.program_id(0) % num_blocks
     bh = tl.program_id(0) // num_blocks
     X += (bh // heads).to(tl.int64) * stride_b + (bh % heads).to(tl.int64) * stride_h
@@ -39,20 +44,24 @@ def block_mean_kernel(
     in_head = d < D
     mean_ptrs = Mean + (bh.to(tl.int64) * num_blocks + block) * D + d
 
-    count = 0
-    for row0 in tl.static_range(0, BLOCK, ROWS):
-        valid = valid_rows(block, row0, ROWS, RASTER, BLOCK, TILE_T, TILE_H, TILE_W, T, H, W, length, Sizes, HAS_SIZES)
-        count += tl.sum(valid.to(tl.int32), 0)
-    weight = 1.0 / tl.maximum(count, 1).to(tl.float32)
+    width = W if RASTER else length
+    origin = block_origin(block, RASTER, BLOCK, TILE_T, TILE_H, TILE_W, tiles_hw, tiles_w, inverse_hw, inverse_w)
+    if MASK:
+        count = 0
+        for row0 in tl.static_range(0, BLOCK, ROWS):
+            valid = valid_rows(block, origin, row0, ROWS, RASTER, TILE_H, TILE_W, T, H, width, Sizes, HAS_SIZES)
+            count += tl.sum(valid.to(tl.int32), 0)
+        weight = 1.0 / tl.maximum(count, 1).to(tl.float32)
+    else:
+        weight = 1.0 / BLOCK
 
     if BACKWARD:
         share = tl.load(mean_ptrs, mask=in_head, other=0.0) * weight
     else:
         total = tl.zeros([D_PAD], tl.float32)
     for row0 in tl.static_range(0, BLOCK, ROWS):
-        valid = valid_rows(block, row0, ROWS, RASTER, BLOCK, TILE_T, TILE_H, TILE_W, T, H, W, length, Sizes, HAS_SIZES)
-        token = first_token(block, RASTER, BLOCK, TILE_T, TILE_H, TILE_W, H, W)
-        token += relative_tokens(row0, ROWS, RASTER, TILE_H, TILE_W, H, W)
+        valid = valid_rows(block, origin, row0, ROWS, RASTER, TILE_H, TILE_W, T, H, width, Sizes, HAS_SIZES)
+        token = token_at(origin, H, W) + relative_tokens(row0, ROWS, RASTER, TILE_H, TILE_W, H, W)
         x_ptrs = X + token[:, None] * stride_s + d[None, :]
         if BACKWARD:
             if RASTER:
@@ -62,7 +71,10 @@ def block_mean_kernel(
             rows = tl.where(valid[:, None], share[None, :], 0.0).to(X.dtype.element_ty)
             tl.store(x_ptrs, rows, mask=stored[:, None] & in_head[None, :])
         else:
-            x = tl.load(x_ptrs, mask=valid[:, None] & in_head[None, :], other=0.0)
+            if MASK:
+                x = tl.load(x_ptrs, mask=valid[:, None] & in_head[None, :], other=0.0)
+            else:
+                x = tl.load(x_ptrs, mask=in_head[None, :], other=0.0)
             total += tl.sum(x.to(tl.float32), 0)
     if not BACKWARD:
         tl.store(mean_ptrs, total * weight, mask=in_head)

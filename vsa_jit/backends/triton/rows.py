@@ -1,7 +1,25 @@
-"""Where the rows of a block lie in memory, for every order of tokens, as code that all kernels share."""
+"""Where the rows of a block lie in memory, for every order of tokens, as code that all kernels share.
+
+A block is a tile (t, h, w) of a video in raster order, or (RASTER false) a run of a sequence, whose only coordinate is
+w. ``T, H, W`` is the extent of the video; of a sequence, W is its length. Divisions by the number of tiles would be the
+longest chain of instructions in the inner loop: ``inverse_hw`` and ``inverse_w`` are the reciprocals of ``tiles_hw``
+and ``tiles_w``, see ``reciprocal``.
+"""
 
 import triton
 import triton.language as tl
+
+SHIFT = tl.constexpr(40)
+
+
+def reciprocal(divisor: int) -> int:
+    """What ``divide`` multiplies by: exact for dividends below 2^40 / divisor (Granlund and Montgomery, PLDI 1994)."""
+    return -(-(1 << SHIFT.value) // divisor)
+
+
+@triton.jit
+def divide(x, inverse):
+    return ((x.to(tl.int64) * inverse) >> SHIFT).to(tl.int32)
 
 
 @triton.constexpr_function
@@ -9,6 +27,37 @@ def tiles_are_shifted(rows, raster, tile_h, tile_w):
     """Whether any run of ``rows`` rows of a block is a shifted copy of the first, so that its offsets can be reused."""
     plane = tile_h * tile_w
     return not raster or (rows % tile_w == 0 and (rows % plane == 0 or plane % rows == 0))
+
+
+@triton.jit
+def block_origin(
+    block,
+    RASTER: tl.constexpr,
+    BLOCK: tl.constexpr,
+    TILE_T: tl.constexpr,
+    TILE_H: tl.constexpr,
+    TILE_W: tl.constexpr,
+    tiles_hw,
+    tiles_w,
+    inverse_hw,
+    inverse_w,
+):
+    """Coordinates (t, h, w) of a block's first token: int64 scalars."""
+    if RASTER:
+        t = divide(block, inverse_hw)
+        h = divide(block - t * tiles_hw, inverse_w)
+        w = block - t * tiles_hw - h * tiles_w
+        origin = (t.to(tl.int64) * TILE_T, h.to(tl.int64) * TILE_H, w.to(tl.int64) * TILE_W)
+    else:
+        zero = tl.full([], 0, tl.int64)
+        origin = (zero, zero, block.to(tl.int64) * BLOCK)
+    return origin
+
+
+@triton.jit
+def token_at(origin, H, W):
+    """Token number of a block's first token: int64 scalar."""
+    return (origin[0] * H + origin[1]) * W + origin[2]
 
 
 @triton.jit
@@ -30,34 +79,9 @@ def relative_tokens(row0, ROWS: tl.constexpr, RASTER: tl.constexpr, TILE_H: tl.c
 
 
 @triton.jit
-def first_token(
+def is_partial(
     block,
-    RASTER: tl.constexpr,
-    BLOCK: tl.constexpr,
-    TILE_T: tl.constexpr,
-    TILE_H: tl.constexpr,
-    TILE_W: tl.constexpr,
-    H,
-    W,
-):
-    """Token number of row 0 of a block: int64 scalar."""
-    if RASTER:
-        tiles_h = tl.cdiv(H, TILE_H)
-        tiles_w = tl.cdiv(W, TILE_W)
-        t0 = block // (tiles_h * tiles_w) * TILE_T
-        h0 = block // tiles_w % tiles_h * TILE_H
-        w0 = block % tiles_w * TILE_W
-        token = (t0.to(tl.int64) * H + h0) * W + w0
-    else:
-        token = block.to(tl.int64) * BLOCK
-    return token
-
-
-@triton.jit
-def valid_rows(
-    block,
-    row0,
-    ROWS: tl.constexpr,
+    origin,
     RASTER: tl.constexpr,
     BLOCK: tl.constexpr,
     TILE_T: tl.constexpr,
@@ -66,21 +90,44 @@ def valid_rows(
     T,
     H,
     W,
-    S,
+    Sizes,
+    HAS_SIZES: tl.constexpr,
+):
+    """Whether some row of a block holds no valid token."""
+    if RASTER:
+        partial = (origin[0] + TILE_T > T) | (origin[1] + TILE_H > H) | (origin[2] + TILE_W > W)
+    elif HAS_SIZES:
+        partial = tl.load(Sizes + block) < BLOCK
+    else:
+        partial = origin[2] + BLOCK > W
+    return partial
+
+
+@triton.jit
+def valid_rows(
+    block,
+    origin,
+    row0,
+    ROWS: tl.constexpr,
+    RASTER: tl.constexpr,
+    TILE_H: tl.constexpr,
+    TILE_W: tl.constexpr,
+    T,
+    H,
+    W,
     Sizes,
     HAS_SIZES: tl.constexpr,
 ):
     """Which of the rows ``row0 .. row0 + ROWS`` of a block hold a valid token: bool [ROWS]."""
     row = row0 + tl.arange(0, ROWS)
     if RASTER:
-        tiles_h = tl.cdiv(H, TILE_H)
-        tiles_w = tl.cdiv(W, TILE_W)
-        t = block // (tiles_h * tiles_w) * TILE_T + row // (TILE_H * TILE_W)
-        h = block // tiles_w % tiles_h * TILE_H + row // TILE_W % TILE_H
-        w = block % tiles_w * TILE_W + row % TILE_W
-        valid = (t < T) & (h < H) & (w < W)
+        # What is left of the video from the block's origin on fits 32 bits once it is cut to a block.
+        t_left = tl.minimum(T - origin[0], ROWS).to(tl.int32)
+        h_left = tl.minimum(H - origin[1], TILE_H).to(tl.int32)
+        w_left = tl.minimum(W - origin[2], TILE_W).to(tl.int32)
+        valid = (row // (TILE_H * TILE_W) < t_left) & (row // TILE_W % TILE_H < h_left) & (row % TILE_W < w_left)
     elif HAS_SIZES:
         valid = row < tl.load(Sizes + block)
     else:
-        valid = row < S - block.to(tl.int64) * BLOCK
+        valid = row < W - origin[2]
     return valid

@@ -28,7 +28,11 @@ def select_kernel(
     WIDTH_PAD: tl.constexpr,
     HAS_SIZES: tl.constexpr,
 ):
-    """Top-k of one row, ties to the lower column: the k-th largest score is found bit by bit, from the highest down."""
+    """Top-k of one row, ties to the lower column.
+
+    A threshold that exactly topk scores reach is sought bit by bit, from the highest down; where none exists, because
+    several scores equal the k-th largest, all bits are found and the ties are counted off.
+    """
     row = tl.program_id(0).to(tl.int64)
     column = tl.arange(0, COLUMNS)
     eligible = column < num_kv_blocks
@@ -39,16 +43,24 @@ def select_kernel(
     bits = tl.where(score == 0.0, 0.0, score).to(tl.int32, bitcast=True)
     key = tl.where(bits < 0, ~bits, bits ^ -2147483648).to(tl.uint32, bitcast=True)
     key = tl.where(eligible, tl.maximum(key, 1), 0)
-    wanted = tl.minimum(tl.sum(eligible.to(tl.int32), 0), topk)
 
-    threshold = tl.zeros([], tl.uint32)
-    for step in tl.static_range(32):
-        candidate = threshold | (1 << (31 - step))
-        threshold = tl.where(tl.sum((key >= candidate).to(tl.int32), 0) >= wanted, candidate, threshold)
-    above = eligible & (key > threshold)
-    equal = eligible & (key == threshold)
-    rank = tl.cumsum(equal.to(tl.int32), 0)
-    selected = above | (equal & (rank <= wanted - tl.sum(above.to(tl.int32), 0)))
+    one = tl.full([], 1, tl.uint32)
+    threshold = tl.full([], 0, tl.uint32)
+    count = tl.sum(eligible.to(tl.int32), 0)
+    wanted = tl.minimum(count, topk)
+    bit = 31
+    while (bit >= 0) & (count != wanted):
+        candidate = threshold | (one << bit)
+        reach = tl.sum((key >= candidate).to(tl.int32), 0)
+        threshold = tl.where(reach >= wanted, candidate, threshold)
+        count = tl.where(reach >= wanted, reach, count)
+        bit -= 1
+    selected = eligible & (key >= threshold)
+    if count != wanted:
+        above = eligible & (key > threshold)
+        equal = eligible & (key == threshold)
+        rank = tl.cumsum(equal.to(tl.int32), 0)
+        selected = above | (equal & (rank <= wanted - tl.sum(above.to(tl.int32), 0)))
     store_selected(selected, column, Q2kIdx, Q2kNum, row, topk, WIDTH_PAD)
 
 
@@ -78,8 +90,8 @@ def invert_kernel(
     """One of the two passes of a counting sort of all (key block, query block) pairs by key block.
 
     ``Counts`` is [B·H, n_k, chunks], a chunk being a run of query blocks. The first pass counts the pairs of each cell;
-    the second, given where each cell's pairs begin, puts every query block in its place. A chunk's rows go in order, and
-    the entries of one row that name the same key block are equal, so atomics decide nothing that can be seen.
+    the second, given where each cell's pairs begin, puts every query block in its place. A chunk's rows go in order,
+    and the entries of one row that name the same key block are equal, so atomics decide nothing that can be seen.
     """
     bh = tl.program_id(0) // chunks
     chunk = tl.program_id(0) % chunks
