@@ -20,7 +20,7 @@ from vsa_jit.backends.triton.backward import (
     prepare_backward_kernel,
 )
 from vsa_jit.backends.triton.forward import attend_forward_kernel
-from vsa_jit.backends.triton.means import block_mean_kernel
+from vsa_jit.backends.triton.means import block_mean_backward_kernel, block_means_kernel
 from vsa_jit.backends.triton.select import compact_kernel, invert_kernel, select_kernel
 
 # Shared memory that a thread block may use, in bytes, from NVIDIA's table of compute capabilities.
@@ -33,10 +33,11 @@ ARCHITECTURES = {
     120: config.Architecture(99 * 1024, wgmma=False),
 }
 TYPE_NAMES = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32"}
-FP32 = {"Lse", "DLse", "OutC", "DOutC", "Shift", "Delta", "Mean", "Scores"}
+FP32 = {"Lse", "DLse", "OutC", "DOutC", "Shift", "Delta", "QMean", "KMean", "VMean", "DMean", "Scores"}
 INT32 = {"Q2kIdx", "Q2kNum", "K2qIdx", "QSizes", "KSizes", "Sizes"}
 INT64 = {"K2qEnd", "Counts"}
 INT64_SCALARS = {"inverse_hw", "inverse_w"}
+OPTIONS = ("num_warps", "num_stages", "enable_fp_fusion")
 POINTERS = {"Q", "K", "V", "X"}
 FLOATS = {"gate_value", "scale", "scale_log2"}
 TILES = {64: (4, 4, 4), 128: (2, 8, 8), 192: (4, 6, 8), 256: (4, 8, 8)}
@@ -74,8 +75,9 @@ def kernels(arch: config.Architecture, block: int, head_dim: int, dtype: torch.d
     yield attend_backward_q_kernel, common | config.backward_q(block, head_dim, itemsize, arch).launch
     yield attend_backward_kv_kernel, common | config.backward_kv(block, head_dim, itemsize, arch).launch
     yield prepare_backward_kernel, common | {"BLOCK_M": 32, "num_warps": 4}
-    for backward in (False, True):
-        yield block_mean_kernel, common | {"ROWS": 32, "BACKWARD": backward, "num_warps": 1}
+    for kernel in (block_means_kernel, block_mean_backward_kernel):
+        yield kernel, common | {"ROWS": 32, "num_warps": 1}
+    yield block_means_kernel, common | {"V": None, "ROWS": 32, "num_warps": 1}
 
 
 def selection_kernels():
@@ -104,7 +106,7 @@ def compile_kernel(kernel, constants: dict, dtype: torch.dtype, capability: int)
             signature[name] = "i64" if name in INT64_SCALARS else "i32"
             if name.startswith("stride"):
                 attributes[(position,)] = [["tt.divisibility", 16]]
-    options = {name: constants[name] for name in ("num_warps", "num_stages") if name in constants}
+    options = {name: constants[name] for name in OPTIONS if name in constants}
     constexprs = {name: value for name, value in constants.items() if signature.get(name) == "constexpr"}
     source = ASTSource(fn=kernel, signature=signature, constexprs=constexprs, attrs=attributes)
     return triton.compile(source, target=GPUTarget("cuda", capability, 32), options=options)
@@ -139,9 +141,7 @@ def main(capability: int) -> None:
 
 def report(kernel, constants: dict, dtype: torch.dtype, capability: int, variant: str) -> None:
     compiled = compile_kernel(kernel, constants, dtype, capability)
-    kind = "backward" if constants.get("BACKWARD") or constants.get("PLACE") else ""
-    name = f"{kernel.__name__} {kind} {variant}"
-    print(json.dumps({"kernel": name, "shared": compiled.metadata.shared}), flush=True)
+    print(json.dumps({"kernel": f"{kernel.__name__}, {variant}", "shared": compiled.metadata.shared}), flush=True)
 
 
 if __name__ == "__main__":

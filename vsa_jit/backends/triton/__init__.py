@@ -20,7 +20,7 @@ from vsa_jit.backends.triton.backward import (
     prepare_backward_kernel,
 )
 from vsa_jit.backends.triton.forward import attend_forward_kernel
-from vsa_jit.backends.triton.means import block_mean_kernel
+from vsa_jit.backends.triton.means import block_mean_backward_kernel, block_means_kernel
 from vsa_jit.backends.triton.rows import reciprocal
 from vsa_jit.backends.triton.select import compact_kernel, invert_kernel, select_kernel
 from vsa_jit.problem import Problem, axes, bhsd
@@ -30,37 +30,58 @@ INT32_MAX = 2**31 - 1
 # Query blocks that one program of the counting sort handles, and the most programs for each head.
 ROWS_PER_CHUNK = 16
 MAX_CHUNKS = 64
+# One warp holds all rows of a sum: several would have to meet in shared memory.
+_MEANS_LAUNCH = {"ROWS": 32, "num_warps": 1}
 
 
 def block_means(
     problem: Problem, q: Tensor, k: Tensor, v: Tensor | None, q_sizes: Tensor | None, kv_sizes: Tensor | None
 ) -> tuple[Tensor, Tensor, Tensor | None]:
-    q_c, k_c = _block_mean(problem, q, q_sizes), _block_mean(problem, k, kv_sizes)
-    return q_c, k_c, None if v is None else _block_mean(problem, v, kv_sizes)
-
-
-def _block_mean(problem: Problem, x: Tensor, sizes: Tensor | None) -> Tensor:
-    batch, heads, length, head_dim = bhsd(x, problem.layout).shape
-    mean = x.new_empty((batch, heads, problem.num_blocks(length), head_dim), dtype=torch.float32)
-    _launch_means(problem, x, mean, sizes, backward=False)
-    return mean
+    q_rows = (problem.batch, problem.heads, problem.num_q_blocks)
+    kv_rows = (problem.batch, problem.kv_heads, problem.num_kv_blocks)
+    q_c = q.new_empty((*q_rows, problem.head_dim), dtype=torch.float32)
+    k_c = q.new_empty((*kv_rows, problem.head_dim), dtype=torch.float32)
+    v_c = None if v is None else torch.empty_like(k_c)
+    q_programs, kv_programs = math.prod(q_rows), math.prod(kv_rows)
+    with torch.cuda.device_of(q):
+        block_means_kernel[(q_programs + (1 if v is None else 2) * kv_programs,)](
+            q,
+            k,
+            v,
+            q_c,
+            k_c,
+            v_c,
+            q_sizes,
+            kv_sizes,
+            *_strides(q, problem.layout),
+            *_strides(k, problem.layout),
+            *((0, 0, 0) if v is None else _strides(v, problem.layout)),
+            problem.heads,
+            problem.kv_heads,
+            problem.num_q_blocks,
+            problem.num_kv_blocks,
+            q_programs,
+            kv_programs,
+            problem.q_len,
+            problem.kv_len,
+            *_geometry(problem),
+            **_head_and_tile(problem),
+            **_masks(problem, q_sizes, kv_sizes),
+            **_MEANS_LAUNCH,
+        )
+    return q_c, k_c, v_c
 
 
 def block_mean_backward(problem: Problem, dmean: Tensor, x: Tensor, sizes: Tensor | None) -> Tensor:
     dx = torch.empty_like(x)
-    _launch_means(problem, dx, dmean.contiguous(), sizes, backward=True)
-    return dx
-
-
-def _launch_means(problem: Problem, x: Tensor, mean: Tensor, sizes: Tensor | None, *, backward: bool) -> None:
-    batch, heads, blocks, _ = mean.shape
+    batch, heads, blocks, _ = dmean.shape
     length = bhsd(x, problem.layout).shape[2]
     with torch.cuda.device_of(x):
-        block_mean_kernel[(batch * heads * blocks,)](
-            x,
-            mean,
+        block_mean_backward_kernel[(batch * heads * blocks,)](
+            dmean.contiguous(),
+            dx,
             sizes,
-            *_strides(x, problem.layout),
+            *_strides(dx, problem.layout),
             heads,
             blocks,
             length,
@@ -68,11 +89,9 @@ def _launch_means(problem: Problem, x: Tensor, mean: Tensor, sizes: Tensor | Non
             **_head_and_tile(problem),
             HAS_SIZES=sizes is not None,
             MASK=sizes is not None or problem.is_partial(length),
-            ROWS=32,
-            BACKWARD=backward,
-            # One warp holds a whole row of the sum: several would have to meet in shared memory.
-            num_warps=1,
+            **_MEANS_LAUNCH,
         )
+    return dx
 
 
 def select(scores: Tensor, kv_sizes: Tensor | None, topk: int, q2k_idx: Tensor, q2k_num: Tensor) -> None:
@@ -357,6 +376,15 @@ def _head_and_tile(problem: Problem) -> dict[str, Any]:
     }
 
 
+def _masks(problem: Problem, q_sizes: Tensor | None, kv_sizes: Tensor | None) -> dict[str, bool]:
+    return {
+        "HAS_Q_SIZES": q_sizes is not None,
+        "HAS_K_SIZES": kv_sizes is not None,
+        "MASK_Q": q_sizes is not None or problem.is_partial(problem.q_len),
+        "MASK_K": kv_sizes is not None or problem.is_partial(problem.kv_len),
+    }
+
+
 def _attention_constants(
     problem: Problem, q: Tensor, q_sizes: Tensor | None, kv_sizes: Tensor | None, streamed: tuple[Tensor, Tensor]
 ) -> dict[str, Any]:
@@ -367,10 +395,7 @@ def _attention_constants(
     return {
         **_head_and_tile(problem),
         "GROUP": problem.group,
-        "HAS_Q_SIZES": q_sizes is not None,
-        "HAS_K_SIZES": kv_sizes is not None,
-        "MASK_Q": q_sizes is not None or problem.is_partial(problem.q_len),
-        "MASK_K": kv_sizes is not None or problem.is_partial(problem.kv_len),
+        **_masks(problem, q_sizes, kv_sizes),
         "ALIKE": row_strides[0] == row_strides[1],
         "OFFSET": tl.int32 if fits else tl.int64,
         "EXACT": q.dtype == torch.float32,
