@@ -1,12 +1,19 @@
 """Without a GPU the Triton kernels run in Triton's interpreter, which must be told before they are first imported."""
 
+import atexit
 import os
+import shutil
+import tempfile
 
 import pytest
 import torch
 
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"
+# What torch.compile keeps on disk is found again by the graph of the forward, whatever has changed in a backward since.
+compile_cache = tempfile.mkdtemp(prefix="vsa_jit-tests-")
+atexit.register(shutil.rmtree, compile_cache, ignore_errors=True)
+os.environ["TORCHINDUCTOR_CACHE_DIR"] = compile_cache
 
 
 def pytest_collection_modifyitems(items):

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from vsa_jit.backends.choose import Backend, backend_for
-from vsa_jit.problem import Problem, bhsd
+from vsa_jit.problem import Operands, Problem, bhsd
 
 # Scores that are computed at a time, so that selection needs little memory however many blocks there are.
 SCORES_AT_A_TIME = 1 << 24
@@ -204,44 +204,22 @@ def attend(
         q, or empty where it was not asked for.
     """
     problem = Problem.of(q, k, tile, grid, layout, softmax_scale, backend)
-    out, lse, out_s = _backend(problem, q).forward(
-        problem, q, k, v, q2k_idx, q2k_num, q_sizes, kv_sizes, out_c, gate, gate_value, keep_out_s
-    )
+    operands = Operands(q, k, v, q2k_idx, q2k_num, q_sizes, kv_sizes, out_c, gate, gate_value)
+    out, lse, out_s = _backend(problem, q).forward(problem, operands, keep_out_s)
     return out, lse, q.new_empty(0) if out_s is None else out_s
 
 
 @_fake(attend)
-def _(
-    q,
-    k,
-    v,
-    q2k_idx,
-    q2k_num,
-    q_sizes,
-    kv_sizes,
-    out_c,
-    gate,
-    gate_value,
-    keep_out_s,
-    tile,
-    grid,
-    layout,
-    softmax_scale,
-    backend,
-):
+def _(q, k, v, q2k_idx, q2k_num, q_sizes, kv_sizes, out_c, gate, gate_value, keep_out_s, tile, grid, layout, *_):
     lse = q.new_empty(bhsd(q, layout).shape[:3], dtype=torch.float32)
     return torch.empty_like(q), lse, torch.empty_like(q) if keep_out_s else q.new_empty(0)
 
 
 @_operator
 def attend_backward(
-    dout: Tensor,
-    dlse: Tensor | None,
     q: Tensor,
     k: Tensor,
     v: Tensor,
-    out_s: Tensor,
-    lse: Tensor,
     q2k_idx: Tensor,
     q2k_num: Tensor,
     q_sizes: Tensor | None,
@@ -249,6 +227,10 @@ def attend_backward(
     out_c: Tensor | None,
     gate: Tensor | None,
     gate_value: float,
+    out_s: Tensor,
+    lse: Tensor,
+    dout: Tensor,
+    dlse: Tensor | None,
     need_dq: bool,
     need_dkv: bool,
     tile: Sequence[int],
@@ -259,105 +241,40 @@ def attend_backward(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Gradients of ``attend`` in q, k, v, the gate and ``out_c``; empty where there is none or it is not needed."""
     problem = Problem.of(q, k, tile, grid, layout, softmax_scale, backend)
-    grads = _backend(problem, q).backward(
-        problem,
-        dout,
-        dlse,
-        q,
-        k,
-        v,
-        out_s,
-        lse,
-        q2k_idx,
-        q2k_num,
-        q_sizes,
-        kv_sizes,
-        out_c,
-        gate,
-        gate_value,
-        need_dq,
-        need_dkv,
-    )
-    dq, dk, dv, dgate, dout_c = (q.new_empty(0) if grad is None else grad for grad in grads)
+    operands = Operands(q, k, v, q2k_idx, q2k_num, q_sizes, kv_sizes, out_c, gate, gate_value)
+    gradients = _backend(problem, q).backward(problem, operands, out_s, lse, dout, dlse, need_dq, need_dkv)
+    dq, dk, dv, dgate, dout_c = (q.new_empty(0) if x is None else x for x in gradients)
     return dq, dk, dv, dgate, dout_c
 
 
 @_fake(attend_backward)
 def _(
-    dout,
-    dlse,
-    q,
-    k,
-    v,
-    out_s,
-    lse,
-    q2k_idx,
-    q2k_num,
-    q_sizes,
-    kv_sizes,
-    out_c,
-    gate,
-    gate_value,
-    need_dq,
-    need_dkv,
-    tile,
-    grid,
-    layout,
-    softmax_scale,
-    backend,
+    q, k, v, q2k_idx, q2k_num, q_sizes, kv_sizes, out_c, gate, gate_value, out_s, lse, dout, dlse, need_dq, need_dkv, *_
 ):
-    none = q.new_empty(0)
-    combined = [None if out_c is None else x for x in (gate, out_c)]
-    return (
-        torch.empty_like(q) if need_dq else none,
-        torch.empty_like(k) if need_dkv else q.new_empty(0),
-        torch.empty_like(v) if need_dkv else q.new_empty(0),
-        *(
-            q.new_empty(0) if x is None else torch.empty_like(x, memory_format=torch.contiguous_format)
-            for x in combined
-        ),
-    )
+    def like(x: Tensor, needed: bool, memory_format: torch.memory_format = torch.preserve_format) -> Tensor:
+        return torch.empty_like(x, memory_format=memory_format) if needed else q.new_empty(0)
+
+    combined = out_c is not None
+    dgate = like(gate, combined, torch.contiguous_format) if gate is not None else q.new_empty(0)
+    dout_c = like(out_c, combined, torch.contiguous_format) if combined else q.new_empty(0)
+    return like(q, need_dq), like(k, need_dkv), like(v, need_dkv), dgate, dout_c
 
 
 def _setup_attend(ctx: Any, inputs: tuple, output: tuple[Tensor, Tensor, Tensor]) -> None:
-    q, k, v, q2k_idx, q2k_num, q_sizes, kv_sizes, out_c, gate, ctx.gate_value, keep_out_s, *ctx.static = inputs
+    tensors, (gate_value, keep_out_s, *static) = inputs[:9], inputs[9:]
     out, lse, out_s = output
     ctx.set_materialize_grads(False)
-    ctx.save_for_backward(q, k, v, out_s if keep_out_s else out, lse, q2k_idx, q2k_num, q_sizes, kv_sizes, out_c, gate)
+    ctx.gate_value, ctx.static = gate_value, static
+    ctx.save_for_backward(*tensors, out_s if keep_out_s else out, lse)
 
 
 def _attend_grad(ctx: Any, dout: Tensor | None, dlse: Tensor | None, dout_s: Tensor | None) -> tuple:
-    q, k, v, out_s, lse, q2k_idx, q2k_num, q_sizes, kv_sizes, out_c, gate = ctx.saved_tensors
+    *tensors, out_s, lse = ctx.saved_tensors
     need_dq, need_dkv = ctx.needs_input_grad[0], ctx.needs_input_grad[1] or ctx.needs_input_grad[2]
-    dout = torch.zeros_like(q) if dout is None else dout
-    dq, dk, dv, dgate, dout_c = attend_backward(
-        dout,
-        dlse,
-        q,
-        k,
-        v,
-        out_s,
-        lse,
-        q2k_idx,
-        q2k_num,
-        q_sizes,
-        kv_sizes,
-        out_c,
-        gate,
-        ctx.gate_value,
-        need_dq,
-        need_dkv,
-        *ctx.static,
-    )
-    return (
-        dq if need_dq else None,
-        dk if need_dkv else None,
-        dv if need_dkv else None,
-        *(None,) * 4,
-        dout_c if out_c is not None else None,
-        dgate if out_c is not None and gate is not None else None,
-        *(None,) * 7,
-    )
+    dout = torch.zeros_like(out_s) if dout is None else dout
+    gradients = attend_backward(*tensors, ctx.gate_value, out_s, lse, dout, dlse, need_dq, need_dkv, *ctx.static)
+    dq, dk, dv, dgate, dout_c = (x if x.numel() > 0 else None for x in gradients)
+    return dq, dk, dv, *(None,) * 4, dout_c, dgate, *(None,) * 7
 
 
 _autograd(attend, _attend_grad, _setup_attend)

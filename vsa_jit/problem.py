@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -100,6 +100,31 @@ class Problem:
         """What an operator is told besides its tensors; ``of`` reads it back."""
         grid = None if self.grid is None else list(self.grid)
         return list(self.tile), grid, self.layout, self.softmax_scale, self.backend
+
+
+class Operands(NamedTuple):
+    """What the fine branch attends, and the coarse output that it adds; shapes as in ``vsa_jit.ops.attend``."""
+
+    q: Tensor
+    k: Tensor
+    v: Tensor
+    q2k_idx: Tensor
+    q2k_num: Tensor
+    q_sizes: Tensor | None
+    kv_sizes: Tensor | None
+    out_c: Tensor | None
+    gate: Tensor | None
+    gate_value: float
+
+
+class Gradients(NamedTuple):
+    """Of the fine branch; None where there is none or it was not asked for."""
+
+    dq: Tensor | None
+    dk: Tensor | None
+    dv: Tensor | None
+    dgate: Tensor | None
+    dout_c: Tensor | None
 
 
 def axes(layout: str) -> tuple[int, int, int, int]:

@@ -18,7 +18,7 @@ from typing import Protocol, cast
 import torch
 from torch import Tensor
 
-from vsa_jit.problem import Problem
+from vsa_jit.problem import Gradients, Operands, Problem
 
 ENVIRONMENT_VARIABLE = "VSA_JIT_BACKEND"
 OLDEST_TRITON_CAPABILITY = (8, 0)
@@ -41,41 +41,20 @@ class Backend(Protocol):
     def compact(self, block_map: Tensor, q2k_idx: Tensor, q2k_num: Tensor) -> None: ...
 
     def forward(
-        self,
-        problem: Problem,
-        q: Tensor,
-        k: Tensor,
-        v: Tensor,
-        q2k_idx: Tensor,
-        q2k_num: Tensor,
-        q_sizes: Tensor | None,
-        kv_sizes: Tensor | None,
-        out_c: Tensor | None,
-        gate: Tensor | None,
-        gate_value: float,
-        keep_out_s: bool,
+        self, problem: Problem, operands: Operands, keep_out_s: bool
     ) -> tuple[Tensor, Tensor, Tensor | None]: ...
 
     def backward(
         self,
         problem: Problem,
-        dout: Tensor,
-        dlse: Tensor | None,
-        q: Tensor,
-        k: Tensor,
-        v: Tensor,
+        operands: Operands,
         out_s: Tensor,
         lse: Tensor,
-        q2k_idx: Tensor,
-        q2k_num: Tensor,
-        q_sizes: Tensor | None,
-        kv_sizes: Tensor | None,
-        out_c: Tensor | None,
-        gate: Tensor | None,
-        gate_value: float,
+        dout: Tensor,
+        dlse: Tensor | None,
         need_dq: bool,
         need_dkv: bool,
-    ) -> tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None, Tensor | None]: ...
+    ) -> Gradients: ...
 
 
 @dataclass(frozen=True)

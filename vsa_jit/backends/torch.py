@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from vsa_jit.grid import block_tokens
-from vsa_jit.problem import Problem, bhsd
+from vsa_jit.problem import Gradients, Operands, Problem, bhsd
 
 # Elements of one gathered chunk of keys, and of one chunk of scores.
 CHUNK_ELEMENTS = 1 << 20
@@ -121,20 +121,8 @@ def _chunks(
                 yield _Chunk(b, h, h_kv, rows, q_rows, k_rows, v_rows, tokens, scores, poisoned)
 
 
-def forward(
-    problem: Problem,
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    q2k_idx: Tensor,
-    q2k_num: Tensor,
-    q_sizes: Tensor | None,
-    kv_sizes: Tensor | None,
-    out_c: Tensor | None,
-    gate: Tensor | None,
-    gate_value: float,
-    keep_out_s: bool,
-) -> tuple[Tensor, Tensor, Tensor | None]:
+def forward(problem: Problem, operands: Operands, keep_out_s: bool) -> tuple[Tensor, Tensor, Tensor | None]:
+    q, k, v, q2k_idx, q2k_num, q_sizes, kv_sizes, out_c, gate, gate_value = operands
     out = torch.empty_like(q)
     out_s = torch.empty_like(q) if keep_out_s else None
     lse = q.new_empty((problem.batch, problem.heads, problem.q_len), dtype=torch.float32)
@@ -165,23 +153,15 @@ def forward(
 
 def backward(
     problem: Problem,
-    dout: Tensor,
-    dlse: Tensor | None,
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
+    operands: Operands,
     out_s: Tensor,
     lse: Tensor,
-    q2k_idx: Tensor,
-    q2k_num: Tensor,
-    q_sizes: Tensor | None,
-    kv_sizes: Tensor | None,
-    out_c: Tensor | None,
-    gate: Tensor | None,
-    gate_value: float,
+    dout: Tensor,
+    dlse: Tensor | None,
     need_dq: bool,
     need_dkv: bool,
-) -> tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None, Tensor | None]:
+) -> Gradients:
+    q, k, v, q2k_idx, q2k_num, q_sizes, kv_sizes, out_c, gate, gate_value = operands
     layout = problem.layout
     q_tokens = block_tokens(problem, problem.q_len, q_sizes, q.device)
     kv_tokens = block_tokens(problem, problem.kv_len, kv_sizes, q.device)
@@ -223,11 +203,11 @@ def backward(
             if chunk.rows.stop == problem.num_q_blocks:
                 _put(bhsd(dq, layout)[b, h], q_tokens, dq_blocks)
     if not need_dkv:
-        return dq, None, None, dgate, dout_c
+        return Gradients(dq, None, None, dgate, dout_c)
     dk, dv = torch.empty_like(k), torch.empty_like(v)
     bhsd(dk, layout).copy_(dk_sum)
     bhsd(dv, layout).copy_(dv_sum)
-    return dq, dk, dv, dgate, dout_c
+    return Gradients(dq, dk, dv, dgate, dout_c)
 
 
 def _take(x: Tensor, tokens: Tensor, fill: float = 0.0) -> Tensor:

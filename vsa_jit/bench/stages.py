@@ -17,6 +17,7 @@ from vsa_jit.bench.attention import sparse
 from vsa_jit.bench.cases import Case, Inputs, flops_factor
 from vsa_jit.bench.measure import median_ms
 from vsa_jit.coarse import coarse_branch
+from vsa_jit.problem import Operands
 
 
 @dataclass(frozen=True)
@@ -82,7 +83,8 @@ class _Stages:
 
         def fine(out_c: Tensor | None) -> object:
             gate = None if out_c is None else self._gate
-            return run.forward(problem, q, k, v, index, count, None, None, out_c, gate, self._gate_value, False)
+            operands = Operands(q, k, v, index, count, None, None, out_c, gate, self._gate_value)
+            return run.forward(problem, operands, False)
 
         fine_ms = self._ms(lambda: fine(None))
         yield self._attention("fine attention", fine_ms, "forward")
@@ -93,11 +95,11 @@ class _Stages:
         problem, run = self._problem, self._run
         q, k, v, dout = self._inputs.q, self._inputs.k, self._inputs.v, self._inputs.dout
         index, count, out_c = self._selection()
-        out_s, lse, _ = run.forward(problem, q, k, v, index, count, None, None, None, None, 0.0, False)
+        operands = Operands(q, k, v, index, count, None, None, out_c, self._gate, self._gate_value)
+        out_s, lse, _ = run.forward(problem, operands._replace(out_c=None, gate=None), False)
 
         def fine(need_dq: bool, need_dkv: bool) -> float:
-            saved = (q, k, v, out_s, lse, index, count, None, None, out_c, self._gate, self._gate_value)
-            return self._ms(lambda: run.backward(problem, dout, None, *saved, need_dq, need_dkv))
+            return self._ms(lambda: run.backward(problem, operands, out_s, lse, dout, None, need_dq, need_dkv))
 
         invert: Any = getattr(run, "invert", None)
         if invert is None:

@@ -23,7 +23,7 @@ from vsa_jit.backends.triton.forward import attend_forward_kernel
 from vsa_jit.backends.triton.means import block_mean_backward_kernel, block_means_kernel
 from vsa_jit.backends.triton.rows import reciprocal
 from vsa_jit.backends.triton.select import compact_kernel, invert_kernel, select_kernel
-from vsa_jit.problem import Problem, axes, bhsd
+from vsa_jit.problem import Gradients, Operands, Problem, axes, bhsd
 
 LOG2E = math.log2(math.e)
 INT32_MAX = 2**31 - 1
@@ -154,20 +154,8 @@ def invert(problem: Problem, q2k_idx: Tensor, q2k_num: Tensor) -> tuple[Tensor, 
     return ends, k2q_idx, chunks
 
 
-def forward(
-    problem: Problem,
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    q2k_idx: Tensor,
-    q2k_num: Tensor,
-    q_sizes: Tensor | None,
-    kv_sizes: Tensor | None,
-    out_c: Tensor | None,
-    gate: Tensor | None,
-    gate_value: float,
-    keep_out_s: bool,
-) -> tuple[Tensor, Tensor, Tensor | None]:
+def forward(problem: Problem, operands: Operands, keep_out_s: bool) -> tuple[Tensor, Tensor, Tensor | None]:
+    q, k, v, q2k_idx, q2k_num, q_sizes, kv_sizes, out_c, gate, gate_value = operands
     out = torch.empty_like(q)
     out_s = torch.empty_like(q) if keep_out_s else None
     lse = q.new_empty((problem.batch, problem.heads, problem.q_len), dtype=torch.float32)
@@ -213,23 +201,15 @@ def forward(
 
 def backward(
     problem: Problem,
-    dout: Tensor,
-    dlse: Tensor | None,
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
+    operands: Operands,
     out_s: Tensor,
     lse: Tensor,
-    q2k_idx: Tensor,
-    q2k_num: Tensor,
-    q_sizes: Tensor | None,
-    kv_sizes: Tensor | None,
-    out_c: Tensor | None,
-    gate: Tensor | None,
-    gate_value: float,
+    dout: Tensor,
+    dlse: Tensor | None,
     need_dq: bool,
     need_dkv: bool,
-) -> tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None, Tensor | None]:
+) -> Gradients:
+    q, k, v, q2k_idx, q2k_num, q_sizes, kv_sizes, out_c, gate, gate_value = operands
     layout = problem.layout
     dout = dout if dout.stride(-1) == 1 else dout.contiguous()
     q2k_idx, q2k_num = q2k_idx.contiguous(), q2k_num.contiguous()
@@ -343,7 +323,7 @@ def backward(
                 **_attention_constants(problem, q, q_sizes, kv_sizes, (q, dout)),
                 **tiles.launch,
             )
-    return dq, dk, dv, dgate, dout_c
+    return Gradients(dq, dk, dv, dgate, dout_c)
 
 
 def _strides(x: Tensor, layout: str) -> tuple[int, int, int]:

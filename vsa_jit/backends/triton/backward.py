@@ -13,6 +13,7 @@ from vsa_jit.backends.triton.product import add_product
 from vsa_jit.backends.triton.rows import (
     block_origin,
     is_partial,
+    load_rows,
     relative_tokens,
     row_token,
     tiles_are_shifted,
@@ -220,12 +221,8 @@ def attend_backward_q_kernel(
     q_valid = valid_rows(q_block, q_origin, q_row0, BLOCK_M, RASTER, TILE_H, TILE_W, T, H, q_w, QSizes, HAS_Q_SIZES)
     q_ptrs = Q + b * stride_qb + h * stride_qh + q_token[:, None] * stride_qs + d[None, :]
     dout_ptrs = DOut + b * stride_dob + h * stride_doh + q_token[:, None] * stride_dos + d[None, :]
-    if MASK_Q or MASK_D:
-        q = tl.load(q_ptrs, mask=q_valid[:, None] & in_head[None, :], other=0.0)
-        dout = tl.load(dout_ptrs, mask=q_valid[:, None] & in_head[None, :], other=0.0)
-    else:
-        q = tl.load(q_ptrs)
-        dout = tl.load(dout_ptrs)
+    q = load_rows(q_ptrs, q_valid, in_head, MASK_Q, MASK_D)
+    dout = load_rows(dout_ptrs, q_valid, in_head, MASK_Q, MASK_D)
     padded = row * BLOCK + q_row0 + tl.arange(0, BLOCK_M)
     shift = tl.load(Shift + padded)
     delta = tl.load(Delta + padded)
@@ -259,27 +256,18 @@ def attend_backward_q_kernel(
                 v_tile = kv_row[:, None] * stride_vs + d[None, :]
         k_ptrs = K + kv_token * stride_ks + k_tile
         v_ptrs = V + kv_token * stride_vs + v_tile
-        if MASK_K:
-            kv_valid = valid_rows(
-                kv_block, kv_origin, kv_row0, BLOCK_N, RASTER, TILE_H, TILE_W, T, H, kv_w, KSizes, HAS_K_SIZES
-            )
-            kv_partial = is_partial(
-                kv_block, kv_origin, RASTER, BLOCK, TILE_T, TILE_H, TILE_W, T, H, kv_w, KSizes, HAS_K_SIZES
-            )
-            k = tl.load(k_ptrs, mask=kv_valid[:, None] & in_head[None, :], other=0.0)
-            v = tl.load(v_ptrs, mask=kv_valid[:, None] & in_head[None, :], other=0.0)
-        elif MASK_D:
-            k = tl.load(k_ptrs, mask=in_head[None, :], other=0.0)
-            v = tl.load(v_ptrs, mask=in_head[None, :], other=0.0)
-        else:
-            k = tl.load(k_ptrs)
-            v = tl.load(v_ptrs)
+        kv_valid = valid_rows(
+            kv_block, kv_origin, kv_row0, BLOCK_N, RASTER, TILE_H, TILE_W, T, H, kv_w, KSizes, HAS_K_SIZES
+        )
+        k = load_rows(k_ptrs, kv_valid, in_head, MASK_K, MASK_D)
+        v = load_rows(v_ptrs, kv_valid, in_head, MASK_K, MASK_D)
         s = tl.dot(q, tl.trans(k), input_precision="ieee")
         dp = tl.dot(dout, tl.trans(v), input_precision="ieee")
         p = probabilities(s, shift[:, None], scale, scale_log2, EXACT)
         ds = p * (dp - delta[:, None])
         if MASK_K:
-            if kv_partial:
+            # The branch spares full blocks the masking.
+            if is_partial(kv_block, kv_origin, RASTER, BLOCK, TILE_T, TILE_H, TILE_W, T, H, kv_w, KSizes, HAS_K_SIZES):
                 ds = tl.where(kv_valid[None, :], ds, 0.0)
         dq = add_product(dq, ds.to(k.dtype), k, EXACT)
 
@@ -388,12 +376,8 @@ def attend_backward_kv_kernel(
     )
     k_ptrs = K + b * stride_kb + h_kv * stride_kh + kv_token[:, None] * stride_ks + d[None, :]
     v_ptrs = V + b * stride_vb + h_kv * stride_vh + kv_token[:, None] * stride_vs + d[None, :]
-    if MASK_K or MASK_D:
-        k = tl.load(k_ptrs, mask=kv_valid[:, None] & in_head[None, :], other=0.0)
-        v = tl.load(v_ptrs, mask=kv_valid[:, None] & in_head[None, :], other=0.0)
-    else:
-        k = tl.load(k_ptrs)
-        v = tl.load(v_ptrs)
+    k = load_rows(k_ptrs, kv_valid, in_head, MASK_K, MASK_D)
+    v = load_rows(v_ptrs, kv_valid, in_head, MASK_K, MASK_D)
 
     # With one row stride for both, one set of offsets is kept in registers.
     if ALIKE:
@@ -428,18 +412,11 @@ def attend_backward_kv_kernel(
                     dout_tile = q_row[:, None] * stride_dos + d[None, :]
             q_ptrs = Q_h + q_token * stride_qs + q_tile
             dout_ptrs = DOut_h + q_token * stride_dos + dout_tile
-            if MASK_Q:
-                q_valid = valid_rows(
-                    q_block, q_origin, q_row0, BLOCK_M, RASTER, TILE_H, TILE_W, T, H, q_w, QSizes, HAS_Q_SIZES
-                )
-                q = tl.load(q_ptrs, mask=q_valid[:, None] & in_head[None, :], other=0.0)
-                dout = tl.load(dout_ptrs, mask=q_valid[:, None] & in_head[None, :], other=0.0)
-            elif MASK_D:
-                q = tl.load(q_ptrs, mask=in_head[None, :], other=0.0)
-                dout = tl.load(dout_ptrs, mask=in_head[None, :], other=0.0)
-            else:
-                q = tl.load(q_ptrs)
-                dout = tl.load(dout_ptrs)
+            q_valid = valid_rows(
+                q_block, q_origin, q_row0, BLOCK_M, RASTER, TILE_H, TILE_W, T, H, q_w, QSizes, HAS_Q_SIZES
+            )
+            q = load_rows(q_ptrs, q_valid, in_head, MASK_Q, MASK_D)
+            dout = load_rows(dout_ptrs, q_valid, in_head, MASK_Q, MASK_D)
             padded = (bh * num_q_blocks + q_block) * BLOCK + q_row0 + tl.arange(0, BLOCK_M)
             shift = tl.load(Shift + padded)
             delta = tl.load(Delta + padded)

@@ -7,6 +7,7 @@ from vsa_jit.backends.triton.product import add_product
 from vsa_jit.backends.triton.rows import (
     block_origin,
     is_partial,
+    load_rows,
     relative_tokens,
     row_token,
     tiles_are_shifted,
@@ -103,10 +104,7 @@ def attend_forward_kernel(
     q_token = token_at(q_origin, H, W) + relative_tokens(q_row0, BLOCK_M, RASTER, TILE_H, TILE_W, H, W)
     q_valid = valid_rows(q_block, q_origin, q_row0, BLOCK_M, RASTER, TILE_H, TILE_W, T, H, q_w, QSizes, HAS_Q_SIZES)
     q_ptrs = Q + b * stride_qb + h * stride_qh + q_token[:, None] * stride_qs + d[None, :]
-    if MASK_Q or MASK_D:
-        q = tl.load(q_ptrs, mask=q_valid[:, None] & in_head[None, :], other=0.0)
-    else:
-        q = tl.load(q_ptrs)
+    q = load_rows(q_ptrs, q_valid, in_head, MASK_Q, MASK_D)
 
     # With one row stride for both, one set of offsets is kept in registers.
     if ALIKE:
@@ -143,22 +141,14 @@ def attend_forward_kernel(
                 v_tile = kv_row[:, None] * stride_vs + d[None, :]
         k_ptrs = K + kv_token * stride_ks + k_tile
         v_ptrs = V + kv_token * stride_vs + v_tile
-        if MASK_K:
-            kv_valid = valid_rows(
-                kv_block, kv_origin, kv_row0, BLOCK_N, RASTER, TILE_H, TILE_W, T, H, kv_w, KSizes, HAS_K_SIZES
-            )
-            kv_partial = is_partial(
-                kv_block, kv_origin, RASTER, BLOCK, TILE_T, TILE_H, TILE_W, T, H, kv_w, KSizes, HAS_K_SIZES
-            )
-            k = tl.load(k_ptrs, mask=kv_valid[:, None] & in_head[None, :], other=0.0)
-        elif MASK_D:
-            k = tl.load(k_ptrs, mask=in_head[None, :], other=0.0)
-        else:
-            k = tl.load(k_ptrs)
+        kv_valid = valid_rows(
+            kv_block, kv_origin, kv_row0, BLOCK_N, RASTER, TILE_H, TILE_W, T, H, kv_w, KSizes, HAS_K_SIZES
+        )
+        k = load_rows(k_ptrs, kv_valid, in_head, MASK_K, MASK_D)
         s = tl.dot(q, tl.trans(k), input_precision="ieee")
         if MASK_K:
             # The branch spares full blocks the masking.
-            if kv_partial:
+            if is_partial(kv_block, kv_origin, RASTER, BLOCK, TILE_T, TILE_H, TILE_W, T, H, kv_w, KSizes, HAS_K_SIZES):
                 s = tl.where(kv_valid[None, :], s, float("-inf"))
         new_max = tl.maximum(row_max, tl.max(s, 1))
         if MASK_K:
@@ -172,12 +162,7 @@ def attend_forward_kernel(
         alpha = tl.math.exp2((row_max - shift) * scale_log2)
         row_sum = row_sum * alpha + tl.sum(p, 1)
         acc = acc * alpha[:, None]
-        if MASK_K:
-            v = tl.load(v_ptrs, mask=kv_valid[:, None] & in_head[None, :], other=0.0)
-        elif MASK_D:
-            v = tl.load(v_ptrs, mask=in_head[None, :], other=0.0)
-        else:
-            v = tl.load(v_ptrs)
+        v = load_rows(v_ptrs, kv_valid, in_head, MASK_K, MASK_D)
         acc = add_product(acc, p.to(v.dtype), v, EXACT)
         row_max = new_max
 

@@ -131,3 +131,15 @@ def valid_rows(
     else:
         valid = row < W - origin[2]
     return valid
+
+
+@triton.jit
+def load_rows(ptrs, valid, in_head, MASK: tl.constexpr, MASK_D: tl.constexpr):
+    """Rows of a tile, 0 where they are not valid (MASK) and past the head's width (MASK_D)."""
+    if MASK:
+        rows = tl.load(ptrs, mask=valid[:, None] & in_head[None, :], other=0.0)
+    elif MASK_D:
+        rows = tl.load(ptrs, mask=in_head[None, :], other=0.0)
+    else:
+        rows = tl.load(ptrs)
+    return rows
