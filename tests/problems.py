@@ -183,6 +183,7 @@ CASES = [
     Case("raster 128", grid=(3, 9, 10), block_size=128, topk=2, gate="per channel"),
     Case("raster 256, bshd", grid=(5, 9, 9), block_size=(4, 8, 8), layout="bshd", topk=3, gate="per channel"),
     Case("raster, tiles that are no shifted rows", grid=(5, 7, 9), block_size=(4, 6, 8), topk=2, gate="full"),
+    Case("raster, tall tile", grid=(130, 2, 3), block_size=(64, 1, 1), topk=2, gate="full"),
     Case("raster, flat tile", grid=(2, 9, 33), block_size=(1, 4, 32), topk=2),
     Case("192 tokens", q_len=400, block_size=192, topk=2),
     Case("320 tokens, bshd", q_len=700, block_size=320, topk=2, layout="bshd"),

@@ -68,6 +68,11 @@ WRONG_CALLS = [
         ValueError,
         "q: expected a head dimension from 16 to 256, got 257",
     ),
+    ("q", {"q": torch.randn(B, H, S, D).to_sparse()}, TypeError, "q: expected a dense tensor, got .* torch.sparse_coo"),
+    ("layout", {"layout": 3}, TypeError, "layout: expected a string, got int"),
+    ("backend", {"backend": None}, TypeError, "backend: expected a string, got NoneType"),
+    ("grid", {"grid": b"\4\10\10"}, TypeError, "grid: expected three ints, got bytes"),
+    ("softmax_scale", {"softmax_scale": 10**400}, ValueError, "softmax_scale: expected a positive finite number"),
     ("layout", {"layout": "sbhd"}, ValueError, r"layout: expected one of \('bhsd', 'bshd'\), got 'sbhd'"),
     ("softmax_scale", {"softmax_scale": "1"}, TypeError, "softmax_scale: expected a number or None, got str"),
     (
@@ -189,7 +194,7 @@ def test_topk_and_sparsity(arguments, error, message):
         (
             torch.ones(B, H, S, D, dtype=torch.int32),
             TypeError,
-            "compress_attn_weight: expected a floating-point tensor",
+            "compress_attn_weight: expected dtype .*, got torch.int32",
         ),
         (torch.ones(B, H, S - 1, D), ValueError, r"compress_attn_weight: expected q's shape .* got \(1, 2, 255, 32\)"),
         (torch.ones(1, B, H, S, D), ValueError, "compress_attn_weight: expected q's shape"),

@@ -63,7 +63,7 @@ def test_without_triton(monkeypatch):
 def test_a_backend_asked_for_by_name_runs_or_raises():
     assert choose(problem("torch"), CPU, torch.float32).backend == "torch"
     q, k, v = qkv()
-    with pytest.raises(RuntimeError, match="backend 'triton' cannot run this call: Triton needs a CUDA device"):
+    with pytest.raises(RuntimeError, match="backend='triton' cannot run this call: Triton needs a CUDA device"):
         vsa_jit.video_sparse_attn(q, k, v, topk=1, backend="triton")
 
 

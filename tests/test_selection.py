@@ -117,7 +117,8 @@ def inverse(idx, num, num_kv_blocks):
 
 
 @pytest.mark.parametrize(
-    ("num_q_blocks", "num_kv_blocks", "width"), [(1, 1, 1), (5, 9, 4), (40, 7, 7), (130, 20, 3), (3, 50, 33)]
+    ("num_q_blocks", "num_kv_blocks", "width"),
+    [(1, 1, 1), (5, 9, 4), (40, 7, 7), (130, 20, 3), (3, 50, 33), (2, 400, 400), (2, 700, 650)],
 )
 def test_invert(num_q_blocks, num_kv_blocks, width):
     heads = 3

@@ -181,3 +181,73 @@ def test_sparsity_and_topk_agree(run):
     for sparsity, topk in ((0.0, 10), (0.7, 3), (0.75, 3), (0.99, 1)):
         by_sparsity = call(inputs.q, inputs.k, inputs.v, sparsity=sparsity, backend=backend)
         assert torch.equal(by_sparsity, call(inputs.q, inputs.k, inputs.v, topk=topk, backend=backend))
+
+
+def test_sizes_of_any_stride(run):
+    backend, device, dtype = run
+    inputs = Inputs(Case("sizes", q_len=256, sizes=(40, 40, 40, 40)), device, dtype)
+    call = vsa_jit.video_sparse_attn
+    arguments = {"topk": 2, "block_size": 64, "backend": backend}
+    expected = call(inputs.q, inputs.k, inputs.v, inputs.sizes, **arguments)
+    for sizes in (torch.tensor([40], device=device).expand(4), torch.full((8,), 40, device=device)[::2]):
+        assert torch.equal(call(inputs.q, inputs.k, inputs.v, sizes, **arguments), expected)
+
+
+def test_autocast_changes_nothing(run):
+    backend, device, dtype = run
+    results = []
+    for enabled in (False, True):
+        inputs = Inputs(Case("autocast", q_len=300, topk=3, gate="full"), device, dtype, seed=11)
+        with torch.autocast(device, torch.bfloat16, enabled=enabled):
+            out = inputs.video_sparse_attn(backend)
+            out.backward(inputs.dout)
+        results.append([out, inputs.q.grad, inputs.gate.grad])
+    for plain, autocast in zip(*results, strict=True):
+        assert torch.equal(plain, autocast)
+
+
+def test_overlapping_views(run):
+    """Where no order of memory follows q's strides, outputs and gradients are still of q's shape and right."""
+    backend, device, dtype = run
+    inputs = Inputs(Case("overlap", q_len=192, heads=2, head_dim=32), device, dtype)
+    base = torch.randn(192, 33, device=device).to(dtype)
+    overlapping = torch.as_strided(base, (1, 2, 192, 32), (0, 1, 33, 1))
+    call = vsa_jit.video_sparse_attn
+    results = []
+    for q in (overlapping.detach().requires_grad_(), overlapping.contiguous().requires_grad_()):
+        out = call(q, inputs.k, inputs.v, topk=2, backend=backend)
+        (dq,) = torch.autograd.grad(out, q, inputs.dout)
+        results.append((out, dq))
+    for strided, dense in zip(*results, strict=True):
+        assert torch.equal(strided, dense)
+
+
+def test_default_dtype_is_not_used(run):
+    backend, device, dtype = run
+    inputs = Inputs(Case("default", q_len=200), device, dtype)
+    expected = inputs.video_sparse_attn(backend)
+    torch.set_default_dtype(torch.float64)
+    try:
+        assert torch.equal(inputs.video_sparse_attn(backend), expected)
+    finally:
+        torch.set_default_dtype(torch.float32)
+
+
+def test_nan_stays_in_the_rows_that_it_belongs_to(run):
+    """A NaN query, and a NaN gradient of a query without keys, reach no key that the query does not attend."""
+    backend, device, dtype = run
+    inputs = Inputs(Case("nan", q_len=200, heads=1), device, dtype)
+    with torch.no_grad():
+        inputs.q[0, 0, 70] = float("nan")
+    idx = torch.tensor([[1], [3], [0], [2]], dtype=torch.int32, device=device)[None, None]
+    num = torch.tensor([[[1, 1, 0, 1]]], dtype=torch.int32, device=device)
+    out, lse = vsa_jit.block_sparse_attn_from_indices(
+        inputs.q, inputs.k, inputs.v, idx, num, backend=backend, **inputs.order
+    )
+    dlse = torch.zeros_like(lse)
+    dlse[..., 128:192] = float("nan")
+    torch.autograd.backward([out, lse], [inputs.dout, dlse])
+    assert inputs.q.grad[0, 0, 128:192].count_nonzero() == 0
+    for grad in (inputs.k.grad, inputs.v.grad):
+        assert grad[0, 0, :192].isfinite().all()
+        assert grad[0, 0, 192:].isnan().any()

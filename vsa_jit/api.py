@@ -242,7 +242,10 @@ def _check(
     )
     if q_variable_block_sizes is None and problem.q_len == problem.kv_len:
         q_variable_block_sizes = variable_block_sizes
-    return problem, q_variable_block_sizes, variable_block_sizes
+    q_sizes, kv_sizes = (
+        None if sizes is None else sizes.contiguous() for sizes in (q_variable_block_sizes, variable_block_sizes)
+    )
+    return problem, q_sizes, kv_sizes
 
 
 def _attend(

@@ -4,6 +4,7 @@ Every operator ends with the same five arguments, ``Problem.static``: the tile, 
 and the backend asked for. Which backend runs is decided when the operator runs, from the device of its tensors.
 """
 
+import functools
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -11,7 +12,7 @@ import torch
 from torch import Tensor
 
 from vsa_jit.backends.choose import Backend, backend_for
-from vsa_jit.problem import Operands, Problem, bhsd
+from vsa_jit.problem import Operands, Problem, bhsd, empty_like
 
 # Scores that are computed at a time, so that selection needs little memory however many blocks there are.
 SCORES_AT_A_TIME = 1 << 24
@@ -24,11 +25,21 @@ def _operator(function: Callable) -> torch._ops.OpOverload:
     """Makes a function an operator of its name, with the schema of its annotations, on every device.
 
     The same as ``torch.library.custom_op`` but for that one's checks at every call, which cost more than a launch.
+    Inside, autocast is off: an operator computes in the dtype of its inputs and in fp32, whatever surrounds the call.
     """
+
+    @functools.wraps(function)
+    def without_autocast(*args: Any) -> Any:
+        device_type = args[0].device.type
+        if not torch.is_autocast_enabled(device_type):
+            return function(*args)
+        with torch.autocast(device_type, enabled=False):
+            return function(*args)
+
     name = function.__name__
     schema = torch.library.infer_schema(function, mutates_args=())
     _LIBRARY.define(name + schema, tags=(torch.Tag.pt2_compliant_tag,))
-    _LIBRARY.impl(name, function, "CompositeExplicitAutograd")
+    _LIBRARY.impl(name, without_autocast, "CompositeExplicitAutograd")
     return getattr(torch.ops.vsa_jit, name).default
 
 
@@ -122,7 +133,7 @@ def block_mean_backward(
 
 @_fake(block_mean_backward)
 def _(dmean, x, sizes, tile, grid, layout, softmax_scale, backend):
-    return torch.empty_like(x)
+    return empty_like(x)
 
 
 def _setup_pool_and_select(ctx: Any, inputs: tuple, output: tuple[Tensor, ...]) -> None:
@@ -212,7 +223,7 @@ def attend(
 @_fake(attend)
 def _(q, k, v, q2k_idx, q2k_num, q_sizes, kv_sizes, out_c, gate, gate_value, keep_out_s, tile, grid, layout, *_):
     lse = q.new_empty(bhsd(q, layout).shape[:3], dtype=torch.float32)
-    return torch.empty_like(q), lse, torch.empty_like(q) if keep_out_s else q.new_empty(0)
+    return empty_like(q), lse, empty_like(q) if keep_out_s else q.new_empty(0)
 
 
 @_operator
@@ -251,13 +262,12 @@ def attend_backward(
 def _(
     q, k, v, q2k_idx, q2k_num, q_sizes, kv_sizes, out_c, gate, gate_value, out_s, lse, dout, dlse, need_dq, need_dkv, *_
 ):
-    def like(x: Tensor, needed: bool, memory_format: torch.memory_format = torch.preserve_format) -> Tensor:
-        return torch.empty_like(x, memory_format=memory_format) if needed else q.new_empty(0)
+    def gradient(x: Tensor | None, needed: bool, empty: Callable = empty_like) -> Tensor:
+        return empty(x) if x is not None and needed else q.new_empty(0)
 
-    combined = out_c is not None
-    dgate = like(gate, combined, torch.contiguous_format) if gate is not None else q.new_empty(0)
-    dout_c = like(out_c, combined, torch.contiguous_format) if combined else q.new_empty(0)
-    return like(q, need_dq), like(k, need_dkv), like(v, need_dkv), dgate, dout_c
+    contiguous = functools.partial(torch.empty_like, memory_format=torch.contiguous_format)
+    dgate, dout_c = (gradient(x, out_c is not None, contiguous) for x in (gate, out_c))
+    return gradient(q, need_dq), gradient(k, need_dkv), gradient(v, need_dkv), dgate, dout_c
 
 
 def _setup_attend(ctx: Any, inputs: tuple, output: tuple[Tensor, Tensor, Tensor]) -> None:

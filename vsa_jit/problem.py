@@ -14,6 +14,8 @@ LAYOUTS = ("bhsd", "bshd")
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 MIN_HEAD_DIM = 16
 MAX_HEAD_DIM = 256
+# Kernels take numbers in fp32.
+LARGEST_FLOAT = torch.finfo(torch.float32).max
 TILE_OF_TOKENS = {64: (4, 4, 4), 128: (2, 8, 8), 256: (4, 8, 8)}
 
 
@@ -132,6 +134,12 @@ def axes(layout: str) -> tuple[int, int, int, int]:
     return (0, 1, 2, 3) if layout == "bhsd" else (0, 2, 1, 3)
 
 
+def empty_like(x: Tensor) -> Tensor:
+    """Uninitialised, in the memory order of ``x``, but always with a contiguous last dimension."""
+    empty = torch.empty_like(x)
+    return empty if empty.stride(-1) == 1 else torch.empty_like(x, memory_format=torch.contiguous_format)
+
+
 def bhsd(x: Tensor, layout: str) -> Tensor:
     """The tensor as a [B, H, S, D] view."""
     return x if layout == "bhsd" else x.transpose(1, 2)
@@ -156,6 +164,8 @@ def check_problem(
         TypeError: an argument is of the wrong kind or dtype.
         ValueError: an argument has a wrong value, shape, layout or device.
     """
+    if not isinstance(layout, str):
+        raise TypeError(f"layout: expected a string, got {type(layout).__name__}")
     if layout not in LAYOUTS:
         raise ValueError(f"layout: expected one of {LAYOUTS}, got {layout!r}")
     for name, x in (("q", q), ("k", k), ("v", v)):
@@ -181,10 +191,8 @@ def check_problem(
         softmax_scale = head_dim**-0.5
     elif isinstance(softmax_scale, bool) or not isinstance(softmax_scale, (int, float)):
         raise TypeError(f"softmax_scale: expected a number or None, got {type(softmax_scale).__name__}")
-    elif not 0.0 < softmax_scale < math.inf:
+    elif not 0.0 < softmax_scale <= LARGEST_FLOAT:
         raise ValueError(f"softmax_scale: expected a positive finite number, got {softmax_scale}")
-    if not isinstance(backend, str):
-        raise TypeError(f"backend: expected a string, got {type(backend).__name__}")
 
     tile = _check_block_size(block_size, with_grid=grid is not None)
     if grid is not None:
@@ -230,10 +238,7 @@ def check_gate(gate: Tensor | float | None, q: Tensor) -> Tensor | float:
     if gate is None:
         return 1.0
     if isinstance(gate, Tensor):
-        if not gate.dtype.is_floating_point:
-            raise TypeError(f"compress_attn_weight: expected a floating-point tensor, got {gate.dtype}")
-        if gate.device != q.device:
-            raise ValueError(f"compress_attn_weight: expected q's device {q.device}, got {gate.device}")
+        _check_tensor("compress_attn_weight", gate, (*DTYPES, torch.float64), q.device)
         missing = q.dim() - gate.dim()
         sizes = zip(gate.shape, q.shape[max(missing, 0) :], strict=False)
         if missing < 0 or any(size not in (1, full) for size, full in sizes):
@@ -244,7 +249,7 @@ def check_gate(gate: Tensor | float | None, q: Tensor) -> Tensor | float:
         return gate.expand(q.shape)
     if isinstance(gate, bool) or not isinstance(gate, (int, float)):
         raise TypeError(f"compress_attn_weight: expected a tensor, a float or None, got {type(gate).__name__}")
-    if not -math.inf < gate < math.inf:
+    if not -LARGEST_FLOAT <= gate <= LARGEST_FLOAT:
         raise ValueError(f"compress_attn_weight: expected a finite number, got {gate}")
     return float(gate)
 
@@ -272,6 +277,8 @@ def check_indices(q2k_idx: Tensor, q2k_num: Tensor, problem: Problem, device: to
 def _check_tensor(name: str, x: Any, dtypes: tuple[torch.dtype, ...], device: torch.device | None) -> None:
     if not isinstance(x, Tensor):
         raise TypeError(f"{name}: expected a tensor, got {type(x).__name__}")
+    if x.layout != torch.strided or x.is_nested:
+        raise TypeError(f"{name}: expected a dense tensor, got a nested one or one of layout {x.layout}")
     if x.dtype not in dtypes:
         raise TypeError(f"{name}: expected dtype {' or '.join(map(str, dtypes))}, got {x.dtype}")
     if device is not None and x.device != device:
@@ -292,7 +299,7 @@ def _check_input(name: str, x: Any, layout: str) -> None:
 
 
 def _check_triple(name: str, value: Sequence[int]) -> tuple[int, int, int]:
-    if isinstance(value, str) or not isinstance(value, Sequence):
+    if isinstance(value, (str, bytes)) or not isinstance(value, Sequence):
         raise TypeError(f"{name}: expected three ints, got {type(value).__name__}")
     if len(value) != 3:
         raise ValueError(f"{name}: expected three ints, got {len(value)}: {tuple(value)}")

@@ -108,6 +108,8 @@ NAMES = ("auto", *(entry.name for entry in ENTRIES))
 
 def check_name(source: str, name: str) -> str:
     """The name, if it is that of a backend or "auto"; ``source`` is the argument or variable that it came from."""
+    if not isinstance(name, str):
+        raise TypeError(f"{source}: expected a string, got {type(name).__name__}")
     if name not in NAMES:
         raise ValueError(f"{source}: expected one of {NAMES}, got {name!r}")
     return name
@@ -119,7 +121,7 @@ def choose(problem: Problem, device: torch.device, dtype: torch.dtype) -> Choice
     Raises:
         RuntimeError: the backend asked for by name cannot run the call; the message says why.
     """
-    name = _requested(problem)
+    source, name = _requested(problem)
     reasons: dict[str, str] = {}
     chosen = None
     for entry in ENTRIES:
@@ -135,7 +137,7 @@ def choose(problem: Problem, device: torch.device, dtype: torch.dtype) -> Choice
         else:
             reasons[entry.name] = f"{name} was asked for"
     if chosen is None:
-        raise RuntimeError(f"backend {name!r} cannot run this call: {reasons[name]}")
+        raise RuntimeError(f"{source}={name!r} cannot run this call: {reasons[name]}")
     return Choice(chosen.name, chosen.engine, reasons)
 
 
@@ -146,10 +148,11 @@ def backend_for(problem: Problem, device: torch.device, dtype: torch.dtype) -> B
     return cast(Backend, importlib.import_module(f"vsa_jit.backends.{choice.backend}"))
 
 
-def _requested(problem: Problem) -> str:
+def _requested(problem: Problem) -> tuple[str, str]:
+    """The backend asked for, or "auto", and where that was said."""
     if problem.backend != "auto":
-        return problem.backend
-    return check_name(ENVIRONMENT_VARIABLE, os.environ.get(ENVIRONMENT_VARIABLE, "auto"))
+        return "backend", problem.backend
+    return ENVIRONMENT_VARIABLE, check_name(ENVIRONMENT_VARIABLE, os.environ.get(ENVIRONMENT_VARIABLE) or "auto")
 
 
 def _log_once(choice: Choice, problem: Problem, device: torch.device) -> None:
@@ -158,7 +161,7 @@ def _log_once(choice: Choice, problem: Problem, device: torch.device) -> None:
         return
     _logged.add(key)
     faster = ENTRIES[: [entry.name for entry in ENTRIES].index(choice.backend)]
-    missed = _requested(problem) == "auto" and any(entry.made_for(device) for entry in faster)
+    missed = _requested(problem)[1] == "auto" and any(entry.made_for(device) for entry in faster)
     reasons = "; ".join(f"not {entry.name}: {choice.reasons[entry.name]}" for entry in faster)
     _logger.log(
         logging.WARNING if missed else logging.INFO,

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from vsa_jit.grid import block_tokens
-from vsa_jit.problem import Gradients, Operands, Problem, bhsd
+from vsa_jit.problem import Gradients, Operands, Problem, bhsd, empty_like
 
 # Elements of one gathered chunk of keys, and of one chunk of scores.
 CHUNK_ELEMENTS = 1 << 20
@@ -34,7 +34,7 @@ def _block_mean(problem: Problem, x: Tensor, sizes: Tensor | None) -> Tensor:
 
 
 def block_mean_backward(problem: Problem, dmean: Tensor, x: Tensor, sizes: Tensor | None) -> Tensor:
-    dx = torch.empty_like(x)
+    dx = empty_like(x)
     dx_view = bhsd(dx, problem.layout)
     tokens = block_tokens(problem, dx_view.shape[2], sizes, x.device)
     count = (tokens >= 0).sum(-1).clamp(min=1)
@@ -111,8 +111,9 @@ def _chunks(
                 q_rows = _take(q[b, h], q_tokens[rows])
                 k_rows = _take(k[b, h_kv], tokens)
                 v_rows = _take(v[b, h_kv], tokens)
+                bias = torch.zeros(tokens.shape, dtype=torch.float32, device=q.device)
                 scores = torch.baddbmm(
-                    torch.where(tokens >= 0, 0.0, float("-inf"))[:, None, :].expand(-1, problem.block, -1),
+                    bias.masked_fill(tokens < 0, float("-inf"))[:, None, :].expand(-1, problem.block, -1),
                     q_rows,
                     k_rows.mT,
                     alpha=problem.softmax_scale,
@@ -123,8 +124,8 @@ def _chunks(
 
 def forward(problem: Problem, operands: Operands, keep_out_s: bool) -> tuple[Tensor, Tensor, Tensor | None]:
     q, k, v, q2k_idx, q2k_num, q_sizes, kv_sizes, out_c, gate, gate_value = operands
-    out = torch.empty_like(q)
-    out_s = torch.empty_like(q) if keep_out_s else None
+    out = empty_like(q)
+    out_s = empty_like(q) if keep_out_s else None
     lse = q.new_empty((problem.batch, problem.heads, problem.q_len), dtype=torch.float32)
     q, k, v, out_view = (bhsd(x, problem.layout) for x in (q, k, v, out))
     gate_view = None if gate is None else bhsd(gate, problem.layout)
@@ -178,8 +179,8 @@ def backward(
                 if dgate is not None:
                     _put(bhsd(dgate, layout)[b, h], q_tokens, dout_rows * out_c[b, h, :, None, :])
 
-    dq = torch.empty_like(q) if need_dq else None
-    kv_shape = (problem.batch, problem.kv_heads, problem.kv_len, problem.head_dim)
+    dq = empty_like(q) if need_dq else None
+    kv_shape = (problem.batch, problem.kv_heads, problem.kv_len + 1, problem.head_dim)
     dk_sum = q.new_zeros(kv_shape if need_dkv else 0, dtype=torch.float32)
     dv_sum = q.new_zeros(kv_shape if need_dkv else 0, dtype=torch.float32)
     dq_blocks = q.new_empty((problem.num_q_blocks, problem.block, problem.head_dim), dtype=torch.float32)
@@ -194,8 +195,11 @@ def backward(
         if dlse is not None:
             delta = delta - _take(dlse[b, h, :, None], tokens)
         ds = p * (dout_rows @ chunk.v.mT - delta) * problem.softmax_scale
+        # What a slot without a token holds may be NaN, and goes to the spare row.
+        missing = chunk.kv_tokens < 0
+        ds = ds.masked_fill(missing[:, None, :], 0.0)
         if need_dkv:
-            into = chunk.kv_tokens.clamp(min=0).flatten()
+            into = chunk.kv_tokens.masked_fill(missing, problem.kv_len).flatten()
             dk_sum[b, chunk.h_kv].index_add_(0, into, (ds.mT @ chunk.q).flatten(0, 1))
             dv_sum[b, chunk.h_kv].index_add_(0, into, (p.mT @ dout_rows).flatten(0, 1))
         if dq is not None:
@@ -204,9 +208,9 @@ def backward(
                 _put(bhsd(dq, layout)[b, h], q_tokens, dq_blocks)
     if not need_dkv:
         return Gradients(dq, None, None, dgate, dout_c)
-    dk, dv = torch.empty_like(k), torch.empty_like(v)
-    bhsd(dk, layout).copy_(dk_sum)
-    bhsd(dv, layout).copy_(dv_sum)
+    dk, dv = empty_like(k), empty_like(v)
+    bhsd(dk, layout).copy_(dk_sum[:, :, :-1])
+    bhsd(dv, layout).copy_(dv_sum[:, :, :-1])
     return Gradients(dq, dk, dv, dgate, dout_c)
 
 

@@ -23,7 +23,7 @@ from vsa_jit.backends.triton.forward import attend_forward_kernel
 from vsa_jit.backends.triton.means import block_mean_backward_kernel, block_means_kernel
 from vsa_jit.backends.triton.rows import reciprocal
 from vsa_jit.backends.triton.select import compact_kernel, invert_kernel, select_kernel
-from vsa_jit.problem import Gradients, Operands, Problem, axes, bhsd
+from vsa_jit.problem import Gradients, Operands, Problem, axes, bhsd, empty_like
 
 LOG2E = math.log2(math.e)
 INT32_MAX = 2**31 - 1
@@ -73,7 +73,7 @@ def block_means(
 
 
 def block_mean_backward(problem: Problem, dmean: Tensor, x: Tensor, sizes: Tensor | None) -> Tensor:
-    dx = torch.empty_like(x)
+    dx = empty_like(x)
     batch, heads, blocks, _ = dmean.shape
     length = bhsd(x, problem.layout).shape[2]
     with torch.cuda.device_of(x):
@@ -142,10 +142,8 @@ def invert(problem: Problem, q2k_idx: Tensor, q2k_num: Tensor) -> tuple[Tensor, 
     counts = torch.zeros(rows * problem.num_kv_blocks * chunks, dtype=torch.int32, device=q2k_idx.device)
     k2q_idx = torch.empty(q2k_idx.numel(), dtype=torch.int32, device=q2k_idx.device)
     shape = (problem.num_q_blocks, problem.num_kv_blocks, width, chunks, rows_per_chunk)
-    constants: dict[str, Any] = {
-        "WIDTH_PAD": triton.next_power_of_2(max(width, 1)),
-        "num_warps": min(max(width // 128, 1), 8),
-    }
+    width_pad = triton.next_power_of_2(max(width, 1))
+    constants: dict[str, Any] = {"WIDTH_PAD": width_pad, "num_warps": min(max(width_pad // 128, 1), 8)}
     with torch.cuda.device_of(q2k_idx):
         invert_kernel[(rows * chunks,)](q2k_idx, q2k_num, counts, k2q_idx, *shape, PLACE=False, **constants)
         ends = counts.cumsum(0)
@@ -156,8 +154,8 @@ def invert(problem: Problem, q2k_idx: Tensor, q2k_num: Tensor) -> tuple[Tensor, 
 
 def forward(problem: Problem, operands: Operands, keep_out_s: bool) -> tuple[Tensor, Tensor, Tensor | None]:
     q, k, v, q2k_idx, q2k_num, q_sizes, kv_sizes, out_c, gate, gate_value = operands
-    out = torch.empty_like(q)
-    out_s = torch.empty_like(q) if keep_out_s else None
+    out = empty_like(q)
+    out_s = empty_like(q) if keep_out_s else None
     lse = q.new_empty((problem.batch, problem.heads, problem.q_len), dtype=torch.float32)
     tiles = config.forward(problem.block, problem.head_dim, q.element_size(), config.architecture(q.device))
     programs = problem.batch * problem.heads * problem.num_q_blocks * (problem.block // tiles.rows)
@@ -253,7 +251,7 @@ def backward(
     dq = dk = dv = None
     arch = config.architecture(q.device)
     if need_dq:
-        dq = torch.empty_like(q)
+        dq = empty_like(q)
         tiles = config.backward_q(problem.block, problem.head_dim, q.element_size(), arch)
         programs = problem.batch * problem.heads * problem.num_q_blocks * (problem.block // tiles.rows)
         with torch.cuda.device_of(q):
@@ -287,7 +285,7 @@ def backward(
                 **tiles.launch,
             )
     if need_dkv:
-        dk, dv = torch.empty_like(k), torch.empty_like(v)
+        dk, dv = empty_like(k), empty_like(v)
         ends, k2q_idx, chunks = invert(problem, q2k_idx, q2k_num)
         tiles = config.backward_kv(problem.block, problem.head_dim, q.element_size(), arch)
         programs = problem.batch * problem.kv_heads * problem.num_kv_blocks * (problem.block // tiles.columns)

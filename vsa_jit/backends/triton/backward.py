@@ -119,7 +119,13 @@ def prepare_backward_kernel(
         tl.store(Delta + padded, delta)
         if COMBINE:
             if HAS_GATE:
-                gate_ptrs = Gate + b * stride_gb + h * stride_gh + token[:, None] * stride_gs + d[None, :] * stride_gd
+                gate_ptrs = (
+                    Gate
+                    + b * stride_gb
+                    + h * stride_gh
+                    + token[:, None] * stride_gs
+                    + d[None, :].to(tl.int64) * stride_gd
+                )
                 gate = tl.load(gate_ptrs, mask=mask, other=0.0).to(tl.float32)
                 dout_c += tl.sum(gate * dout, 0)
                 dgate_ptrs = DGate + b * stride_dgb + h * stride_dgh + token[:, None] * stride_dgs + d[None, :]

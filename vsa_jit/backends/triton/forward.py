@@ -187,7 +187,13 @@ def attend_forward_kernel(
     if COMBINE:
         out_c = tl.load(OutC + row * D + d, mask=in_head, other=0.0).to(tl.float32)
         if HAS_GATE:
-            gate_ptrs = Gate + b * stride_gb + h * stride_gh + q_token[:, None] * stride_gs + d[None, :] * stride_gd
+            gate_ptrs = (
+                Gate
+                + b * stride_gb
+                + h * stride_gh
+                + q_token[:, None] * stride_gs
+                + d[None, :].to(tl.int64) * stride_gd
+            )
             gate = tl.load(gate_ptrs, mask=q_valid[:, None] & in_head[None, :], other=0.0).to(tl.float32)
             out += gate * out_c[None, :]
         else:

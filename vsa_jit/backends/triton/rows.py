@@ -121,10 +121,10 @@ def valid_rows(
     """Which of the rows ``row0 .. row0 + ROWS`` of a block hold a valid token: bool [ROWS]."""
     row = row0 + tl.arange(0, ROWS)
     if RASTER:
-        # What is left of the video from the block's origin on fits 32 bits once it is cut to a block.
-        t_left = tl.minimum(T - origin[0], ROWS).to(tl.int32)
-        h_left = tl.minimum(H - origin[1], TILE_H).to(tl.int32)
-        w_left = tl.minimum(W - origin[2], TILE_W).to(tl.int32)
+        # An extent of a video fits 32 bits, and comparing in 64 costs registers.
+        t_left = (T - origin[0]).to(tl.int32)
+        h_left = (H - origin[1]).to(tl.int32)
+        w_left = (W - origin[2]).to(tl.int32)
         valid = (row // (TILE_H * TILE_W) < t_left) & (row // TILE_W % TILE_H < h_left) & (row % TILE_W < w_left)
     elif HAS_SIZES:
         valid = row < tl.load(Sizes + block)
