@@ -51,7 +51,11 @@ def _cuda_median_ms(call: Callable[[], object], device: torch.device, seconds: f
             torch.cuda.synchronize()
             return [start.elapsed_time(end) for start, end in events]
 
-        estimate = 1e-3 * statistics.median(measure(MIN_REPEATS))
+        first_ms = statistics.median(measure(MIN_REPEATS))
+        estimate = 1e-3 * first_ms
+        if estimate >= seconds:
+            # A call so long has warmed up by its first run, and more of them would only take the user's time.
+            return first_ms
         measure(_repeats(WARM_UP_SECONDS, estimate))
         return statistics.median(measure(_repeats(seconds, estimate)))
 
