@@ -115,6 +115,25 @@ def test_second_derivative_is_refused():
         dq.sum().backward()
 
 
+def test_shapes_without_data():
+    q, k = torch.empty(2, 4, 300, 32, device="meta"), torch.empty(2, 2, 500, 32, device="meta")
+    assert vsa_jit.video_sparse_attn(q, k, k, topk=2).shape == q.shape
+    block_map = torch.empty(4, 5, 8, dtype=torch.bool, device="meta")
+    out, lse = vsa_jit.block_sparse_attn(q, k, k, block_map)
+    assert (out.shape, lse.shape) == (q.shape, q.shape[:3])
+
+
+def test_compile_under_autocast():
+    inputs = Inputs(CASE_OF_ORDER["plain"], "cpu", torch.float32)
+
+    def call(q, k, v):
+        with torch.autocast("cpu", torch.bfloat16):
+            return vsa_jit.video_sparse_attn(q, k, v, topk=2)
+
+    eager = call(inputs.q, inputs.k, inputs.v)
+    torch.testing.assert_close(torch.compile(call, fullgraph=True)(inputs.q, inputs.k, inputs.v), eager)
+
+
 def test_no_grad_keeps_nothing():
     inputs = Inputs(Case("inference", q_len=200, gate="full"), "cpu", torch.float32)
     with torch.no_grad():

@@ -38,7 +38,8 @@ def video_sparse_attn(
     """Video Sparse Attention (arXiv 2505.13389): block means choose the key blocks that each query block attends.
 
     ``out = compress_attn_weight · softmax(q_c k_cᵀ · scale) v_c + attention over the topk best key blocks``, where
-    ``q_c, k_c, v_c`` are the means of the valid tokens of each block. The choice of blocks carries no gradient.
+    ``q_c, k_c, v_c`` are the means of the valid tokens of each block. The choice of blocks carries no gradient; second
+    derivatives and forward-mode differentiation are not supported.
 
     Args:
         q: [B, H, S_q, D] (or [B, S_q, H, D], see ``layout``), bf16, fp16 or fp32, D from 16 to 256; the last dimension

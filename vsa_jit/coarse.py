@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor
 
@@ -38,6 +37,6 @@ def coarse_branch(
         has_tokens = kv_sizes > 0
         # Where no block has any, all of them hold a mean of 0: attending those gives the 0 that is wanted.
         mask = (has_tokens | ~has_tokens.any()).expand(rows.shape[2], -1)
-    with torch.autocast(q.device.type, enabled=False):
+    with ops.autocast_off(q.device):
         out_c = F.scaled_dot_product_attention(rows, k_c, v_c, attn_mask=mask, scale=problem.softmax_scale)
     return q2k_idx, q2k_num, out_c.reshape(q_c.shape)

@@ -6,6 +6,7 @@ and the backend asked for. Which backend runs is decided when the operator runs,
 
 import functools
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
@@ -21,6 +22,13 @@ SCORES_AT_A_TIME = 1 << 24
 _LIBRARY = torch.library.Library("vsa_jit", "DEF")
 
 
+def autocast_off(device: torch.device) -> AbstractContextManager:
+    """Where autocast is on for a device, turns it off."""
+    if device.type == "meta" or not torch.is_autocast_enabled(device.type):
+        return nullcontext()
+    return torch.autocast(device.type, enabled=False)
+
+
 def _operator(function: Callable) -> torch._ops.OpOverload:
     """Makes a function an operator of its name, with the schema of its annotations, on every device.
 
@@ -30,10 +38,7 @@ def _operator(function: Callable) -> torch._ops.OpOverload:
 
     @functools.wraps(function)
     def without_autocast(*args: Any) -> Any:
-        device_type = args[0].device.type
-        if not torch.is_autocast_enabled(device_type):
-            return function(*args)
-        with torch.autocast(device_type, enabled=False):
+        with autocast_off(args[0].device):
             return function(*args)
 
     name = function.__name__

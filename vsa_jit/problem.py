@@ -229,7 +229,7 @@ def check_topk(topk: int | None, sparsity: float | None, num_kv_blocks: int) -> 
         raise TypeError(f"sparsity: expected a float, got {type(sparsity).__name__}")
     if not 0.0 <= sparsity < 1.0:
         raise ValueError(f"sparsity: expected a number in [0, 1), got {sparsity}")
-    # 1 - 0.9 is a little above 0.1 in floating point, and must not round 62.4 … 62.0000001 blocks up by one more.
+    # 1 - 0.7 is a little above 0.3 in floating point: 3.0000000000000004 of 10 blocks are 3, not 4.
     return max(1, min(math.ceil(round((1.0 - sparsity) * num_kv_blocks, 6)), num_kv_blocks))
 
 
