@@ -2,6 +2,7 @@
 
 import atexit
 import os
+import random
 import shutil
 import tempfile
 
@@ -14,6 +15,14 @@ if not torch.cuda.is_available():
 compile_cache = tempfile.mkdtemp(prefix="vsa_jit-tests-")
 atexit.register(shutil.rmtree, compile_cache, ignore_errors=True)
 os.environ["TORCHINDUCTOR_CACHE_DIR"] = compile_cache
+
+
+@pytest.fixture(autouse=True)
+def seed():
+    """Fresh random inputs in every run; a failing test prints the seed that repeats it."""
+    value = int(os.environ.get("VSA_JIT_TEST_SEED") or random.SystemRandom().randrange(2**31))
+    torch.manual_seed(value)
+    print(f"VSA_JIT_TEST_SEED={value}")
 
 
 def pytest_collection_modifyitems(items):

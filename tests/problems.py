@@ -45,7 +45,7 @@ class Inputs:
 
     def __init__(self, case: Case, device: str, dtype: torch.dtype, seed: int | None = None):
         self.case, self.device, self.dtype = case, device, dtype
-        self.generator = torch.Generator().manual_seed(torch.seed() % 2**63 if seed is None else seed)
+        self.generator = torch.Generator().manual_seed(int(torch.randint(2**62, ())) if seed is None else seed)
         q_len = math.prod(case.grid) if case.grid else case.q_len
         kv_len = q_len if case.kv_len is None else case.kv_len
         kv_heads = case.kv_heads or case.heads

@@ -29,7 +29,6 @@ from vsa_jit.bench.check import check, metrics
 GRIDS = {"cpu": (5, 9, 18), "cuda": (9, 30, 31)}
 HEAD_DIMS = {"cpu": 32, "cuda": 128}
 RUNS = [("torch", "cpu"), pytest.param(("triton", "cuda"), marks=pytest.mark.gpu)]
-METRICS = ("cosine", "l1", "rmse")
 
 by_run = pytest.mark.parametrize("run", RUNS, ids=["torch-cpu", "triton-cuda"])
 by_dtype = pytest.mark.parametrize(
@@ -141,7 +140,7 @@ def test_video_sized(block_size, grid, direction):
     """The sizes of Wan2.1-1.3B at 480p: a sample of the output, and all gradients of two heads."""
     shape = Shape(math.prod(grid) if grid else 39_936, grid, 1, 12, 128, "bf16", "bshd")
     case = BenchCase(shape, block_size, Selection(sparsity=0.9), "tensor", "auto")
-    inputs = BenchInputs.random(shape, torch.device("cuda"), torch.seed() % 2**63)
+    inputs = BenchInputs.random(shape, torch.device("cuda"), int(torch.randint(2**62, ())))
     results = sparse(case, inputs).results(direction)
     checked = check(case, inputs, results, direction, seed=0)
     assert checked.ok, checked.errors

@@ -56,7 +56,12 @@ def test_video_sparse_attn(case: Case, run):
     assert out.dtype == dtype
     for name, result in results.items():
         ref.assert_close(name, inputs.bhsd(result), expected[name], plain[name])
-    for name, valid in (("out", inputs.q_valid), ("dq", inputs.q_valid), ("dk", inputs.kv_valid)):
+    for name, valid in (
+        ("out", inputs.q_valid),
+        ("dq", inputs.q_valid),
+        ("dk", inputs.kv_valid),
+        ("dv", inputs.kv_valid),
+    ):
         padding = inputs.bhsd(results[name])[:, :, ~valid.to(device)]
         assert torch.equal(padding, torch.zeros_like(padding)), f"{name} of padding is not 0"
 

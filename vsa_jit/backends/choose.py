@@ -87,6 +87,8 @@ def _triton_why_not(problem: Problem, device: torch.device, dtype: torch.dtype) 
         return None
     if device.type != "cuda":
         return f"Triton needs a CUDA device, and the tensors are on {device.type}"
+    if torch.version.hip is not None:
+        return "the kernels are for NVIDIA GPUs, and this PyTorch is for AMD's"
     capability = torch.cuda.get_device_capability(device)
     if capability < OLDEST_TRITON_CAPABILITY:
         needed = ".".join(map(str, OLDEST_TRITON_CAPABILITY))

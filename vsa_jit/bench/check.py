@@ -78,7 +78,7 @@ def metrics(results: Iterable[Tensor], references: Iterable[Tensor]) -> Metrics:
 
 def _slices(x: Tensor) -> Iterable[Tensor]:
     """Parts of [B, ., ., D] that fit memory a second time in fp64."""
-    return (part for one in x for part in one.split(1 + (1 << 24) // one[0].numel()))
+    return (part for one in x for part in one.split(1 + CHUNK_ELEMENTS // one[0].numel()))
 
 
 def check(case: Case, inputs: Inputs, results: Sequence[Tensor], direction: str, seed: int) -> Checked:

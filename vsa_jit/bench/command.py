@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import os
 import sys
 from collections.abc import Callable, Sequence
 from itertools import product
@@ -68,7 +69,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
     how = parser.add_argument_group("how to run it")
     how.add_argument(
-        "--direction", type=parse.one_of((*DIRECTIONS, "both")), default="both", help="which pass, default both"
+        "--direction",
+        type=parse.one_of((*DIRECTIONS, "both")),
+        default="both",
+        help="forward, backward or both (default)",
     )
     how.add_argument("--heads", type=parse.positive_int, metavar="H", help="number of heads")
     how.add_argument("--batch", type=parse.positive_int, default=1, metavar="B", help="batch size, default 1")
@@ -81,14 +85,16 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     how.add_argument("--device", type=parse.device, help="cpu, cuda or cuda:N; default cuda where there is one")
     how.add_argument("--seconds", type=parse.seconds, metavar="X", help="time that goes into each measurement")
-    how.add_argument("--seed", type=int, default=0, help="of the random inputs, default 0")
+    how.add_argument("--seed", type=parse.seed, default=0, help="of the random inputs, default 0")
 
-    output = parser.add_argument_group(
-        "what to write (a FILE of - is standard output; the tables then go to standard error)"
-    )
+    output = parser.add_argument_group("what to write")
     output.add_argument("--profile", action="store_true", help="print the time of each stage")
-    output.add_argument("--json", metavar="FILE", help="the environment and complete rows")
-    output.add_argument("--csv", metavar="FILE", help="complete rows, the environment in each")
+    output.add_argument(
+        "--json",
+        metavar="FILE",
+        help="the environment and complete rows; - is standard output, and the tables then go to standard error",
+    )
+    output.add_argument("--csv", metavar="FILE", help="complete rows, the environment in each; - as for --json")
     output.add_argument("--plot", metavar="FILE.png", type=Path, help="speed-up and peak memory by length and sparsity")
     output.add_argument(
         "--trace", metavar="FILE.json", type=Path, help="Chrome trace of a forward and backward of the first case"
@@ -189,13 +195,22 @@ def _check_outputs(args: argparse.Namespace) -> None:
     """Before anything is measured: a sweep must not be lost for a file that cannot be written."""
     if args.json == "-" and args.csv == "-":
         raise argparse.ArgumentError(None, "argument --csv: expected a file where --json is standard output, got '-'")
-    for flag, path in (("json", args.json), ("csv", args.csv), ("plot", args.plot), ("trace", args.trace)):
-        if path not in (None, "-") and not Path(path).absolute().parent.is_dir():
+    taken: dict[Path, str] = {}
+    for flag, target in (("json", args.json), ("csv", args.csv), ("plot", args.plot), ("trace", args.trace)):
+        if target is None or (target == "-" and flag in ("json", "csv")):
+            continue
+        path = Path(target).absolute()
+        if str(target) in ("", ".", "-") or path.is_dir() or not os.access(path.parent, os.W_OK):
             raise argparse.ArgumentError(
-                None, f"argument --{flag}: expected a file in an existing folder, got '{path}'"
+                None, f"argument --{flag}: expected a file in a folder that can be written to, got '{target}'"
             )
+        if path in taken:
+            raise argparse.ArgumentError(
+                None, f"argument --{flag}: expected another file than --{taken[path]}'s, got '{target}'"
+            )
+        taken[path] = flag
     if args.plot is not None:
-        if args.plot.suffix not in PLOT_SUFFIXES:
+        if args.plot.suffix.lower() not in PLOT_SUFFIXES:
             raise argparse.ArgumentError(
                 None, f"argument --plot: expected a name ending in {', '.join(PLOT_SUFFIXES)}, got '{args.plot}'"
             )

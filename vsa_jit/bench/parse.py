@@ -11,15 +11,28 @@ import torch
 from vsa_jit.bench.cases import BlockSize
 from vsa_jit.problem import MAX_HEAD_DIM, MIN_HEAD_DIM
 
+# Sizes beyond it exist on no device, and PyTorch cannot even take them.
+LARGEST_INT = 2**31 - 1
+
 
 def positive_int(text: str) -> int:
-    if not text.isdecimal() or int(text) < 1:
-        raise ArgumentTypeError(f"expected a positive int, got {text!r}")
+    if not _is_int(text, 1, LARGEST_INT):
+        raise ArgumentTypeError(f"expected a positive int, at most {LARGEST_INT}, got {text!r}")
     return int(text)
 
 
+def seed(text: str) -> int:
+    if not _is_int(text, 0, 2**63 - 1):
+        raise ArgumentTypeError(f"expected an int from 0 to {2**63 - 1}, got {text!r}")
+    return int(text)
+
+
+def _is_int(text: str, least: int, most: int) -> bool:
+    return text.isdecimal() and len(text) < 20 and least <= int(text) <= most
+
+
 def head_dim(text: str) -> int:
-    if not text.isdecimal() or not MIN_HEAD_DIM <= int(text) <= MAX_HEAD_DIM:
+    if not _is_int(text, MIN_HEAD_DIM, MAX_HEAD_DIM):
         raise ArgumentTypeError(f"expected an int from {MIN_HEAD_DIM} to {MAX_HEAD_DIM}, got {text!r}")
     return int(text)
 
@@ -48,13 +61,13 @@ def _float(text: str) -> float:
 
 def triple(text: str) -> tuple[int, int, int]:
     parts = text.lower().split("x")
-    if len(parts) != 3 or not all(part.isdecimal() and int(part) > 0 for part in parts):
+    if len(parts) != 3 or not all(_is_int(part, 1, LARGEST_INT) for part in parts):
         raise ArgumentTypeError(f"expected three positive ints such as 21x30x52, got {text!r}")
     return int(parts[0]), int(parts[1]), int(parts[2])
 
 
 def block_size(text: str) -> BlockSize:
-    size: BlockSize = int(text) if text.isdecimal() else triple(text)
+    size: BlockSize = positive_int(text) if text.isdecimal() else triple(text)
     tokens = block_tokens(size)
     if tokens < 64 or tokens % 64 != 0:
         raise ArgumentTypeError(f"expected a positive multiple of 64 tokens, got {text!r} with {tokens}")
@@ -74,7 +87,9 @@ def device(text: str) -> torch.device:
         raise ArgumentTypeError(f"expected cpu, cuda or cuda:N, got {text!r}")
     count = torch.cuda.device_count() if value.type == "cuda" else 1
     if (value.index or 0) >= count:
-        raise ArgumentTypeError(f"expected a device of this machine, which has {count} CUDA devices, got {text!r}")
+        raise ArgumentTypeError(
+            f"expected a device of this machine, which has {count} of type {value.type}, got {text!r}"
+        )
     return value
 
 

@@ -73,18 +73,26 @@ def sweep(
     Cases of one shape must be neighbours: they share inputs and the dense measurements.
     """
     for shape, group in itertools.groupby(cases, key=lambda case: case.shape):
-        inputs = Inputs.random(shape, device, seed)
-        beside = _Dense(inputs, seconds)
+        beside: _Dense | None = None
         for case, direction in itertools.product(group, directions):
             on_start(case, direction)
-            yield _row(case, direction, inputs, beside, seconds, seed, profile)
+            choice = case.choice(device)
+            try:
+                beside = beside or _Dense(Inputs.random(shape, device, seed), seconds)
+                row = _row(case, direction, beside, seconds, seed, profile)
+            except RuntimeError as error:
+                # PyTorch's own class on a GPU, a plain error of its allocator on a CPU.
+                if not isinstance(error, torch.OutOfMemoryError) and "DefaultCPUAllocator" not in str(error):
+                    raise
+                row = Row(case, choice.backend, choice.engine, direction, OUT_OF_MEMORY)
+            yield row
 
 
 class _Dense:
     """What the rows of one shape are compared with, each part computed when a row first needs it."""
 
     def __init__(self, inputs: Inputs, seconds: float) -> None:
-        self._inputs = inputs
+        self.inputs = inputs
         self._seconds = seconds
         self._fastest: dict[str, DenseResult | None] = {}
         self._flash: dict[str, tuple[str, tuple[torch.Tensor, ...]] | None] = {}
@@ -92,40 +100,38 @@ class _Dense:
 
     def fastest(self, direction: str) -> DenseResult | None:
         if direction not in self._fastest:
-            self._fastest[direction] = attention.fastest_dense(self._inputs, direction, self._seconds)
+            self._fastest[direction] = attention.fastest_dense(self.inputs, direction, self._seconds)
         return self._fastest[direction]
 
     def precision(self, case: Case, direction: str) -> Precision | None:
         if direction not in self._flash:
-            self._flash[direction] = attention.flash_results(self._inputs, direction)
+            self._flash[direction] = attention.flash_results(self.inputs, direction)
         flash = self._flash[direction]
         if flash is None:
             return None
         name, wanted = flash
         key = (case.block_size, case.backend, direction)
         if key not in self._same_keys:
-            self._same_keys[key] = metrics(attention.all_blocks(case, self._inputs).results(direction), wanted)
-        fine = attention.sparse(case, self._inputs, gate="off")
+            self._same_keys[key] = metrics(attention.all_blocks(case, self.inputs).results(direction), wanted)
+        fine = attention.sparse(case, self.inputs, gate="off")
         return Precision(name, self._same_keys[key], metrics(fine.results(direction), wanted))
 
 
-def _row(case: Case, direction: str, inputs: Inputs, beside: _Dense, seconds: float, seed: int, profile: bool) -> Row:
+def _row(case: Case, direction: str, beside: _Dense, seconds: float, seed: int, profile: bool) -> Row:
+    inputs = beside.inputs
     choice = case.choice(inputs.device)
     identity = (case, choice.backend, choice.engine, direction)
     run = attention.sparse(case, inputs)
-    try:
-        checked = check(case, inputs, run.results(direction), direction, seed)
-        if not checked.ok:
-            return Row(*identity, FAILED, checked)
-        ms = run.median_ms(direction, seconds)
-        dense = beside.fastest(direction)
-        timing = Timing(
-            ms,
-            tflops=case.flops * flops_factor(direction) / ms * 1e-9,
-            speedup=None if dense is None else dense.ms / ms,
-            peak_mib=run.peak_mib(direction),
-        )
-        breakdown = tuple(stages.breakdown(case, inputs, direction, ms, seconds)) if profile else ()
-        return Row(*identity, OK, checked, beside.precision(case, direction), timing, dense, breakdown)
-    except torch.OutOfMemoryError:
-        return Row(*identity, OUT_OF_MEMORY)
+    checked = check(case, inputs, run.results(direction), direction, seed)
+    if not checked.ok:
+        return Row(*identity, FAILED, checked)
+    ms = run.median_ms(direction, seconds)
+    dense = beside.fastest(direction)
+    timing = Timing(
+        ms,
+        tflops=case.flops * flops_factor(direction) / ms * 1e-9,
+        speedup=None if dense is None else dense.ms / ms,
+        peak_mib=run.peak_mib(direction),
+    )
+    breakdown = tuple(stages.breakdown(case, inputs, direction, ms, seconds)) if profile else ()
+    return Row(*identity, OK, checked, beside.precision(case, direction), timing, dense, breakdown)
