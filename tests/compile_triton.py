@@ -38,7 +38,7 @@ INT32 = {"Q2kIdx", "Q2kNum", "K2qIdx", "QSizes", "KSizes", "Sizes"}
 INT64 = {"K2qEnd", "Counts"}
 INT64_SCALARS = {"inverse_hw", "inverse_w"}
 OPTIONS = ("num_warps", "num_stages", "enable_fp_fusion")
-POINTERS = {"Q", "K", "V", "X"}
+POINTERS = {"Q", "K", "V"}
 FLOATS = {"gate_value", "scale", "scale_log2"}
 TILES = {64: (4, 4, 4), 128: (2, 8, 8), 192: (4, 6, 8), 256: (4, 8, 8)}
 
