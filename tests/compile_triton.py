@@ -73,7 +73,7 @@ def kernels(arch: config.Architecture, block: int, head_dim: int, dtype: torch.d
     }
     yield attend_forward_kernel, common | config.forward(block, head_dim, itemsize, arch).launch
     yield attend_backward_q_kernel, common | config.backward_q(block, head_dim, itemsize, arch).launch
-    yield attend_backward_kv_kernel, common | config.backward_kv(block, head_dim, itemsize, arch).launch
+    yield attend_backward_kv_kernel, common | config.backward_kv(block, head_dim, itemsize, arch, raster).launch
     yield prepare_backward_kernel, common | {"BLOCK_M": 32, "num_warps": 4}
     for kernel in (block_means_kernel, block_mean_backward_kernel):
         yield kernel, common | {"ROWS": 32, "num_warps": 1}
@@ -126,6 +126,7 @@ def variants():
     ):
         yield block, head_dim, dtype, False, False
     yield 192, 96, half, True, True
+    yield 256, 128, half, True, True
     yield 64, 128, torch.float16, True, True
     yield 256, 128, half, False, True
 

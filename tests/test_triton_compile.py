@@ -22,18 +22,19 @@ def test_kernels_fit_shared_memory(capability):
     run = subprocess.run(command, env=environment, capture_output=True, text=True)
     assert run.returncode == 0, run.stderr[-2000:]
     kernels = [json.loads(line) for line in run.stdout.splitlines()]
-    assert len(kernels) == 82
+    assert len(kernels) == 89
     too_large = [kernel for kernel in kernels if kernel["shared"] > ARCHITECTURES[capability].shared_memory]
     assert not too_large
 
 
 @pytest.mark.parametrize("capability", ARCHITECTURES)
 @pytest.mark.parametrize("itemsize", [2, 4])
-def test_every_size_has_tiles(capability, itemsize):
+@pytest.mark.parametrize("raster", [False, True])
+def test_every_size_has_tiles(capability, itemsize, raster):
     for block in (64, 128, 192, 256, 320, 512, 1024):
         for head_dim in (16, 24, 64, 80, 128, 160, 256):
-            for choose in (config.forward, config.backward_q, config.backward_kv):
-                tiles = choose(block, head_dim, itemsize, ARCHITECTURES[capability])
+            work = (block, head_dim, itemsize, ARCHITECTURES[capability])
+            for tiles in (config.forward(*work), config.backward_q(*work), config.backward_kv(*work, raster)):
                 assert block % tiles.rows == 0
                 assert block % tiles.columns == 0
 
@@ -44,3 +45,5 @@ def test_larger_blocks_get_larger_tiles():
     for block in (128, 256, 384):
         assert config.forward(block, 128, 2, hopper).rows == 128
         assert config.backward_q(block, 128, 2, hopper).rows == 128
+        assert config.backward_kv(block, 128, 2, hopper, raster=True).columns == 128
+    assert config.backward_kv(128, 64, 2, hopper, raster=True).columns == 64

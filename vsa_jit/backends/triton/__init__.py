@@ -287,7 +287,8 @@ def backward(
     if need_dkv:
         dk, dv = empty_like(k), empty_like(v)
         ends, k2q_idx, chunks = invert(problem, q2k_idx, q2k_num)
-        tiles = config.backward_kv(problem.block, problem.head_dim, q.element_size(), arch)
+        raster = problem.grid is not None
+        tiles = config.backward_kv(problem.block, problem.head_dim, q.element_size(), arch, raster)
         programs = problem.batch * problem.kv_heads * problem.num_kv_blocks * (problem.block // tiles.columns)
         with torch.cuda.device_of(q):
             attend_backward_kv_kernel[(programs,)](

@@ -13,6 +13,7 @@ from vsa_jit.backends.triton.product import add_product
 from vsa_jit.backends.triton.rows import (
     block_origin,
     is_partial,
+    load_gate,
     load_rows,
     relative_tokens,
     row_token,
@@ -119,14 +120,7 @@ def prepare_backward_kernel(
         tl.store(Delta + padded, delta)
         if COMBINE:
             if HAS_GATE:
-                gate_ptrs = (
-                    Gate
-                    + b * stride_gb
-                    + h * stride_gh
-                    + token[:, None] * stride_gs
-                    + d[None, :].to(tl.int64) * stride_gd
-                )
-                gate = tl.load(gate_ptrs, mask=mask, other=0.0).to(tl.float32)
+                gate = load_gate(Gate, b, h, token, d, mask, stride_gb, stride_gh, stride_gs, stride_gd)
                 dout_c += tl.sum(gate * dout, 0)
                 dgate_ptrs = DGate + b * stride_dgb + h * stride_dgh + token[:, None] * stride_dgs + d[None, :]
                 if RASTER:

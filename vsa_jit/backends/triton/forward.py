@@ -7,6 +7,7 @@ from vsa_jit.backends.triton.product import add_product
 from vsa_jit.backends.triton.rows import (
     block_origin,
     is_partial,
+    load_gate,
     load_rows,
     relative_tokens,
     row_token,
@@ -187,14 +188,8 @@ def attend_forward_kernel(
     if COMBINE:
         out_c = tl.load(OutC + row * D + d, mask=in_head, other=0.0).to(tl.float32)
         if HAS_GATE:
-            gate_ptrs = (
-                Gate
-                + b * stride_gb
-                + h * stride_gh
-                + q_token[:, None] * stride_gs
-                + d[None, :].to(tl.int64) * stride_gd
-            )
-            gate = tl.load(gate_ptrs, mask=q_valid[:, None] & in_head[None, :], other=0.0).to(tl.float32)
+            mask = q_valid[:, None] & in_head[None, :]
+            gate = load_gate(Gate, b, h, q_token, d, mask, stride_gb, stride_gh, stride_gs, stride_gd)
             out += gate * out_c[None, :]
         else:
             out += tl.where(q_valid, gate_value, 0.0)[:, None] * out_c[None, :]

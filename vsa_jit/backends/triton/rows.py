@@ -143,3 +143,10 @@ def load_rows(ptrs, valid, in_head, MASK: tl.constexpr, MASK_D: tl.constexpr):
     else:
         rows = tl.load(ptrs)
     return rows
+
+
+@triton.jit
+def load_gate(Gate, b, h, token, d, mask, stride_gb, stride_gh, stride_gs, stride_gd):
+    """The coarse branch's weight of some tokens, fp32 [tokens, D_PAD], 0 outside the mask. Its strides may be 0."""
+    ptrs = Gate + b * stride_gb + h * stride_gh + token[:, None] * stride_gs + d[None, :].to(tl.int64) * stride_gd
+    return tl.load(ptrs, mask=mask, other=0.0).to(tl.float32)
