@@ -43,11 +43,10 @@ FLOATS = {"gate_value", "scale", "scale_log2"}
 TILES = {64: (4, 4, 4), 128: (2, 8, 8), 192: (4, 6, 8), 256: (4, 8, 8)}
 
 
-def kernels(arch: config.Architecture, block: int, head_dim: int, dtype: torch.dtype, raster: bool, masked: bool):
-    """The attention kernels with the constants that the backend gives them."""
-    itemsize = dtype.itemsize
+def constants_of(block: int, head_dim: int, dtype: torch.dtype, raster: bool, masked: bool) -> dict:
+    """What the backend gives every kernel but its tiles."""
     tile_t, tile_h, tile_w = TILES[block]
-    common = {
+    return {
         "GROUP": 2,
         "D": head_dim,
         "D_PAD": triton.next_power_of_2(head_dim),
@@ -71,13 +70,24 @@ def kernels(arch: config.Architecture, block: int, head_dim: int, dtype: torch.d
         "EXACT": dtype == torch.float32,
         "stride_gd": 1,
     }
-    yield attend_forward_kernel, common | config.forward(block, head_dim, itemsize, arch).launch
-    yield attend_backward_q_kernel, common | config.backward_q(block, head_dim, itemsize, arch).launch
-    yield attend_backward_kv_kernel, common | config.backward_kv(block, head_dim, itemsize, arch, raster).launch
-    yield prepare_backward_kernel, common | {"BLOCK_M": 32, "num_warps": 4}
-    for kernel in (block_means_kernel, block_mean_backward_kernel):
-        yield kernel, common | {"ROWS": 32, "num_warps": 1}
-    yield block_means_kernel, common | {"V": None, "ROWS": 32, "num_warps": 1}
+
+
+def attention_kernels(
+    arch: config.Architecture, block: int, head_dim: int, dtype: torch.dtype, raster: bool, masked: bool
+):
+    work = (block, head_dim, dtype.itemsize, arch)
+    yield attend_forward_kernel, config.forward(*work).launch
+    yield attend_backward_q_kernel, config.backward_q(*work).launch
+    yield attend_backward_kv_kernel, config.backward_kv(*work, raster, raster and masked).launch
+
+
+def block_kernels():
+    """The kernels whose launch does not depend on the architecture."""
+    yield prepare_backward_kernel, {"BLOCK_M": 32, "num_warps": 4}
+    means = {"ROWS": 32, "num_warps": 1}
+    yield block_mean_backward_kernel, means
+    yield block_means_kernel, means
+    yield block_means_kernel, means | {"V": None}
 
 
 def selection_kernels():
@@ -133,14 +143,17 @@ def variants():
 
 def main(capability: int) -> None:
     arch = ARCHITECTURES[capability]
-    for block, head_dim, dtype, raster, masked in variants():
-        for kernel, constants in kernels(arch, block, head_dim, dtype, raster, masked):
-            report(kernel, constants, dtype, capability, f"block {block}, D {head_dim}, {dtype}, raster {raster}")
+    for variant in variants():
+        for kernel, launch in attention_kernels(arch, *variant):
+            report(kernel, constants_of(*variant) | launch, variant[2], capability, variant)
+    for variant in ((128, 256, torch.float32, False, False), (192, 96, torch.bfloat16, True, True)):
+        for kernel, launch in block_kernels():
+            report(kernel, constants_of(*variant) | launch, variant[2], capability, variant)
     for kernel, constants in selection_kernels():
-        report(kernel, constants, torch.float32, capability, f"{constants['COLUMNS']} columns")
+        report(kernel, constants, torch.float32, capability, (constants["COLUMNS"],))
 
 
-def report(kernel, constants: dict, dtype: torch.dtype, capability: int, variant: str) -> None:
+def report(kernel, constants: dict, dtype: torch.dtype, capability: int, variant: tuple) -> None:
     compiled = compile_kernel(kernel, constants, dtype, capability)
     print(json.dumps({"kernel": f"{kernel.__name__}, {variant}", "shared": compiled.metadata.shared}), flush=True)
 

@@ -288,7 +288,8 @@ def backward(
         dk, dv = empty_like(k), empty_like(v)
         ends, k2q_idx, chunks = invert(problem, q2k_idx, q2k_num)
         raster = problem.grid is not None
-        tiles = config.backward_kv(problem.block, problem.head_dim, q.element_size(), arch, raster)
+        border = raster and problem.is_partial(problem.q_len)
+        tiles = config.backward_kv(problem.block, problem.head_dim, q.element_size(), arch, raster, border)
         programs = problem.batch * problem.kv_heads * problem.num_kv_blocks * (problem.block // tiles.columns)
         with torch.cuda.device_of(q):
             attend_backward_kv_kernel[(programs,)](

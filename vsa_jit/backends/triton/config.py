@@ -47,8 +47,10 @@ _BACKWARD_Q_WGMMA = (Config(128, 128, 8, 2), Config(128, 64, 8, 2), Config(64, 6
 _BACKWARD_Q_MMA = (Config(64, 64, 4, 2), Config(64, 32, 4, 2), Config(64, 16, 4, 2))
 # With dk and dv to accumulate, 128 key rows run short of registers: on sequences 64 are faster at every block size. In
 # raster order, where each step has more to do beside its products, half as many steps are worth more if rows are wide.
+# A border's masks take still more registers, so that blocks of 64 do better with fewer query rows.
 _BACKWARD_KV_WGMMA = (Config(64, 64, 4, 2), Config(32, 64, 8, 2))
-_BACKWARD_KV_WGMMA_RASTER = (Config(64, 128, 8, 2), *_BACKWARD_KV_WGMMA)
+_BACKWARD_KV_WGMMA_RASTER = (Config(64, 128, 8, 3), *_BACKWARD_KV_WGMMA)
+_BACKWARD_KV_WGMMA_BORDER = (Config(64, 128, 8, 3), Config(32, 64, 4, 2), Config(32, 64, 8, 2))
 _BACKWARD_KV_MMA = (Config(32, 64, 4, 2), Config(32, 64, 8, 2), Config(16, 64, 8, 2))
 _FP32 = (Config(32, 32, 4, 2), Config(32, 16, 4, 2), Config(16, 16, 4, 2))
 
@@ -77,8 +79,11 @@ def backward_q(block: int, head_dim: int, itemsize: int, arch: Architecture) -> 
 
 
 @functools.cache
-def backward_kv(block: int, head_dim: int, itemsize: int, arch: Architecture, raster: bool) -> Config:
-    wgmma = _BACKWARD_KV_WGMMA_RASTER if raster and head_dim > 64 else _BACKWARD_KV_WGMMA
+def backward_kv(block: int, head_dim: int, itemsize: int, arch: Architecture, raster: bool, border: bool) -> Config:
+    """``raster`` says in which order the tokens are, ``border`` that the border of the video cuts some blocks."""
+    wgmma: tuple[Config, ...] = _BACKWARD_KV_WGMMA
+    if raster and head_dim > 64:
+        wgmma = _BACKWARD_KV_WGMMA_BORDER if border else _BACKWARD_KV_WGMMA_RASTER
     candidates = _FP32 if itemsize == 4 else wgmma if arch.wgmma else _BACKWARD_KV_MMA
     fit = _Fit(block, head_dim, itemsize, arch)
     return fit.first(candidates, lambda c: (2 * c.columns, 4 * c.rows), lambda c: 2 * c.columns * (fit.width + c.rows))
