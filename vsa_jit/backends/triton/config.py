@@ -47,9 +47,9 @@ _BACKWARD_Q_WGMMA = (Config(128, 128, 8, 2), Config(128, 64, 8, 2), Config(64, 6
 _BACKWARD_Q_MMA = (Config(64, 64, 4, 2), Config(64, 32, 4, 2), Config(64, 16, 4, 2))
 # With dk and dv to accumulate, 128 key rows run short of registers: on sequences 64 are faster at every block size. In
 # raster order, where each step has more to do beside its products, half as many steps are worth more if rows are wide.
-# A border's masks take still more registers, so that blocks of 64 do better with fewer query rows.
+# A border's masks take still more registers: blocks of 64 then do better with fewer query rows, 128 with three stages.
 _BACKWARD_KV_WGMMA = (Config(64, 64, 4, 2), Config(32, 64, 8, 2))
-_BACKWARD_KV_WGMMA_RASTER = (Config(64, 128, 8, 3), *_BACKWARD_KV_WGMMA)
+_BACKWARD_KV_WGMMA_RASTER = (Config(64, 128, 8, 2), *_BACKWARD_KV_WGMMA)
 _BACKWARD_KV_WGMMA_BORDER = (Config(64, 128, 8, 3), Config(32, 64, 4, 2), Config(32, 64, 8, 2))
 _BACKWARD_KV_MMA = (Config(32, 64, 4, 2), Config(32, 64, 8, 2), Config(16, 64, 8, 2))
 _FP32 = (Config(32, 32, 4, 2), Config(32, 16, 4, 2), Config(16, 16, 4, 2))
