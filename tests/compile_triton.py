@@ -1,4 +1,4 @@
-"""Compiles every attention kernel for a GPU architecture without having one, and prints what each needs.
+"""Compiles every kernel for a GPU architecture without having one, and prints what each needs.
 
 Run as ``python compile_triton.py CAPABILITY``: a line of JSON for each kernel with its shared memory in bytes. It is a
 program of its own because Triton's interpreter, which the tests use, and its compiler exclude each other in a process.
@@ -43,10 +43,11 @@ FLOATS = {"gate_value", "scale", "scale_log2"}
 TILES = {64: (4, 4, 4), 128: (2, 8, 8), 192: (4, 6, 8), 256: (4, 8, 8)}
 
 
-def constants_of(block: int, head_dim: int, dtype: torch.dtype, raster: bool, masked: bool) -> dict:
-    """What the backend gives every kernel but its tiles."""
+def kernels(arch: config.Architecture, block: int, head_dim: int, dtype: torch.dtype, raster: bool, masked: bool):
+    """Those whose constants the backend takes from the problem."""
+    work = (block, head_dim, dtype.itemsize, arch)
     tile_t, tile_h, tile_w = TILES[block]
-    return {
+    common = {
         "GROUP": 2,
         "D": head_dim,
         "D_PAD": triton.next_power_of_2(head_dim),
@@ -70,24 +71,13 @@ def constants_of(block: int, head_dim: int, dtype: torch.dtype, raster: bool, ma
         "EXACT": dtype == torch.float32,
         "stride_gd": 1,
     }
-
-
-def attention_kernels(
-    arch: config.Architecture, block: int, head_dim: int, dtype: torch.dtype, raster: bool, masked: bool
-):
-    work = (block, head_dim, dtype.itemsize, arch)
-    yield attend_forward_kernel, config.forward(*work).launch
-    yield attend_backward_q_kernel, config.backward_q(*work).launch
-    yield attend_backward_kv_kernel, config.backward_kv(*work, raster, raster and masked).launch
-
-
-def block_kernels():
-    """The kernels whose launch does not depend on the architecture."""
-    yield prepare_backward_kernel, {"BLOCK_M": 32, "num_warps": 4}
-    means = {"ROWS": 32, "num_warps": 1}
-    yield block_mean_backward_kernel, means
-    yield block_means_kernel, means
-    yield block_means_kernel, means | {"V": None}
+    yield attend_forward_kernel, common | config.forward(*work).launch
+    yield attend_backward_q_kernel, common | config.backward_q(*work).launch
+    yield attend_backward_kv_kernel, common | config.backward_kv(*work, raster, raster and masked).launch
+    yield prepare_backward_kernel, common | {"BLOCK_M": 32, "num_warps": 4}
+    for kernel in (block_means_kernel, block_mean_backward_kernel):
+        yield kernel, common | {"ROWS": 32, "num_warps": 1}
+    yield block_means_kernel, common | {"V": None, "ROWS": 32, "num_warps": 1}
 
 
 def selection_kernels():
@@ -143,17 +133,14 @@ def variants():
 
 def main(capability: int) -> None:
     arch = ARCHITECTURES[capability]
-    for variant in variants():
-        for kernel, launch in attention_kernels(arch, *variant):
-            report(kernel, constants_of(*variant) | launch, variant[2], capability, variant)
-    for variant in ((128, 256, torch.float32, False, False), (192, 96, torch.bfloat16, True, True)):
-        for kernel, launch in block_kernels():
-            report(kernel, constants_of(*variant) | launch, variant[2], capability, variant)
+    for block, head_dim, dtype, raster, masked in variants():
+        for kernel, constants in kernels(arch, block, head_dim, dtype, raster, masked):
+            report(kernel, constants, dtype, capability, f"block {block}, D {head_dim}, {dtype}, raster {raster}")
     for kernel, constants in selection_kernels():
-        report(kernel, constants, torch.float32, capability, (constants["COLUMNS"],))
+        report(kernel, constants, torch.float32, capability, f"{constants['COLUMNS']} columns")
 
 
-def report(kernel, constants: dict, dtype: torch.dtype, capability: int, variant: tuple) -> None:
+def report(kernel, constants: dict, dtype: torch.dtype, capability: int, variant: str) -> None:
     compiled = compile_kernel(kernel, constants, dtype, capability)
     print(json.dumps({"kernel": f"{kernel.__name__}, {variant}", "shared": compiled.metadata.shared}), flush=True)
 

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 
 import torch
 
+from vsa_jit.backends.choose import Choice
 from vsa_jit.bench import attention, stages
 from vsa_jit.bench.attention import DenseResult
 from vsa_jit.bench.cases import Case, Inputs, flops_factor
@@ -79,7 +80,7 @@ def sweep(
             choice = case.choice(device)
             try:
                 beside = beside or _Dense(Inputs.random(shape, device, seed), seconds)
-                row = _row(case, direction, beside, seconds, seed, profile)
+                row = _row(case, choice, direction, beside, seconds, seed, profile)
             except RuntimeError as error:
                 # PyTorch's own class on a GPU, a plain error of its allocator on a CPU.
                 if not isinstance(error, torch.OutOfMemoryError) and "DefaultCPUAllocator" not in str(error):
@@ -117,9 +118,8 @@ class _Dense:
         return Precision(name, self._same_keys[key], metrics(fine.results(direction), wanted))
 
 
-def _row(case: Case, direction: str, beside: _Dense, seconds: float, seed: int, profile: bool) -> Row:
+def _row(case: Case, choice: Choice, direction: str, beside: _Dense, seconds: float, seed: int, profile: bool) -> Row:
     inputs = beside.inputs
-    choice = case.choice(inputs.device)
     identity = (case, choice.backend, choice.engine, direction)
     run = attention.sparse(case, inputs)
     checked = check(case, inputs, run.results(direction), direction, seed)
