@@ -8,44 +8,165 @@ import torch
 import vsa_jit
 from vsa_jit.backends import choose as chooser
 from vsa_jit.backends.choose import Entry, choose
+from vsa_jit.backends.sm90 import support
+from vsa_jit.jit import engines, toolchain
+from vsa_jit.jit.errors import CompileError, Unavailable
 from vsa_jit.problem import Problem
 
 CPU = torch.device("cpu")
 CUDA = torch.device("cuda", 0)
 
 
-def qkv():
-    return (torch.randn(1, 2, 128, 32) for _ in range(3))
+NOT_ON_CPU = {
+    "sm90": "the kernels are for Hopper GPUs, and the tensors are on cpu",
+    "triton": "Triton needs a CUDA device, and the tensors are on cpu",
+}
 
 
-def problem(backend="auto"):
-    q, k, _ = qkv()
+def qkv(head_dim=32):
+    return (torch.randn(1, 2, 128, head_dim) for _ in range(3))
+
+
+def problem(backend="auto", head_dim=32):
+    q, k, _ = qkv(head_dim)
     return Problem.of(q, k, (1, 1, 64), None, "bhsd", 0.1, backend)
 
 
 @pytest.fixture(autouse=True)
 def fresh(monkeypatch):
-    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
-    monkeypatch.delenv("VSA_JIT_BACKEND", raising=False)
-    monkeypatch.setattr(chooser, "_logged", set())
+    for variable in ("TRITON_INTERPRET", "VSA_JIT_BACKEND", "VSA_JIT_ENGINE"):
+        monkeypatch.delenv(variable, raising=False)
+    for name, empty in (("_logged", set()), ("_failed", {}), ("_chosen", {})):
+        monkeypatch.setattr(chooser, name, empty)
+    support.why_no_engine.cache_clear()
+    yield
+    support.why_no_engine.cache_clear()
 
 
 def has_capability(monkeypatch, *capability):
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
 
 
+@pytest.fixture
+def hopper(monkeypatch):
+    """A machine with a Hopper GPU, a driver and NVRTC."""
+    has_capability(monkeypatch, 9, 0)
+    monkeypatch.setattr(toolchain, "driver_version", lambda: (13, 0))
+    monkeypatch.setattr(engines, "choose", lambda kernels, arch, name="auto": engines.ENGINES[0])
+
+
 def test_explain_on_a_cpu():
     choice = vsa_jit.explain(*qkv(), topk=1)
     assert (choice.backend, choice.engine) == ("torch", None)
-    assert choice.reasons == {"triton": "Triton needs a CUDA device, and the tensors are on cpu"}
-    assert str(choice) == "runs: torch\nnot triton: Triton needs a CUDA device, and the tensors are on cpu"
+    assert choice.reasons == NOT_ON_CPU
+    lines = [f"not {name}: {reason}" for name, reason in NOT_ON_CPU.items()]
+    assert str(choice).splitlines() == ["runs: torch", *lines]
 
 
-@pytest.mark.parametrize("capability", [(8, 0), (8, 9), (9, 0), (12, 0)])
+@pytest.mark.parametrize("capability", [(8, 0), (8, 9), (10, 0), (12, 0)])
 def test_cuda_runs_triton(monkeypatch, capability):
     has_capability(monkeypatch, *capability)
     choice = choose(problem(), CUDA, torch.float16)
-    assert (choice.backend, choice.engine, choice.reasons) == ("triton", "triton", {"torch": "slower than triton"})
+    assert (choice.backend, choice.engine) == ("triton", "triton")
+    version = ".".join(map(str, capability))
+    assert choice.reasons == {
+        "sm90": f"the kernels are for compute capability 9.0, and cuda:0 has {version}",
+        "torch": "slower than triton",
+    }
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("head_dim", [64, 128])
+def test_hopper_runs_sm90(hopper, dtype, head_dim):
+    choice = choose(problem(head_dim=head_dim), CUDA, dtype)
+    assert (choice.backend, choice.engine) == ("sm90", "nvrtc")
+    assert choice.reasons == {"triton": "slower than sm90", "torch": "slower than sm90"}
+
+
+@pytest.mark.parametrize(
+    ("head_dim", "dtype", "reason"),
+    [
+        (96, torch.float16, "the kernels are for head dimensions 64 and 128, and q's is 96"),
+        (64, torch.float32, "the kernels are for bf16 and fp16, and q is torch.float32"),
+    ],
+)
+def test_what_the_hopper_kernels_do_not_cover(hopper, head_dim, dtype, reason):
+    choice = choose(problem(head_dim=head_dim), CUDA, dtype)
+    assert (choice.backend, choice.reasons["sm90"]) == ("triton", reason)
+
+
+def test_tensors_that_tma_cannot_read(hopper):
+    aligned = torch.randn(1, 2, 128, 64).half()
+    odd_rows = torch.randn(1, 2, 128, 68).half()[..., :64]
+    odd_start = torch.randn(1 + 2 * 128 * 64).half()[1:].view(1, 2, 128, 64)
+    reason = "TMA needs strides that are multiples of 16 bytes, got (17408, 8704, 68, 1)"
+    assert choose(problem(head_dim=64), CUDA, torch.float16, (aligned,)).backend == "sm90"
+    assert choose(problem(head_dim=64), CUDA, torch.float16, (aligned, odd_rows)).reasons["sm90"] == reason
+    reasons = choose(problem(head_dim=64), CUDA, torch.float16, (odd_start,)).reasons
+    assert reasons["sm90"] == "TMA needs an address that is a multiple of 16 bytes"
+
+
+@pytest.mark.parametrize(
+    ("driver", "reason"),
+    [
+        ((12, 3), "the NVIDIA driver is of CUDA 12.3, older than 12.4 (install a newer NVIDIA driver)"),
+        (Unavailable("no NVIDIA driver"), "no NVIDIA driver"),
+    ],
+)
+def test_a_driver_that_does_not_do(hopper, monkeypatch, driver, reason):
+    def version():
+        if isinstance(driver, Unavailable):
+            raise driver
+        return driver
+
+    monkeypatch.setattr(toolchain, "driver_version", version)
+    choice = choose(problem(head_dim=64), CUDA, torch.float16)
+    assert (choice.backend, choice.reasons["sm90"]) == ("triton", reason)
+
+
+def test_nothing_to_compile_with(hopper, monkeypatch):
+    def choose_engine(kernels, arch, name="auto"):
+        raise Unavailable("no compiler: nvrtc: the package cupy is not installed (pip install cupy)")
+
+    monkeypatch.setattr(engines, "choose", choose_engine)
+    with pytest.raises(RuntimeError, match="backend='sm90' cannot run this call: no compiler: nvrtc: the package cupy"):
+        choose(problem("sm90", head_dim=64), CUDA, torch.float16)
+
+
+def fails_to_compile(problem, device, dtype):
+    raise CompileError("block means", "a.cu(1): error: no")
+
+
+@pytest.fixture
+def broken_entry(monkeypatch):
+    """A backend made for the CPU, whose kernels do not compile."""
+    broken = Entry(
+        "sm90",
+        "vsa_jit.backends.torch",
+        lambda problem, dtype: "nvrtc",
+        lambda device: True,
+        lambda problem, device, dtype, tensors: None,
+        fails_to_compile,
+    )
+    monkeypatch.setattr(chooser, "ENTRIES", (broken, *chooser.ENTRIES[1:]))
+
+
+def test_a_failed_compile_warns_once_and_runs_the_next_backend(broken_entry, caplog):
+    q, k, v = qkv()
+    with caplog.at_level(logging.INFO, logger="vsa_jit"):
+        outputs = [vsa_jit.video_sparse_attn(q, k, v, topk=1) for _ in range(3)]
+    (record,) = caplog.records
+    assert record.levelname == "WARNING"
+    assert "not sm90: block means could not be compiled: a.cu(1): error: no" in record.getMessage()
+    expected = vsa_jit.video_sparse_attn(q, k, v, topk=1, backend="torch")
+    for output in outputs:
+        torch.testing.assert_close(output, expected, rtol=0, atol=0)
+
+
+def test_a_failed_compile_is_an_error_where_the_backend_was_asked_for(broken_entry):
+    q, k, v = qkv()
+    with pytest.raises(CompileError, match=r"a\.cu\(1\): error: no"):
+        vsa_jit.video_sparse_attn(q, k, v, topk=1, backend="sm90")
 
 
 def test_old_gpu_runs_torch_and_says_why(monkeypatch):
@@ -55,9 +176,12 @@ def test_old_gpu_runs_torch_and_says_why(monkeypatch):
     assert choice.reasons["triton"] == "Triton needs compute capability 8.0, and cuda:0 has 7.5"
 
 
-def test_without_triton(monkeypatch):
+MISSING_TRITON = "the package triton is not installed (pip install triton)"
+
+
+def test_without_triton(monkeypatch, hopper):
     monkeypatch.setattr(chooser, "_installed", lambda package: False)
-    assert choose(problem(), CUDA, torch.float16).reasons["triton"] == "the package triton is not installed"
+    assert choose(problem(), CUDA, torch.float16).reasons["triton"] == MISSING_TRITON
 
 
 def test_a_backend_asked_for_by_name_runs_or_raises():
@@ -71,7 +195,7 @@ def test_environment_variable(monkeypatch):
     has_capability(monkeypatch, 9, 0)
     monkeypatch.setenv("VSA_JIT_BACKEND", "torch")
     choice = choose(problem(), CUDA, torch.float16)
-    assert (choice.backend, choice.reasons) == ("torch", {"triton": "torch was asked for"})
+    assert (choice.backend, choice.reasons["triton"]) == ("torch", "torch was asked for")
     assert choose(problem("triton"), CUDA, torch.float16).backend == "triton"
     monkeypatch.setenv("VSA_JIT_BACKEND", "cuda")
     with pytest.raises(ValueError, match=r"VSA_JIT_BACKEND: expected one of .*, got 'cuda'"):
@@ -89,20 +213,20 @@ def test_each_choice_is_logged_once(caplog):
     with caplog.at_level(logging.INFO, logger="vsa_jit"):
         for _ in range(3):
             vsa_jit.video_sparse_attn(q, k, v, topk=1)
-    expected = "backend torch runs on cpu (not triton: Triton needs a CUDA device, and the tensors are on cpu)"
+    reasons = "; ".join(f"not {name}: {reason}" for name, reason in NOT_ON_CPU.items())
+    expected = f"backend torch runs on cpu ({reasons})"
     assert [(record.levelname, record.getMessage()) for record in caplog.records] == [("INFO", expected)]
 
 
-def test_missing_the_backend_made_for_the_device_is_a_warning(monkeypatch, caplog):
+def test_missing_the_backend_made_for_the_device_is_a_warning(hopper, monkeypatch, caplog):
     """What happens on a Hopper GPU whose own backend cannot run."""
-    has_capability(monkeypatch, 9, 0)
-    hopper = Entry(
-        "hopper", "nvrtc", lambda device: True, lambda problem, device, dtype: "CUDA 12.3 is older than 12.4"
-    )
-    monkeypatch.setattr(chooser, "ENTRIES", (hopper, *chooser.ENTRIES))
-    choice = choose(problem(), CUDA, torch.float16)
+    monkeypatch.setattr(toolchain, "driver_version", lambda: (12, 3))
+    choice = choose(problem(head_dim=64), CUDA, torch.float16)
     with caplog.at_level(logging.INFO, logger="vsa_jit"):
         chooser._log_once(choice, problem(), CUDA)
     (record,) = caplog.records
     assert record.levelname == "WARNING"
-    assert record.getMessage() == "backend triton runs on cuda:0 (not hopper: CUDA 12.3 is older than 12.4)"
+    assert record.getMessage() == (
+        "backend triton runs on cuda:0 (not sm90: the NVIDIA driver is of CUDA 12.3, older than 12.4 "
+        "(install a newer NVIDIA driver))"
+    )

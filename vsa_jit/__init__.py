@@ -5,13 +5,18 @@ from vsa_jit.api import (
     block_sparse_attn_from_indices,
     explain,
     video_sparse_attn,
+    warmup,
 )
 from vsa_jit.backends.choose import Choice
+from vsa_jit.jit.errors import CacheError, CompileError
 
 __all__ = [
+    "CacheError",
     "Choice",
+    "CompileError",
     "block_sparse_attn",
     "block_sparse_attn_from_indices",
     "explain",
     "video_sparse_attn",
+    "warmup",
 ]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -212,7 +213,42 @@ def explain(
     if topk is not None or sparsity is not None:
         check_topk(topk, sparsity, problem.num_kv_blocks)
     check_gate(compress_attn_weight, q)
-    return choose(problem, q.device, q.dtype)
+    return choose(problem, q.device, q.dtype, (q, k, v))
+
+
+def warmup(
+    arch: str | None = None,
+    *,
+    dtype: torch.dtype | Sequence[torch.dtype] | None = None,
+    head_dim: int | Sequence[int] | None = None,
+    block_size: int | Sequence[int] | Sequence[int | Sequence[int]] | None = None,
+    engine: str = "auto",
+) -> list[Path]:
+    """Compiles this package's CUDA kernels ahead of time and keeps them, so that no later call compiles.
+
+    With a GPU of the architecture in the machine they are also loaded on the current device, as a CUDA graph needs it.
+    Triton's kernels are compiled at the first call that needs them, whatever was warmed up.
+
+    Args:
+        arch: "9.0a" for Hopper GPUs, with or without one here. None: that of the current GPU; where that is none that
+            has CUDA kernels in this package, nothing is compiled.
+        dtype: torch.bfloat16, torch.float16 or several; None for both.
+        head_dim: 64, 128 or several; None for both.
+        block_size: as in ``video_sparse_attn``, or a list of such; None for all. So far it changes nothing: the kernels
+            are the same for all.
+        engine: "nvrtc", "nvcc" or "auto".
+
+    Returns:
+        The folder of each kernel.
+
+    Raises:
+        TypeError, ValueError: an argument is wrong; the message names it and lists what is allowed.
+        vsa_jit.CompileError: a kernel does not compile.
+        RuntimeError: there is nothing to compile with, or no folder to keep the result in; the message says why.
+    """
+    from vsa_jit import precompile
+
+    return precompile.warmup(arch, dtype, head_dim, block_size, engine)
 
 
 def _check(

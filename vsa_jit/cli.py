@@ -8,6 +8,8 @@ from collections.abc import Callable, Sequence
 from typing import NamedTuple, NoReturn
 
 from vsa_jit.bench import command as bench
+from vsa_jit.commands import cache, doctor, warmup
+from vsa_jit.jit.errors import JitError
 
 
 class Command(NamedTuple):
@@ -20,6 +22,9 @@ class Command(NamedTuple):
 
 COMMANDS = {
     "bench": Command(bench.SUMMARY, bench.add_arguments, bench.run),
+    "warmup": Command(warmup.SUMMARY, warmup.add_arguments, warmup.run),
+    "cache": Command(cache.SUMMARY, cache.add_arguments, cache.run),
+    "doctor": Command(doctor.SUMMARY, doctor.add_arguments, doctor.run),
 }
 
 
@@ -49,3 +54,6 @@ def main(argv: Sequence[str] | None = None) -> int:
     except argparse.ArgumentError as error:
         print(f"vsa-jit: error: {error}", file=sys.stderr)
         return 2
+    except JitError as error:
+        print(f"vsa-jit: error: {error}", file=sys.stderr)
+        return 1

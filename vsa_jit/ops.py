@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from vsa_jit.backends.choose import Backend, backend_for
+from vsa_jit.backends.choose import backend_for
 from vsa_jit.problem import Operands, Problem, bhsd, empty_like
 
 # Scores that are computed at a time, so that selection needs little memory however many blocks there are.
@@ -60,10 +60,6 @@ def _refuse_second_derivative(ctx: Any, *grads: Tensor) -> None:
     raise NotImplementedError("vsa_jit: the gradients of sparse attention cannot be differentiated again")
 
 
-def _backend(problem: Problem, x: Tensor) -> Backend:
-    return backend_for(problem, x.device, x.dtype)
-
-
 @_operator
 def pool_and_select(
     q: Tensor,
@@ -90,7 +86,7 @@ def pool_and_select(
         int32 [B, H, n_q]. The means are differentiable, the selection is not.
     """
     problem = Problem.of(q, k, tile, grid, layout, softmax_scale, backend)
-    run = _backend(problem, q)
+    run = backend_for(problem, q, k) if v is None else backend_for(problem, q, k, v)
     q_c, k_c, v_c = run.block_means(problem, q, k, v, q_sizes, kv_sizes)
     rows = problem.batch * problem.kv_heads
     shape = (problem.batch, problem.heads, problem.num_q_blocks)
@@ -133,7 +129,7 @@ def block_mean_backward(
 ) -> Tensor:
     """Gradient of the block means of ``x`` in ``x``: each valid token's share of its block's, 0 for the others."""
     problem = Problem.of(x, x, tile, grid, layout, softmax_scale, backend)
-    return _backend(problem, x).block_mean_backward(problem, dmean, x, sizes)
+    return backend_for(problem, x).block_mean_backward(problem, dmean, x, sizes)
 
 
 @_fake(block_mean_backward)
@@ -178,7 +174,7 @@ def compact(
     problem = Problem.of(q, k, tile, grid, layout, softmax_scale, backend)
     q2k_idx = block_map.new_empty(block_map.shape, dtype=torch.int32)
     q2k_num = block_map.new_empty(block_map.shape[:3], dtype=torch.int32)
-    _backend(problem, q).compact(block_map, q2k_idx, q2k_num)
+    backend_for(problem, q, k).compact(block_map, q2k_idx, q2k_num)
     return q2k_idx, q2k_num
 
 
@@ -221,7 +217,7 @@ def attend(
     """
     problem = Problem.of(q, k, tile, grid, layout, softmax_scale, backend)
     operands = Operands(q, k, v, q2k_idx, q2k_num, q_sizes, kv_sizes, out_c, gate, gate_value)
-    out, lse, out_s = _backend(problem, q).forward(problem, operands, keep_out_s)
+    out, lse, out_s = backend_for(problem, q, k, v).forward(problem, operands, keep_out_s)
     return out, lse, q.new_empty(0) if out_s is None else out_s
 
 
@@ -258,7 +254,7 @@ def attend_backward(
     """Gradients of ``attend`` in q, k, v, the gate and ``out_c``; empty where there is none or it is not needed."""
     problem = Problem.of(q, k, tile, grid, layout, softmax_scale, backend)
     operands = Operands(q, k, v, q2k_idx, q2k_num, q_sizes, kv_sizes, out_c, gate, gate_value)
-    gradients = _backend(problem, q).backward(problem, operands, out_s, lse, dout, dlse, need_dq, need_dkv)
+    gradients = backend_for(problem, q, k, v).backward(problem, operands, out_s, lse, dout, dlse, need_dq, need_dkv)
     dq, dk, dv, dgate, dout_c = (q.new_empty(0) if x is None else x for x in gradients)
     return dq, dk, dv, dgate, dout_c
 

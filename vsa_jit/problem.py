@@ -194,7 +194,7 @@ def check_problem(
     elif not 0.0 < softmax_scale <= LARGEST_FLOAT:
         raise ValueError(f"softmax_scale: expected a positive finite number, got {softmax_scale}")
 
-    tile = _check_block_size(block_size, with_grid=grid is not None)
+    tile = check_block_size(block_size, with_grid=grid is not None)
     if grid is not None:
         grid = _check_triple("grid", grid)
         for name, given in (
@@ -311,7 +311,7 @@ def _check_triple(name: str, value: Sequence[int]) -> tuple[int, int, int]:
     return value[0], value[1], value[2]
 
 
-def _check_block_size(block_size: int | Sequence[int], *, with_grid: bool) -> tuple[int, int, int]:
+def check_block_size(block_size: int | Sequence[int], *, with_grid: bool) -> tuple[int, int, int]:
     if isinstance(block_size, bool):
         raise TypeError("block_size: expected an int or three ints (t, h, w), got bool")
     if not isinstance(block_size, int):

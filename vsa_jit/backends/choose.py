@@ -1,7 +1,7 @@
 """The backends, fastest first, and the one chooser that gives a reason.
 
-A backend is an entry of ``ENTRIES`` and a module of its name with the functions of ``Backend``, imported when a call
-first runs on it: a machine without its packages never needs them.
+A backend is an entry of ``ENTRIES`` and a module with the functions of ``Backend``, imported when a call first runs on
+it: a machine without its packages never needs them.
 """
 
 from __future__ import annotations
@@ -11,20 +11,28 @@ import importlib
 import importlib.util
 import logging
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Protocol, cast
 
 import torch
 from torch import Tensor
 
+from vsa_jit.jit.errors import CompileError
 from vsa_jit.problem import Gradients, Operands, Problem
 
 ENVIRONMENT_VARIABLE = "VSA_JIT_BACKEND"
+_DECIDING_VARIABLES = (ENVIRONMENT_VARIABLE, "VSA_JIT_ENGINE", "TRITON_INTERPRET")
+_MOST_CHOSEN = 4096
 OLDEST_TRITON_CAPABILITY = (8, 0)
+HOPPER_CAPABILITY = (9, 0)
 
 _logger = logging.getLogger("vsa_jit")
 _logged: set[tuple[str, ...]] = set()
+# Backends that turned out not to run in this process, and why.
+_failed: dict[str, str] = {}
+# What was chosen for a call, so that a call like it asks nothing again.
+_chosen: dict[tuple, Backend] = {}
 
 
 class Backend(Protocol):
@@ -59,12 +67,22 @@ class Backend(Protocol):
 
 @dataclass(frozen=True)
 class Entry:
-    """One backend: what devices it was made for, and why it cannot run a call there (None: it can)."""
+    """One backend.
+
+    Attributes:
+        module: where its functions are.
+        engine: what compiles its kernels for a call that it can run.
+        made_for: whether it was made for a device.
+        why_not: why it cannot run a call on a device with tensors of a dtype, or None; the tensors are those at hand.
+        prepare: makes its kernels ready for such a call, or None where there is nothing to make ready.
+    """
 
     name: str
-    engine: str | None
+    module: str
+    engine: Callable[[Problem, torch.dtype], str | None]
     made_for: Callable[[torch.device], bool]
-    why_not: Callable[[Problem, torch.device, torch.dtype], str | None]
+    why_not: Callable[[Problem, torch.device, torch.dtype, Sequence[Tensor]], str | None]
+    prepare: Callable[[Problem, torch.device, torch.dtype], None] | None = None
 
 
 @dataclass(frozen=True)
@@ -80,9 +98,46 @@ class Choice:
         return "\n".join([f"runs: {runs}", *(f"not {name}: {reason}" for name, reason in self.reasons.items())])
 
 
-def _triton_why_not(problem: Problem, device: torch.device, dtype: torch.dtype) -> str | None:
+def _is_hopper(device: torch.device) -> bool:
+    if device.type != "cuda" or torch.version.hip is not None:
+        return False
+    return torch.cuda.get_device_capability(device) == HOPPER_CAPABILITY
+
+
+def _sm90_why_not(problem: Problem, device: torch.device, dtype: torch.dtype, tensors: Sequence[Tensor]) -> str | None:
+    if device.type != "cuda":
+        return f"the kernels are for Hopper GPUs, and the tensors are on {device.type}"
+    if torch.version.hip is not None:
+        return "the kernels are for NVIDIA GPUs, and this PyTorch is for AMD's"
+    capability = torch.cuda.get_device_capability(device)
+    if capability != HOPPER_CAPABILITY:
+        needed = _dotted(HOPPER_CAPABILITY)
+        return f"the kernels are for compute capability {needed}, and {device} has {_dotted(capability)}"
+    reason = _triton_why_not(problem, device, dtype, tensors)
+    if reason is not None:
+        return f"Triton runs what has no Hopper kernel yet, and {reason}"
+    from vsa_jit.backends.sm90 import support
+
+    return support.why_not(problem, dtype, tensors)
+
+
+def _sm90_engine(problem: Problem, dtype: torch.dtype) -> str:
+    from vsa_jit.backends.sm90 import support
+
+    return support.engine_of(problem, dtype)
+
+
+def _sm90_prepare(problem: Problem, device: torch.device, dtype: torch.dtype) -> None:
+    from vsa_jit.backends.sm90 import support
+
+    support.prepare(problem, device, dtype)
+
+
+def _triton_why_not(
+    problem: Problem, device: torch.device, dtype: torch.dtype, tensors: Sequence[Tensor]
+) -> str | None:
     if not _installed("triton"):
-        return "the package triton is not installed"
+        return "the package triton is not installed (pip install triton)"
     if device.type == "cpu" and os.environ.get("TRITON_INTERPRET") == "1":
         return None
     if device.type != "cuda":
@@ -91,9 +146,13 @@ def _triton_why_not(problem: Problem, device: torch.device, dtype: torch.dtype) 
         return "the kernels are for NVIDIA GPUs, and this PyTorch is for AMD's"
     capability = torch.cuda.get_device_capability(device)
     if capability < OLDEST_TRITON_CAPABILITY:
-        needed = ".".join(map(str, OLDEST_TRITON_CAPABILITY))
-        return f"Triton needs compute capability {needed}, and {device} has {'.'.join(map(str, capability))}"
+        needed = _dotted(OLDEST_TRITON_CAPABILITY)
+        return f"Triton needs compute capability {needed}, and {device} has {_dotted(capability)}"
     return None
+
+
+def _dotted(capability: tuple[int, int]) -> str:
+    return ".".join(map(str, capability))
 
 
 @functools.cache
@@ -102,8 +161,21 @@ def _installed(package: str) -> bool:
 
 
 ENTRIES = (
-    Entry("triton", "triton", lambda device: device.type == "cuda", _triton_why_not),
-    Entry("torch", None, lambda device: True, lambda problem, device, dtype: None),
+    Entry("sm90", "vsa_jit.backends.sm90.backend", _sm90_engine, _is_hopper, _sm90_why_not, _sm90_prepare),
+    Entry(
+        "triton",
+        "vsa_jit.backends.triton",
+        lambda problem, dtype: "triton",
+        lambda device: device.type == "cuda",
+        _triton_why_not,
+    ),
+    Entry(
+        "torch",
+        "vsa_jit.backends.torch",
+        lambda problem, dtype: None,
+        lambda device: True,
+        lambda problem, device, dtype, tensors: None,
+    ),
 )
 NAMES = ("auto", *(entry.name for entry in ENTRIES))
 
@@ -117,8 +189,11 @@ def check_name(source: str, name: str) -> str:
     return name
 
 
-def choose(problem: Problem, device: torch.device, dtype: torch.dtype) -> Choice:
+def choose(problem: Problem, device: torch.device, dtype: torch.dtype, tensors: Sequence[Tensor] = ()) -> Choice:
     """Takes the first backend that can run the call on this device, or the one asked for.
+
+    Args:
+        tensors: those of q, k and v that are at hand; a backend may not be able to read them where they lie.
 
     Raises:
         RuntimeError: the backend asked for by name cannot run the call; the message says why.
@@ -127,7 +202,7 @@ def choose(problem: Problem, device: torch.device, dtype: torch.dtype) -> Choice
     reasons: dict[str, str] = {}
     chosen = None
     for entry in ENTRIES:
-        reason = entry.why_not(problem, device, dtype)
+        reason = _failed.get(entry.name) or entry.why_not(problem, device, dtype, tensors)
         if reason is not None:
             reasons[entry.name] = reason
         elif name == "auto" and not entry.made_for(device):
@@ -140,14 +215,42 @@ def choose(problem: Problem, device: torch.device, dtype: torch.dtype) -> Choice
             reasons[entry.name] = f"{name} was asked for"
     if chosen is None:
         raise RuntimeError(f"{source}={name!r} cannot run this call: {reasons[name]}")
-    return Choice(chosen.name, chosen.engine, reasons)
+    return Choice(chosen.name, chosen.engine(problem, dtype), reasons)
 
 
-def backend_for(problem: Problem, device: torch.device, dtype: torch.dtype) -> Backend:
-    """The chosen backend's module. Each distinct choice is logged once."""
-    choice = choose(problem, device, dtype)
+def backend_for(problem: Problem, *tensors: Tensor) -> Backend:
+    """The module of the backend chosen for a call with these tensors, its kernels ready. Each choice is logged once.
+
+    Raises:
+        CompileError: the backend was asked for by name, and its kernels do not compile. Else the next one runs.
+    """
+    device, dtype = tensors[0].device, tensors[0].dtype
+    # All that a choice depends on: addresses matter to a backend by their alignment.
+    places = tuple((x.stride(), x.data_ptr() % 16) for x in tensors)
+    key = (problem, device, dtype, places, *map(os.environ.get, _DECIDING_VARIABLES))
+    backend = _chosen.get(key)
+    if backend is None:
+        if len(_chosen) >= _MOST_CHOSEN:
+            _chosen.clear()
+        backend = _chosen[key] = _choose_and_prepare(problem, device, dtype, tensors)
+    return backend
+
+
+def _choose_and_prepare(
+    problem: Problem, device: torch.device, dtype: torch.dtype, tensors: Sequence[Tensor]
+) -> Backend:
+    choice = choose(problem, device, dtype, tensors)
+    entry = next(entry for entry in ENTRIES if entry.name == choice.backend)
+    if entry.prepare is not None:
+        try:
+            entry.prepare(problem, device, dtype)
+        except CompileError as error:
+            if _requested(problem)[1] != "auto":
+                raise
+            _failed[entry.name] = str(error)
+            return _choose_and_prepare(problem, device, dtype, tensors)
     _log_once(choice, problem, device)
-    return cast(Backend, importlib.import_module(f"vsa_jit.backends.{choice.backend}"))
+    return cast(Backend, importlib.import_module(entry.module))
 
 
 def _requested(problem: Problem) -> tuple[str, str]:

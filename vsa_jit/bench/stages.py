@@ -46,7 +46,7 @@ class _Stages:
     def __init__(self, case: Case, inputs: Inputs, seconds: float) -> None:
         self._case, self._inputs, self._seconds = case, inputs, seconds
         self._problem = case.problem
-        self._run = backend_for(case.problem, inputs.device, inputs.q.dtype)
+        self._run = backend_for(case.problem, inputs.q, inputs.k, inputs.v)
         self._with_coarse = case.gate != "off"
         self._gate = inputs.gate if case.gate == "tensor" else None
         self._gate_value = 1.0 if case.gate == "one" else 0.0

@@ -1,12 +1,38 @@
-"""Where the CUDA sources are: inside the installed package, or beside it in a checkout."""
+"""The CUDA sources: where they are, and one of them with all that it includes."""
 
 from __future__ import annotations
 
+import hashlib
+import re
+from dataclasses import dataclass
 from pathlib import Path
+
+_INCLUDE = re.compile(r'^[ \t]*#[ \t]*include[ \t]*(?:"([^"]+)"|<([^>]+)>)', re.MULTILINE)
+# Only nvcc sees it: NVRTC has no C++ standard library.
+_HOST_ONLY = ("cstdint",)
+
+
+@dataclass(frozen=True)
+class Source:
+    """A source file with all that it includes, by path below the folder of sources; no other path is part of it."""
+
+    main: str
+    files: dict[str, str]
+    needs_cuda_headers: bool
+
+    @property
+    def digest(self) -> str:
+        """SHA-256 of names and texts."""
+        digest = hashlib.sha256()
+        for name in sorted(self.files):
+            for part in (name, self.files[name]):
+                encoded = part.encode()
+                digest.update(len(encoded).to_bytes(8, "little") + encoded)
+        return digest.hexdigest()
 
 
 def kernels_dir() -> Path:
-    """The folder ``kernels_src``.
+    """The folder ``kernels_src``: inside the installed package, or beside it in a checkout.
 
     Raises:
         FileNotFoundError: it is in neither place; the message names both.
@@ -17,3 +43,30 @@ def kernels_dir() -> Path:
         if place.is_dir():
             return place
     raise FileNotFoundError(f"kernels_src: expected at {places[0]} or {places[1]}, found at neither; reinstall vsa-jit")
+
+
+def read_source(main: str, root: Path) -> Source:
+    """Reads a file below ``root`` and, in turn, all that it includes in quotes, each named from ``root``.
+
+    Raises:
+        FileNotFoundError: a file is missing; the message names it and who includes it.
+    """
+    files: dict[str, str] = {}
+    needs_cuda_headers = False
+    pending = [(main, "")]
+    while pending:
+        name, includer = pending.pop()
+        if name in files:
+            continue
+        try:
+            files[name] = (root / name).read_text()
+        except FileNotFoundError:
+            raise FileNotFoundError(
+                f"{name}: expected below {root}{includer and f', included by {includer}'}, not found"
+            ) from None
+        for quoted, angled in _INCLUDE.findall(files[name]):
+            if quoted:
+                pending.append((quoted, name))
+            elif angled not in _HOST_ONLY:
+                needs_cuda_headers = True
+    return Source(main, files, needs_cuda_headers)

@@ -1,0 +1,34 @@
+// Transaction barriers in shared memory (PTX mbarrier). A phase ends when every arrival came and every byte landed;
+// phases alternate between 0 and 1.
+#pragma once
+
+#include "kittens/types.cuh"
+
+namespace kittens {
+
+struct semaphore {
+    uint64_t state;
+};
+
+__device__ __forceinline__ void init_semaphore(semaphore& sem, int arrivals) {
+    asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" ::"r"(shared_address(&sem)), "r"(arrivals) : "memory");
+}
+
+// Makes initialised semaphores visible to the asynchronous copies of TMA.
+__device__ __forceinline__ void fence_init_semaphores() {
+    asm volatile("fence.mbarrier_init.release.cluster;\n fence.proxy.async.shared::cta;" ::: "memory");
+}
+
+__device__ __forceinline__ void wait(semaphore& sem, int phase) {
+    asm volatile(
+        "{\n"
+        " .reg .pred done;\n"
+        "again:\n"
+        " mbarrier.try_wait.parity.shared::cta.b64 done, [%0], %1;\n"
+        " @!done bra again;\n"
+        "}" ::"r"(shared_address(&sem)),
+        "r"(phase)
+        : "memory");
+}
+
+}  // namespace kittens

@@ -1,0 +1,167 @@
+"""Means of the blocks of q, k and v, in one launch: parameters, specialisation and launch of ``vsa/block_means.cu``."""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from vsa_jit.backends.sm90.tiles import BOX_TOKENS, box_of, heads_of, tile_of, video_of
+from vsa_jit.jit import module
+from vsa_jit.jit.driver import Launcher, TensorMap, tensor_map
+from vsa_jit.jit.kernel import Kernel
+from vsa_jit.problem import Problem, axes
+
+HEAD_DIMS = (64, 128)
+DTYPES = {torch.bfloat16: "bf16", torch.float16: "half"}
+THREADS = 32
+# The barrier, and what aligns the structure.
+SMEM_BESIDE_BOX = 128
+
+
+class _Operand(ctypes.Structure):
+    _fields_ = (
+        ("mean", ctypes.c_void_p),
+        ("sizes", ctypes.c_void_p),
+        ("sizes_are_64_bit", ctypes.c_int),
+        ("num_items", ctypes.c_int),
+        ("num_blocks", ctypes.c_int),
+        ("heads", ctypes.c_int),
+        ("width", ctypes.c_int),
+        ("tiles_w", ctypes.c_int),
+        ("head_channel", ctypes.c_int),
+        ("batch_channel", ctypes.c_int),
+        ("head_outer", ctypes.c_int),
+        ("batch_outer", ctypes.c_int),
+    )
+
+
+class Params(ctypes.Structure):
+    """``Params`` of the source, whose comments say what each is."""
+
+    _fields_ = (
+        ("maps", TensorMap * 3),
+        ("operands", _Operand * 3),
+        ("frames", ctypes.c_int),
+        ("height", ctypes.c_int),
+        ("tiles_h", ctypes.c_int),
+        ("tile", ctypes.c_int * 3),
+        ("box", ctypes.c_int * 3),
+        ("heads_first", ctypes.c_int),
+        ("padding", ctypes.c_uint8 * 48),
+    )
+
+
+@functools.cache
+def block_means_kernel(dtype: torch.dtype, head_dim: int) -> Kernel:
+    return Kernel(
+        source="vsa/block_means.cu",
+        entry="block_means",
+        label=f"block means {DTYPES[dtype]} D={head_dim}",
+        defines=(("VSA_DTYPE", DTYPES[dtype]), ("VSA_HEAD_DIM", str(head_dim))),
+        params=Params,
+        threads=THREADS,
+        smem_bytes=BOX_TOKENS * head_dim * dtype.itemsize + SMEM_BESIDE_BOX,
+    )
+
+
+def block_means(
+    problem: Problem, q: Tensor, k: Tensor, v: Tensor | None, q_sizes: Tensor | None, kv_sizes: Tensor | None
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    q_c = q.new_empty((problem.batch, problem.heads, problem.num_q_blocks, problem.head_dim), dtype=torch.float32)
+    k_c = k.new_empty((problem.batch, problem.kv_heads, problem.num_kv_blocks, problem.head_dim), dtype=torch.float32)
+    v_c = None if v is None else torch.empty_like(k_c)
+    prepared = _prepared(
+        problem,
+        q.dtype,
+        q.get_device(),
+        *(None if x is None else (x.data_ptr(), x.stride()) for x in (q, k, v)),
+        *(None if sizes is None else (sizes.data_ptr(), sizes.dtype) for sizes in (q_sizes, kv_sizes)),
+    )
+    params = Params.from_buffer_copy(prepared.params)
+    for operand, mean in zip(params.operands, (q_c, k_c, v_c), strict=True):
+        operand.mean = None if mean is None else mean.data_ptr()
+    prepared.launch(prepared.blocks, params)
+    return q_c, k_c, v_c
+
+
+class _Prepared(NamedTuple):
+    """All of a launch but where the means go."""
+
+    params: Params
+    blocks: int
+    launch: Launcher
+
+
+_Place = tuple[int, tuple[int, ...]]
+_Sizes = tuple[int, torch.dtype]
+
+
+@functools.lru_cache(maxsize=256)
+def _prepared(
+    problem: Problem,
+    dtype: torch.dtype,
+    device: int,
+    q: _Place,
+    k: _Place,
+    v: _Place | None,
+    q_sizes: _Sizes | None,
+    kv_sizes: _Sizes | None,
+) -> _Prepared:
+    """The launch for tensors at these addresses, with these strides."""
+    params = Params()
+    tile = tile_of(problem)
+    box = box_of(tile)
+    q_side = (problem.heads, problem.q_len, q_sizes)
+    kv_side = (problem.kv_heads, problem.kv_len, kv_sizes)
+    for i, (place, side) in enumerate(((q, q_side), (k, kv_side), (v, kv_side))):
+        if place is not None:
+            _set_operand(params, i, problem, dtype, place, *side, tile, box)
+    frames, height, _ = video_of(problem, problem.q_len)
+    params.frames, params.height, params.tiles_h = frames, height, -(-height // tile[1])
+    params.tile[:], params.box[:] = tile, box
+    _, head_axis, token_axis, _ = axes(problem.layout)
+    params.heads_first = q[1][head_axis] < q[1][token_axis]
+    blocks = sum(operand.num_items for operand in params.operands)
+    return _Prepared(params, blocks, module.launcher(block_means_kernel(dtype, problem.head_dim), device))
+
+
+def _set_operand(
+    params: Params,
+    i: int,
+    problem: Problem,
+    dtype: torch.dtype,
+    place: _Place,
+    heads: int,
+    length: int,
+    sizes: _Sizes | None,
+    tile: tuple[int, int, int],
+    box: tuple[int, int, int],
+) -> None:
+    address, strides = place
+    batch_stride, head_stride, token_stride, _ = (strides[axis] for axis in axes(problem.layout))
+    in_map = heads_of(problem.batch, heads, problem.head_dim, batch_stride, head_stride)
+    frames, height, width = video_of(problem, length)
+    extents = (width, height, frames, in_map.outer)
+    steps = (token_stride, token_stride * width, token_stride * width * height, in_map.outer_stride)
+    params.maps[i] = tensor_map(
+        address,
+        dtype,
+        (in_map.channels, *extents),
+        # What is one long is never stepped along, and any stride that TMA takes does.
+        tuple(step if extent > 1 else problem.head_dim for extent, step in zip(extents, steps, strict=True)),
+        (problem.head_dim, box[2], box[1], box[0], 1),
+    )
+    operand = params.operands[i]
+    if sizes is not None:
+        operand.sizes, operand.sizes_are_64_bit = sizes[0], sizes[1] == torch.int64
+    operand.num_blocks = problem.num_blocks(length)
+    operand.num_items = problem.batch * heads * operand.num_blocks
+    operand.heads = heads
+    operand.width = width
+    operand.tiles_w = -(-width // tile[2])
+    operand.head_channel, operand.head_outer = in_map.head_channel, in_map.head_outer
+    operand.batch_channel, operand.batch_outer = in_map.batch_channel, in_map.batch_outer

@@ -1,0 +1,61 @@
+"""What the Hopper kernels cover, and what they are compiled with."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from vsa_jit.backends.sm90.means import DTYPES, HEAD_DIMS, block_means_kernel
+from vsa_jit.backends.sm90.tiles import why_not_tma
+from vsa_jit.jit import engines, module, toolchain
+from vsa_jit.jit.errors import Unavailable
+from vsa_jit.jit.kernel import Kernel
+from vsa_jit.problem import Problem, bhsd
+
+ARCH = "9.0a"
+
+
+def kernels_of(dtype: torch.dtype, head_dim: int, block: int) -> list[Kernel]:
+    """All that one forward with blocks of so many tokens launches. The block means are one kernel for every block."""
+    return [block_means_kernel(dtype, head_dim)]
+
+
+def prepare(problem: Problem, device: torch.device, dtype: torch.dtype) -> None:
+    """Loads the kernels of a call on its device, compiling those that the cache does not hold."""
+    module.load(kernels_of(dtype, problem.head_dim, problem.block), device.index)
+
+
+def why_not(problem: Problem, dtype: torch.dtype, tensors: Sequence[Tensor]) -> str | None:
+    """Why these kernels cannot run a call on a Hopper GPU. None: they can.
+
+    Args:
+        tensors: q, k and v, or those of them that the call has, in its layout.
+    """
+    if dtype not in DTYPES:
+        return f"the kernels are for bf16 and fp16, and q is {dtype}"
+    if problem.head_dim not in HEAD_DIMS:
+        return f"the kernels are for head dimensions {' and '.join(map(str, HEAD_DIMS))}, and q's is {problem.head_dim}"
+    reason = why_no_engine(engines.requested())
+    if reason is not None:
+        return reason
+    reasons = (why_not_tma(bhsd(x, problem.layout), problem.grid) for x in tensors)
+    return next((reason for reason in reasons if reason is not None), None)
+
+
+@functools.cache
+def why_no_engine(name: str) -> str | None:
+    """Why the kernels cannot be compiled on this machine with an engine, or with any ("auto"). None: they can."""
+    try:
+        toolchain.check_driver()
+        engines.choose((), ARCH, name)
+    except Unavailable as error:
+        return str(error)
+    return None
+
+
+def engine_of(problem: Problem, dtype: torch.dtype) -> str:
+    """The engine whose kernels run a call."""
+    return engines.choose(kernels_of(dtype, problem.head_dim, problem.block), ARCH).name

@@ -1,0 +1,1 @@
+"""The commands around run-time compilation, one module each."""

@@ -1,0 +1,42 @@
+"""The command ``vsa-jit cache``: what is kept of compiled kernels."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+from vsa_jit.jit.archive import export_entries, import_entries
+from vsa_jit.jit.cache import BadEntry, open_store
+
+SUMMARY = "list, clear, export or import compiled kernels"
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    actions = parser.add_subparsers(dest="action", required=True, metavar="ACTION")
+    actions.add_parser("list", help="show every kernel that is kept")
+    actions.add_parser("clear", help="remove them, and what failed compiles left")
+    for name, text in (("export", "write them to an archive"), ("import", "check and take in an archive")):
+        actions.add_parser(name, help=text).add_argument("file", type=Path, metavar="FILE")
+
+
+def run(args: argparse.Namespace) -> int:
+    store = open_store()
+    if args.action == "list":
+        entries = list(store.entries())
+        for folder, entry in entries:
+            if isinstance(entry, BadEntry):
+                print(f"{folder.parent.name}  {folder.name[:12]}  BAD: {entry}")
+            else:
+                recipe = entry.recipe
+                print(
+                    f"{recipe.arch}  {recipe.key[:12]}  {recipe.label}  {recipe.compiler}  {entry.size / 1024:.0f} KiB"
+                )
+        print(f"{len(entries)} kernels in {store.root}")
+    elif args.action == "clear":
+        print(f"removed {store.clear()} kernels from {store.root}")
+    elif args.action == "export":
+        print(f"wrote {export_entries(store, args.file)} kernels to {args.file}")
+    else:
+        new, present = import_entries(store, args.file)
+        print(f"took {new} kernels into {store.root}; {present} were there already")
+    return 0

@@ -1,0 +1,57 @@
+"""The command ``vsa-jit warmup``: compiles ahead of time."""
+
+from __future__ import annotations
+
+import argparse
+
+import torch
+
+import vsa_jit
+from vsa_jit.bench import parse
+from vsa_jit.jit import engines
+from vsa_jit.jit.cache import open_store
+from vsa_jit.jit.errors import CacheError
+from vsa_jit.jit.toolchain import ARCHS
+
+SUMMARY = "compile kernels ahead of time, on any machine"
+DESCRIPTION = """\
+Compiles the CUDA kernels of this package and keeps them, so that no later process compiles. With --arch no GPU is
+needed, for images and login nodes; `vsa-jit cache export` then takes the result elsewhere. Triton's own kernels are
+compiled at the first call, whatever this command does.
+"""
+DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.description = DESCRIPTION
+    parser.add_argument("--arch", choices=tuple(ARCHS), help="GPU architecture; default: that of the GPU here")
+    parser.add_argument("--dtype", nargs="+", choices=tuple(DTYPES), default=list(DTYPES), help="default: all")
+    parser.add_argument("--head-dim", nargs="+", type=parse.head_dim, metavar="D", help="default: all, 64 and 128")
+    parser.add_argument(
+        "--block-size",
+        nargs="+",
+        type=parse.block_size,
+        metavar="SIZE",
+        help="tokens, or a tile such as 4x4x4; default: all (the kernels so far are the same for all)",
+    )
+    parser.add_argument("--engine", choices=engines.NAMES, default="auto", help="what compiles; default: auto")
+
+
+def run(args: argparse.Namespace) -> int:
+    try:
+        folders = vsa_jit.warmup(
+            args.arch,
+            dtype=[DTYPES[name] for name in args.dtype],
+            head_dim=args.head_dim,
+            block_size=args.block_size,
+            engine=args.engine,
+        )
+    except ValueError as error:
+        raise argparse.ArgumentError(None, str(error)) from None
+    store = open_store()
+    if not (store.kept and store.writable):
+        raise CacheError(f"nothing new can be kept: {store.root} is not writable, or ends with this process")
+    for folder in folders:
+        print(folder)
+    print(f"{len(folders)} kernels are ready")
+    return 0

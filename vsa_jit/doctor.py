@@ -1,0 +1,153 @@
+"""What this machine has, what would run on it, and why the rest would not."""
+
+from __future__ import annotations
+
+import os
+import platform
+import shutil
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+from vsa_jit.backends import choose
+from vsa_jit.jit import engines, toolchain
+from vsa_jit.jit.cache import BadEntry, open_store
+from vsa_jit.jit.errors import JitError, Unavailable
+from vsa_jit.jit.toolchain import ARCHS, dotted
+from vsa_jit.problem import Problem
+
+SETTINGS = ("VSA_JIT_BACKEND", "VSA_JIT_ENGINE", "VSA_JIT_CACHE_DIR")
+# The kind of call that the answer is for.
+DTYPE = torch.bfloat16
+HEAD_DIM = 128
+
+
+def examine() -> dict[str, Any]:
+    """A record of nested dictionaries that JSON can hold; what is missing has ``missing``, and ``mend`` where known."""
+    return {
+        "vsa_jit": toolchain.package_version("vsa-jit"),
+        "python": platform.python_version(),
+        "platform": platform.platform(),
+        "gpus": [_gpu(index) for index in range(torch.cuda.device_count())],
+        "driver": _or_missing(lambda: {"cuda": dotted(toolchain.driver_version())}),
+        "torch": {"version": torch.__version__, "cuda": torch.version.cuda},
+        "triton": _package("pip install triton", "triton"),
+        "cupy": _package(toolchain.cuda_extra(), "cupy-cuda13x", "cupy-cuda12x", "cupy"),
+        "nvrtc": _or_missing(_nvrtc),
+        "headers": _or_missing(_headers),
+        "nvcc": _or_missing(_nvcc),
+        "host_compiler": _tool(os.environ.get("CXX", "c++"), "apt install g++, or set CXX"),
+        "ninja": _tool("ninja", "pip install ninja"),
+        "cache": _or_missing(_cache),
+        "settings": {name: os.environ.get(name) for name in SETTINGS},
+        "engines": {
+            engine.name: _verdict(engines.why_not(engine, arch)) for engine in engines.ENGINES for arch in ARCHS
+        },
+        "backends": {str(device): _backends(device) for device in _devices()},
+    }
+
+
+def is_well(report: dict[str, Any]) -> bool:
+    """Whether every device has the backend that was made for it, and nothing is set wrong."""
+    return "missing" not in report["cache"] and all(
+        verdict["would_run"] or not verdict["made_for"]
+        for verdicts in report["backends"].values()
+        for verdict in verdicts.values()
+    )
+
+
+def _devices() -> list[torch.device]:
+    return [torch.device("cuda", index) for index in range(torch.cuda.device_count())] or [torch.device("cpu")]
+
+
+def _gpu(index: int) -> dict[str, Any]:
+    return {
+        "index": index,
+        "name": torch.cuda.get_device_name(index),
+        "capability": dotted(torch.cuda.get_device_capability(index)),
+    }
+
+
+def _or_missing(look: Callable[[], dict[str, Any]]) -> dict[str, Any]:
+    try:
+        return look()
+    except Unavailable as error:
+        return _missing(error.reason, error.mend)
+    except JitError as error:
+        return _missing(str(error), None)
+
+
+def _missing(reason: str, mend: str | None) -> dict[str, Any]:
+    return {"missing": reason, "mend": mend}
+
+
+def _package(mend: str, *names: str) -> dict[str, Any]:
+    found = toolchain.package_version(*names)
+    return _missing(f"{names[0]} is not installed", mend) if found is None else {"version": found}
+
+
+def _tool(name: str, mend: str) -> dict[str, Any]:
+    path = shutil.which(name, path=toolchain.tool_path())
+    return _missing(f"{name} is not on PATH", mend) if path is None else {"path": path}
+
+
+def _nvrtc() -> dict[str, Any]:
+    nvrtc = toolchain.find_nvrtc()
+    return {"cuda": dotted(nvrtc.version), "path": nvrtc.library, "found_via": nvrtc.found_via}
+
+
+def _headers() -> dict[str, Any]:
+    nvrtc = toolchain.find_nvrtc()
+    if nvrtc.include is None:
+        return _missing(f"{nvrtc.without_include} (no kernel of this package needs them)", toolchain.cuda_extra())
+    return {"cuda": dotted(nvrtc.version), "path": nvrtc.include}
+
+
+def _nvcc() -> dict[str, Any]:
+    nvcc = toolchain.find_nvcc()
+    return {"cuda": nvcc.build, "path": nvcc.path}
+
+
+def _cache() -> dict[str, Any]:
+    store = open_store()
+    entries = [entry for _, entry in store.entries()]
+    good = [entry for entry in entries if not isinstance(entry, BadEntry)]
+    return {
+        "folder": str(store.root),
+        "kept": store.kept,
+        "writable": store.writable,
+        "kernels": len(good),
+        "bad": len(entries) - len(good),
+        "bytes": sum(entry.size for entry in good),
+    }
+
+
+def _verdict(reason: Unavailable | None) -> dict[str, Any]:
+    if reason is None:
+        return {"would_run": True, "reason": None, "mend": None}
+    return {"would_run": False, "reason": reason.reason, "mend": reason.mend}
+
+
+def _backends(device: torch.device) -> dict[str, Any]:
+    problem = Problem(
+        batch=1,
+        heads=1,
+        kv_heads=1,
+        q_len=64,
+        kv_len=64,
+        head_dim=HEAD_DIM,
+        tile=(1, 1, 64),
+        grid=None,
+        layout="bhsd",
+        softmax_scale=HEAD_DIM**-0.5,
+        backend="auto",
+    )
+    verdicts = {}
+    for entry in choose.ENTRIES:
+        try:
+            reason = entry.why_not(problem, device, DTYPE, ())
+        except (ValueError, JitError) as error:
+            reason = str(error)
+        verdicts[entry.name] = {"would_run": reason is None, "reason": reason, "made_for": entry.made_for(device)}
+    return verdicts

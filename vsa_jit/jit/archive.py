@@ -1,0 +1,97 @@
+"""Compiled kernels as one file, to take from a machine that compiles to machines that run."""
+
+from __future__ import annotations
+
+import io
+import os
+import re
+import tarfile
+import tempfile
+import zlib
+from functools import partial
+from pathlib import Path
+
+from vsa_jit.jit.cache import LARGEST_ARTEFACT, MANIFEST, BadEntry, Entry, Recipe, Store, check_entry
+from vsa_jit.jit.errors import CacheError
+
+_NAME = re.compile(r"(sm_[0-9a-z]+)/([0-9a-f]{64})/([a-z]+\.[a-z]+)")
+
+
+def export_entries(store: Store, file: Path) -> int:
+    """Writes every good entry of a store to an archive, which appears whole or not at all; returns how many."""
+    entries = [entry for _, entry in store.entries() if isinstance(entry, Entry)]
+    with tempfile.NamedTemporaryFile(dir=file.absolute().parent, prefix=f".{file.name}-", delete=False) as unfinished:
+        try:
+            with tarfile.open(fileobj=unfinished, mode="w:gz") as archive:
+                for entry in entries:
+                    for name in (MANIFEST, entry.recipe.artefact):
+                        content = (entry.folder / name).read_bytes()
+                        member = tarfile.TarInfo(f"{entry.recipe.arch}/{entry.recipe.key}/{name}")
+                        member.size = len(content)
+                        archive.addfile(member, io.BytesIO(content))
+            os.chmod(unfinished.name, 0o644)
+            os.replace(unfinished.name, file)
+        except BaseException:
+            os.unlink(unfinished.name)
+            raise
+    return len(entries)
+
+
+def import_entries(store: Store, file: Path) -> tuple[int, int]:
+    """Takes every entry of an archive into a store, or none of them if one is not what it should be.
+
+    Returns:
+        How many were new, and how many were there already.
+
+    Raises:
+        CacheError: the file is no archive, or an entry in it is bad; the message names it.
+    """
+    if not store.writable:
+        raise CacheError(f"{store.root} cannot be written to")
+    new = present = 0
+    for recipe, artefact in _read(file):
+        made = False
+
+        def make(folder: Path, artefact: bytes = artefact) -> bytes:
+            nonlocal made
+            made = True
+            return artefact
+
+        store.build(recipe, make)
+        new, present = (new + 1, present) if made else (new, present + 1)
+    return new, present
+
+
+def _read(file: Path) -> list[tuple[Recipe, bytes]]:
+    """The checked contents of an archive. Nothing is unpacked: members are read by name."""
+    expected = f"{file}: expected an archive of `vsa-jit cache export`"
+    contents: dict[tuple[str, str], dict[str, bytes]] = {}
+    try:
+        with tarfile.open(file, "r:gz") as archive:
+            for member in archive:
+                name = _NAME.fullmatch(member.name)
+                if name is None or not member.isreg() or member.size > LARGEST_ARTEFACT:
+                    raise CacheError(f"{expected}, and {member.name!r} is not part of one")
+                entry = contents.setdefault((name[1], name[2]), {})
+                opened = archive.extractfile(member)
+                if name[3] in entry or opened is None:
+                    raise CacheError(f"{expected}, and {member.name!r} is in it twice")
+                entry[name[3]] = opened.read()
+    except (tarfile.TarError, EOFError, zlib.error) as error:
+        raise CacheError(f"{expected}: {error}") from None
+    except OSError as error:
+        raise CacheError(f"{expected}: {error.strerror or error}") from None
+    checked = []
+    for (arch, key), files in contents.items():
+        try:
+            recipe, _ = check_entry(key, files.get(MANIFEST, b""), partial(_named, files))
+            if recipe.arch != arch:
+                raise BadEntry(f"it is for {recipe.arch}")
+        except BadEntry as error:
+            raise CacheError(f"{expected}, and its entry {arch}/{key} is bad: {error}") from None
+        checked.append((recipe, files[recipe.artefact]))
+    return checked
+
+
+def _named(files: dict[str, bytes], name: str) -> bytes:
+    return files.get(name, b"")

@@ -1,0 +1,451 @@
+"""Compiled kernels on disk: one folder for each GPU architecture, one entry for each key, checked on every load.
+
+    <folder>/sm_90a/<key>/            an entry: the artefact and manifest.json
+    <folder>/sm_90a/locks/<key>.lock  held by the process that compiles
+    <folder>/sm_90a/build/<key>-*/    its private files
+    <folder>/sm_90a/failed/<key>/     what is needed to see why a compile failed
+
+An entry is made in the private folder, checked and moved to its place by one rename. The lock is the operating
+system's and dies with its process. What a killed process leaves in ``build`` nobody reads, and the next compile of the
+key removes it.
+"""
+
+from __future__ import annotations
+
+import atexit
+import contextlib
+import dataclasses
+import errno
+import functools
+import hashlib
+import json
+import logging
+import os
+import shutil
+import stat
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from vsa_jit.jit.errors import CacheError, CompileError
+
+ENVIRONMENT_VARIABLE = "VSA_JIT_CACHE_DIR"
+MANIFEST = "manifest.json"
+FORMAT = 1
+# Longer than a compile may take: who waits so long waits for a process that was stopped.
+LOCK_LIMIT_S = 360.0
+LARGEST_ARTEFACT = 1 << 28
+_KEY_LENGTH = 64
+_OVERFLOW_USER = 65534
+LOCK_POLL_S = 0.02
+# A variable that names such a place was set wrong; any other failure is the machine's state, and no error.
+_WRONG_PATH = (errno.ENOTDIR, errno.EEXIST, errno.ELOOP, errno.ENAMETOOLONG)
+
+_logger = logging.getLogger("vsa_jit")
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """All that determines an artefact, and nothing else: no path, no time."""
+
+    label: str
+    engine: str
+    compiler: str
+    arch: str
+    flags: tuple[str, ...]
+    source: str
+    source_digest: str
+    artefact: str
+
+    @functools.cached_property
+    def key(self) -> str:
+        fields = {name: value for name, value in dataclasses.asdict(self).items() if name != "label"}
+        return hashlib.sha256(json.dumps([FORMAT, fields], sort_keys=True).encode()).hexdigest()
+
+
+@dataclass(frozen=True)
+class Entry:
+    """A checked entry."""
+
+    folder: Path
+    recipe: Recipe
+    size: int
+
+    @property
+    def artefact(self) -> Path:
+        return self.folder / self.recipe.artefact
+
+
+class BadEntry(Exception):
+    """What is wrong with an entry."""
+
+
+def manifest_of(recipe: Recipe, artefact: bytes) -> str:
+    record = {
+        "format": FORMAT,
+        "key": recipe.key,
+        "recipe": dataclasses.asdict(recipe),
+        "size": len(artefact),
+        "sha256": hashlib.sha256(artefact).hexdigest(),
+    }
+    return json.dumps(record, indent=1)
+
+
+def check_entry(key: str, manifest: bytes, artefact_of: Callable[[str], bytes]) -> tuple[Recipe, int]:
+    """Checks an entry's contents: that they are whole, and those of this key.
+
+    Args:
+        artefact_of: reads the artefact by its name.
+
+    Raises:
+        BadEntry: they are not.
+    """
+    try:
+        record = json.loads(manifest)
+        fields = record["recipe"]
+        recipe = Recipe(**{**fields, "flags": tuple(fields["flags"])})
+        size, digest = record["size"], record["sha256"]
+        said_format, said_key = record["format"], record["key"]
+    except (ValueError, TypeError, KeyError):
+        raise BadEntry(f"{MANIFEST} is not a manifest") from None
+    if said_format != FORMAT:
+        raise BadEntry(f"its format is {said_format!r}, not {FORMAT}")
+    if not (said_key == key == recipe.key):
+        raise BadEntry("it belongs to another key")
+    if recipe.artefact not in ("kernel.cubin", "kernel.so"):
+        raise BadEntry(f"{recipe.artefact!r} is no artefact's name")
+    artefact = artefact_of(recipe.artefact)
+    if len(artefact) != size or hashlib.sha256(artefact).hexdigest() != digest:
+        raise BadEntry(f"{recipe.artefact} is not what was compiled")
+    if not artefact.startswith(b"\x7fELF"):
+        raise BadEntry(f"{recipe.artefact} is no compiled code")
+    return recipe, size
+
+
+def why_unsafe(path: Path) -> str | None:
+    """Why code from this file or folder must not be run: somebody else could have written it. None: nobody could."""
+    status = path.lstat()
+    if stat.S_ISLNK(status.st_mode):
+        return f"{path} is a symbolic link"
+    if status.st_uid not in (os.getuid(), 0):
+        return f"{path} belongs to user {status.st_uid}"
+    if status.st_mode & 0o022:
+        return f"{path} can be written to by others (mode {stat.S_IMODE(status.st_mode):o}; chmod go-w makes it safe)"
+    return None
+
+
+def why_replaceable(folder: Path) -> str | None:
+    """Why somebody else could put another folder in the place of this one. None: nobody could."""
+    for parent in folder.resolve().parents:
+        status = parent.stat()
+        sticky = status.st_mode & stat.S_ISVTX
+        # In a container without root, what root owns outside seems to belong to the overflow user.
+        if status.st_uid not in (os.getuid(), 0, _OVERFLOW_USER):
+            return f"{parent} belongs to user {status.st_uid}"
+        group_of_others = status.st_mode & 0o020 and status.st_gid != os.getgid()
+        if not sticky and (status.st_mode & 0o002 or group_of_others):
+            return f"{parent} can be written to by others (mode {stat.S_IMODE(status.st_mode):o})"
+    return None
+
+
+class Store:
+    """A folder of entries that only this user, or root, can write to.
+
+    Attributes:
+        writable: whether new entries can be made in it.
+        kept: whether it outlives the process.
+    """
+
+    def __init__(self, root: Path, *, writable: bool, kept: bool) -> None:
+        self.root = root
+        self.writable = writable
+        self.kept = kept
+
+    def load(self, recipe: Recipe) -> Entry | None:
+        """The entry of a recipe, checked, or None where there is none.
+
+        Raises:
+            BadEntry: there is one, and it is not what it should be.
+        """
+        folder = self.root / recipe.arch / recipe.key
+        if not os.path.lexists(folder):
+            return None
+        return self._check(folder)
+
+    def _check(self, folder: Path) -> Entry:
+        try:
+            for path in (folder.parent, folder, *folder.iterdir()):
+                unsafe = why_unsafe(path)
+                if unsafe is not None:
+                    raise BadEntry(unsafe)
+            manifest = (folder / MANIFEST).read_bytes()
+            recipe, size = check_entry(folder.name, manifest, lambda name: (folder / name).read_bytes())
+        except OSError as error:
+            raise BadEntry(f"{error.strerror}: {error.filename}") from None
+        if recipe.arch != folder.parent.name:
+            raise BadEntry(f"it is for {recipe.arch}")
+        return Entry(folder, recipe, size)
+
+    def entries(self) -> Iterator[tuple[Path, Entry | BadEntry]]:
+        """Every entry, or what is wrong with it."""
+        for folder in sorted(self.root.glob("sm_*/*")):
+            if _is_key(folder.name):
+                try:
+                    yield folder, self._check(folder)
+                except BadEntry as error:
+                    yield folder, error
+
+    def build(self, recipe: Recipe, make: Callable[[Path], bytes]) -> Entry:
+        """Compiles an entry, unless another process has done so meanwhile.
+
+        Args:
+            make: compiles in the private folder that it is given, and returns the artefact.
+
+        Raises:
+            CompileError: ``make`` raised it; its files are kept in the folder ``failed``.
+            OSError: this folder cannot be written.
+        """
+        arch = self.root / recipe.arch
+        for folder in (self.root, arch, arch / "locks", arch / "build"):
+            folder.mkdir(mode=0o755, exist_ok=True)
+            unsafe = why_unsafe(folder)
+            if unsafe is not None:
+                raise PermissionError(errno.EPERM, unsafe, str(folder))
+        with _locked(arch / "locks" / f"{recipe.key}.lock"):
+            try:
+                entry = self.load(recipe)
+            except BadEntry as bad:
+                self._drop(arch / recipe.key, bad)
+                entry = None
+            return entry or self._compile(recipe, make)
+
+    def _compile(self, recipe: Recipe, make: Callable[[Path], bytes]) -> Entry:
+        arch = self.root / recipe.arch
+        for left in (arch / "build").glob(f"{recipe.key}-*"):
+            _remove(left)
+        private = Path(tempfile.mkdtemp(prefix=f"{recipe.key}-", dir=arch / "build"))
+        try:
+            artefact = make(private)
+            return self.publish(recipe, manifest_of(recipe, artefact).encode(), artefact, private)
+        except CompileError as error:
+            kept = arch / "failed" / recipe.key
+            kept.parent.mkdir(mode=0o755, exist_ok=True)
+            _remove(kept)
+            os.rename(private, kept)
+            if error.command is not None and error.log is not None:
+                command = error.command.replace(str(private), str(kept))
+                raise CompileError(recipe.label, error.first_error, command, kept / error.log.name) from None
+            raise
+        finally:
+            _remove(private)
+
+    def publish(self, recipe: Recipe, manifest: bytes, artefact: bytes, private: Path) -> Entry:
+        """Writes an entry in a private folder, checks it and moves it to its place."""
+        made = private / "entry"
+        made.mkdir(mode=0o755)
+        for name, content in ((recipe.artefact, artefact), (MANIFEST, manifest)):
+            with open(os.open(made / name, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o644), "wb") as file:
+                file.write(content)
+        check_entry(recipe.key, (made / MANIFEST).read_bytes(), lambda name: (made / name).read_bytes())
+        place = self.root / recipe.arch / recipe.key
+        os.rename(made, place)
+        return Entry(place, recipe, len(artefact))
+
+    def _drop(self, folder: Path, bad: BadEntry) -> None:
+        """Removes a bad entry, with a warning."""
+        _logger.warning("dropped the compiled kernel at %s: %s", folder, bad)
+        grave = Path(tempfile.mkdtemp(prefix=f"{folder.name}-", dir=folder.parent / "build"))
+        try:
+            os.rename(folder, grave / "dropped")
+        finally:
+            _remove(grave)
+
+    def clear(self) -> int:
+        """Removes every entry and what failed or unfinished compiles left; returns how many entries there were."""
+        count = 0
+        for arch in self.root.glob("sm_*"):
+            if arch.is_symlink():
+                continue
+            for folder in arch.iterdir():
+                if _is_key(folder.name):
+                    count += 1
+                    _remove(folder)
+            for folder in (arch / "build", arch / "failed"):
+                _remove(folder)
+        return count
+
+
+def user_folder() -> Path:
+    """Where this user's kernels are kept.
+
+    Raises:
+        CacheError: VSA_JIT_CACHE_DIR is not an absolute path; the message says what it is.
+        RuntimeError: there is no home folder.
+    """
+    named = os.environ.get(ENVIRONMENT_VARIABLE)
+    if named:
+        if not os.path.isabs(named):
+            raise CacheError(f"{ENVIRONMENT_VARIABLE}: expected an absolute path of a folder, got {named!r}")
+        return Path(named)
+    xdg = os.environ.get("XDG_CACHE_HOME")
+    # The XDG specification ignores paths that are not absolute.
+    base = Path(xdg) if xdg and os.path.isabs(xdg) else Path.home() / ".cache"
+    return base / "vsa_jit"
+
+
+def open_store() -> Store:
+    """The user's store, or, where that cannot be used, a private one that ends with the process.
+
+    Raises:
+        CacheError: VSA_JIT_CACHE_DIR names what is not a folder, or one that somebody else could write to.
+    """
+    return _open_store(os.environ.get(ENVIRONMENT_VARIABLE), os.environ.get("XDG_CACHE_HOME"), os.environ.get("HOME"))
+
+
+@functools.cache
+def _open_store(named: str | None, xdg: str | None, home: str | None) -> Store:
+    try:
+        folder = user_folder()
+    except RuntimeError as error:
+        if isinstance(error, CacheError):
+            raise
+        return _fall_back("there is no home folder")
+    try:
+        if not os.path.lexists(folder):
+            folder.mkdir(mode=0o755, parents=True)
+        unsafe = why_unsafe(folder) or why_replaceable(folder)
+        if unsafe is None and not folder.is_dir():
+            unsafe = f"{folder} is not a folder"
+    except OSError as error:
+        if named and error.errno in _WRONG_PATH:
+            raise CacheError(f"{ENVIRONMENT_VARIABLE}: {error.strerror}: {error.filename}") from None
+        return _fall_back(f"{error.strerror}: {error.filename}")
+    if unsafe is None:
+        return Store(folder, writable=os.access(folder, os.W_OK | os.X_OK), kept=True)
+    if named:
+        raise CacheError(f"{ENVIRONMENT_VARIABLE}: expected a folder that nobody else can write to, but {unsafe}")
+    return _fall_back(unsafe)
+
+
+def private_store() -> Store:
+    """A store that ends with this process."""
+    return _private_store(os.getpid())
+
+
+@functools.cache
+def _private_store(pid: int) -> Store:
+    folder = Path(tempfile.mkdtemp(prefix="vsa_jit-"))
+
+    def remove() -> None:
+        if os.getpid() == pid:
+            _remove(folder)
+
+    atexit.register(remove)
+    return Store(folder, writable=True, kept=False)
+
+
+def _fall_back(reason: str) -> Store:
+    warn_not_kept(reason)
+    return private_store()
+
+
+@functools.cache
+def warn_not_kept(reason: str) -> None:
+    _logger.warning(
+        "compiled kernels are not kept for the next process: %s (%s names a folder to keep them in)",
+        reason,
+        ENVIRONMENT_VARIABLE,
+    )
+
+
+def find(recipe: Recipe) -> Entry | None:
+    """The entry of a recipe, checked. A bad one counts as none, and is dropped when its key is compiled."""
+    for store in _stores():
+        try:
+            entry = store.load(recipe)
+        except BadEntry as bad:
+            if not store.writable:
+                _warn_bad(str(store.root / recipe.arch / recipe.key), str(bad))
+            continue
+        if entry is not None:
+            return entry
+    return None
+
+
+@functools.cache
+def _warn_bad(folder: str, bad: str) -> None:
+    _logger.warning("the compiled kernel at %s is not used: %s", folder, bad)
+
+
+@contextlib.contextmanager
+def _locked(path: Path) -> Iterator[None]:
+    """Holds a lock that the kernel drops when the process ends, however it ends. The file stays where it is.
+
+    Raises:
+        OSError: the file system has no locks, or whoever holds this one does not go on.
+    """
+    # Only where kernels are compiled: not every system that runs the other backends has it.
+    import fcntl
+
+    file = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o644)
+    try:
+        deadline = time.monotonic() + LOCK_LIMIT_S
+        while True:
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                break
+            except BlockingIOError:
+                if time.monotonic() > deadline:
+                    raise OSError(
+                        errno.ENOLCK, "another process holds the lock and does not go on", str(path)
+                    ) from None
+                time.sleep(LOCK_POLL_S)
+        yield
+        # Closing alone would leave it locked where another thread has forked meanwhile.
+        fcntl.flock(file, fcntl.LOCK_UN)
+    finally:
+        os.close(file)
+
+
+def find_or_build(recipe: Recipe, make: Callable[[Path], bytes]) -> Entry:
+    """The entry of a recipe, compiled if need be, in the user's folder or, where that fails, in a private one.
+
+    Raises:
+        CompileError: it does not compile, or can be written nowhere.
+    """
+    entry = find(recipe)
+    if entry is not None:
+        return entry
+    store = open_store()
+    if store.writable:
+        try:
+            return store.build(recipe, make)
+        except OSError as error:
+            warn_not_kept(f"{error.strerror}: {store.root}")
+    else:
+        warn_not_kept(f"{store.root} cannot be written to")
+    try:
+        return private_store().build(recipe, make)
+    except OSError as error:
+        raise CompileError(recipe.label, f"{error.strerror}: {error.filename}") from None
+
+
+def _stores() -> list[Store]:
+    store = open_store()
+    # A private store is made only when something must be written to it.
+    private = [private_store()] if _private_store.cache_info().currsize else []
+    return [store, *(other for other in private if other is not store)]
+
+
+def _is_key(name: str) -> bool:
+    return len(name) == _KEY_LENGTH and set(name) <= set("0123456789abcdef")
+
+
+def _remove(path: Path) -> None:
+    """Removes a folder of ours; a link is removed, not followed."""
+    if path.is_symlink() or path.is_file():
+        path.unlink()
+    else:
+        shutil.rmtree(path, ignore_errors=True)

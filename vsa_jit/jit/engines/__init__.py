@@ -1,0 +1,66 @@
+"""The two engines that compile a kernel, and the choice between them."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable
+
+from vsa_jit.jit import cache
+from vsa_jit.jit.engines.base import Engine
+from vsa_jit.jit.engines.nvcc import NvccEngine
+from vsa_jit.jit.engines.nvrtc import NvrtcEngine
+from vsa_jit.jit.errors import Unavailable
+from vsa_jit.jit.kernel import Kernel
+
+ENVIRONMENT_VARIABLE = "VSA_JIT_ENGINE"
+ENGINES: tuple[Engine, ...] = (NvrtcEngine(), NvccEngine())
+NAMES = ("auto", *(engine.name for engine in ENGINES))
+
+
+def check_name(source: str, name: str) -> str:
+    """The name, if it is that of an engine or "auto"; ``source`` is the argument or variable that it came from."""
+    if not isinstance(name, str):
+        raise TypeError(f"{source}: expected a string, got {type(name).__name__}")
+    if name not in NAMES:
+        raise ValueError(f"{source}: expected one of {NAMES}, got {name!r}")
+    return name
+
+
+def requested() -> str:
+    """The engine that the environment asks for, or "auto"."""
+    return check_name(ENVIRONMENT_VARIABLE, os.environ.get(ENVIRONMENT_VARIABLE) or "auto")
+
+
+def why_not(engine: Engine, arch: str) -> Unavailable | None:
+    """What keeps an engine from compiling for an architecture. None: nothing does."""
+    try:
+        engine.check(arch)
+    except Unavailable as error:
+        return error
+    return None
+
+
+def choose(kernels: Iterable[Kernel], arch: str, name: str = "auto") -> Engine:
+    """The engine asked for, or the first that has all kernels in the cache, or the first that can compile them.
+
+    Raises:
+        Unavailable: there is none; the reason says why for each.
+    """
+    if name == "auto":
+        name = requested()
+    reasons: list[Unavailable] = []
+    usable: list[Engine] = []
+    for engine in ENGINES:
+        if name in ("auto", engine.name):
+            reason = why_not(engine, arch)
+            if reason is None:
+                usable.append(engine)
+            else:
+                reasons.append(Unavailable(f"{engine.name}: {reason.reason}", reason.mend))
+    if not usable:
+        raise Unavailable("no compiler: " + "; ".join(map(str, reasons)))
+    kernels = list(kernels)
+    for engine in usable[1:] and usable:
+        if all(cache.find(engine.recipe(kernel, arch)) for kernel in kernels):
+            return engine
+    return usable[0]

@@ -1,0 +1,70 @@
+"""NVRTC through CuPy: needs neither a CUDA toolkit nor a host compiler."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from vsa_jit.jit import toolchain
+from vsa_jit.jit.cache import Entry, Recipe
+from vsa_jit.jit.engines.base import source_of, write_job
+from vsa_jit.jit.errors import Unavailable
+from vsa_jit.jit.kernel import Kernel
+from vsa_jit.jit.toolchain import ARCHS, check_runs, check_version, cuda_extra, find_nvrtc
+
+OPTIONS = ("-std=c++20", "-default-device", "--ptxas-options=-v")
+
+
+class NvrtcEngine:
+    name = "nvrtc"
+    seconds = 1
+    gigabytes = 1.0
+
+    def __init__(self) -> None:
+        # CuPy unloads a module's code when the module goes.
+        self._modules: list[Any] = []
+
+    def check(self, arch: str) -> None:
+        nvrtc = find_nvrtc()
+        check_version("NVRTC", nvrtc.version, cuda_extra())
+        check_runs("NVRTC", nvrtc.version)
+
+    def compiler(self) -> str:
+        return f"NVRTC {toolchain.dotted(find_nvrtc().version)}"
+
+    def recipe(self, kernel: Kernel, arch: str) -> Recipe:
+        source = source_of(kernel)
+        return Recipe(
+            label=kernel.label,
+            engine=self.name,
+            compiler=f"NVRTC {find_nvrtc().build}",
+            arch=ARCHS[arch],
+            flags=(f"--gpu-architecture={ARCHS[arch]}", *OPTIONS, *kernel.macros),
+            source=kernel.source,
+            source_digest=source.digest,
+            artefact="kernel.cubin",
+        )
+
+    def write_job(self, folder: Path, kernel: Kernel, recipe: Recipe) -> None:
+        nvrtc, source = find_nvrtc(), source_of(kernel)
+        include: list[str] = []
+        if source.needs_cuda_headers:
+            if nvrtc.include is None:
+                raise Unavailable(f"{kernel.source} needs CUDA's headers: {nvrtc.without_include}", cuda_extra())
+            include = [f"--include-path={nvrtc.include}"]
+        job = {
+            "engine": self.name,
+            "library": nvrtc.library,
+            "version": nvrtc.version,
+            "main": kernel.source,
+            "options": [*recipe.flags, *include],
+            "artefact": recipe.artefact,
+        }
+        write_job(folder, source.files, job)
+
+    def function(self, entry: Entry, kernel: Kernel) -> int:
+        import cupy
+
+        module = cupy.RawModule(path=str(entry.artefact))
+        self._modules.append(module)
+        return int(module.get_function(kernel.entry).kernel.ptr)

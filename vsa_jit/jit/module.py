@@ -1,0 +1,55 @@
+"""Kernels that are loaded in this process, for each device."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Sequence
+
+import torch
+
+from vsa_jit.jit import engines
+from vsa_jit.jit.compile import entries_of
+from vsa_jit.jit.driver import Launcher, make_context_current
+from vsa_jit.jit.errors import NotWarmError
+from vsa_jit.jit.kernel import Kernel
+from vsa_jit.jit.toolchain import CAPABILITIES
+
+_launchers: dict[tuple[Kernel, int], Launcher] = {}
+_loading = threading.Lock()
+
+
+def launcher(kernel: Kernel, device: int) -> Launcher:
+    """The launcher of a kernel that ``load`` has loaded."""
+    return _launchers[kernel, device]
+
+
+def load(kernels: Sequence[Kernel], device: int, engine: str = "auto") -> None:
+    """Makes kernels ready to be launched on a device, compiling together those that the cache does not hold.
+
+    Raises:
+        CompileError: one does not compile.
+        NotWarmError: one is not loaded, and a CUDA graph is being captured.
+        Unavailable: there is nothing to compile with.
+    """
+    if all((kernel, device) in _launchers for kernel in kernels):
+        return
+    with _loading:
+        missing = [kernel for kernel in kernels if (kernel, device) not in _launchers]
+        if missing and torch.cuda.is_current_stream_capturing():
+            raise NotWarmError(
+                f"{', '.join(kernel.label for kernel in missing)}: not loaded, and a CUDA graph is being captured; run "
+                "warmup first: vsa_jit.warmup(), or the same call once before the capture"
+            )
+        if missing:
+            _load(missing, device, engine)
+
+
+def _load(kernels: Sequence[Kernel], device: int, engine_name: str) -> None:
+    arch = CAPABILITIES[torch.cuda.get_device_capability(device)]
+    engine = engines.choose(kernels, arch, engine_name)
+    entries = entries_of(kernels, arch, engine, target=torch.cuda.get_device_name(device))
+    with torch.cuda.device(device):
+        make_context_current(device)
+        for kernel, entry in zip(kernels, entries, strict=True):
+            function = engine.function(entry, kernel)
+            _launchers[kernel, device] = Launcher(kernel.label, function, device, kernel.threads, kernel.smem_bytes)

@@ -1,0 +1,81 @@
+"""Compiles the job in a folder: ``python compile.py FOLDER``. A process of its own, which needs nothing of vsa_jit.
+
+``FOLDER/job.json`` says what to do and ``FOLDER/src`` holds the sources. The compiler's messages go to standard output;
+the artefact is written to the folder, by a rename. With ``--with-parent`` the process and all that it started end as
+soon as standard input does: when the process that wanted the kernel is no more.
+"""
+
+import json
+import os
+import signal
+import sys
+import threading
+from pathlib import Path
+
+
+def compile_nvrtc(folder: Path, job: dict) -> None:
+    from cuda.pathfinder import load_nvidia_dynamic_lib
+
+    # Loaded with its companions, so that CuPy's bindings get it by its name.
+    library = load_nvidia_dynamic_lib("nvrtc").abs_path
+    from cupy_backends.cuda.libs import nvrtc
+
+    if library != job["library"] or list(nvrtc.getVersion()) != job["version"]:
+        raise RuntimeError(
+            f"error: expected NVRTC {job['version']} of {job['library']}, got {nvrtc.getVersion()} of {library}"
+        )
+    root = folder / "src"
+    names = sorted(path.relative_to(root).as_posix() for path in root.rglob("*") if path.is_file())
+    texts = [(root / name).read_bytes() for name in names]
+    program = nvrtc.createProgram(
+        (root / job["main"]).read_text(), job["main"], texts, [name.encode() for name in names]
+    )
+    try:
+        nvrtc.compileProgram(program, job["options"])
+        cubin = nvrtc.getCUBIN(program)
+    finally:
+        print(nvrtc.getProgramLog(program))
+    unfinished = folder / "unfinished"
+    unfinished.write_bytes(cubin)
+    unfinished.rename(folder / job["artefact"])
+
+
+def compile_nvcc(folder: Path, job: dict) -> None:
+    os.environ.update(job["environment"])
+    from torch.utils import cpp_extension
+
+    # A folder of its own for each run: PyTorch's lock file in it outlives a process that is killed.
+    objects = folder / "objects"
+    objects.mkdir()
+    library = cpp_extension.load(
+        name="kernel",
+        sources=[str(folder / "src" / job["main"])],
+        extra_include_paths=[str(folder / "src")],
+        extra_cuda_cflags=job["options"],
+        extra_ldflags=job["link_options"],
+        build_directory=str(objects),
+        is_python_module=False,
+    )
+    Path(library).rename(folder / job["artefact"])
+
+
+def end_with_parent() -> None:
+    # Not by sys.stdin, whose lock an interpreter that ends would wait for.
+    os.read(0, 1)
+    os.killpg(os.getpgrp(), signal.SIGKILL)
+
+
+def main(folder: Path, *options: str) -> int:
+    if "--with-parent" in options:
+        threading.Thread(target=end_with_parent, daemon=True).start()
+    job = json.loads((folder / "job.json").read_text())
+    try:
+        {"nvrtc": compile_nvrtc, "nvcc": compile_nvcc}[job["engine"]](folder, job)
+    except RuntimeError as error:
+        print(error)
+        return 1
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(Path(sys.argv[1]).resolve(), *sys.argv[2:]))

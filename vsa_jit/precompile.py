@@ -1,0 +1,78 @@
+"""Compiles ahead of time what calls of the given kinds would compile."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from itertools import product
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from vsa_jit.backends.sm90.means import DTYPES, HEAD_DIMS
+from vsa_jit.backends.sm90.support import kernels_of
+from vsa_jit.jit import engines, module
+from vsa_jit.jit.compile import entries_of
+from vsa_jit.jit.toolchain import ARCHS, CAPABILITIES
+from vsa_jit.problem import TILE_OF_TOKENS, check_block_size
+
+
+def warmup(arch: str | None, dtype: Any, head_dim: Any, block_size: Any, engine: str) -> list[Path]:
+    """As ``vsa_jit.warmup``, which says what the arguments are."""
+    here = _arch_here()
+    if arch is None and here is None:
+        if torch.cuda.is_available():
+            return []
+        raise ValueError(f"arch: expected one of {tuple(ARCHS)} where there is no GPU, got None")
+    if arch is None:
+        arch = here
+    if not isinstance(arch, str):
+        raise TypeError(f"arch: expected a string or None, got {type(arch).__name__}")
+    if arch not in ARCHS:
+        raise ValueError(f"arch: expected one of {tuple(ARCHS)}, got {arch!r}")
+    dtypes = _several("dtype", dtype, torch.dtype, tuple(DTYPES))
+    head_dims = _several("head_dim", head_dim, int, HEAD_DIMS)
+    blocks = [_tokens(size) for size in _block_sizes(block_size)]
+    engines.check_name("engine", engine)
+
+    kernels = list(dict.fromkeys(kernel for kind in product(dtypes, head_dims, blocks) for kernel in kernels_of(*kind)))
+    chosen = engines.choose(kernels, arch, engine)
+    entries = entries_of(kernels, arch, chosen, target=f"compute capability {arch}")
+    if arch == here:
+        module.load(kernels, torch.cuda.current_device(), chosen.name)
+    return [entry.folder for entry in entries]
+
+
+def _arch_here() -> str | None:
+    """The architecture of the current GPU, if there are kernels for it."""
+    if not torch.cuda.is_available() or torch.version.hip is not None:
+        return None
+    return CAPABILITIES.get(torch.cuda.get_device_capability())
+
+
+def _several(name: str, given: Any, kind: type, allowed: tuple) -> tuple:
+    if given is None:
+        return allowed
+    values = tuple(given) if isinstance(given, Sequence) and not isinstance(given, str) else (given,)
+    for value in values:
+        if isinstance(value, bool) or not isinstance(value, kind):
+            raise TypeError(f"{name}: expected {kind.__name__} or several, got {type(value).__name__}")
+        if value not in allowed:
+            raise ValueError(f"{name}: expected {' or '.join(map(str, allowed))}, got {value}")
+    if not values:
+        raise ValueError(f"{name}: expected at least one, got none")
+    return values
+
+
+def _block_sizes(given: Any) -> Sequence[Any]:
+    """A tile is a tuple, several sizes are a list."""
+    if given is None:
+        return tuple(TILE_OF_TOKENS)
+    if isinstance(given, list) and not given:
+        raise ValueError("block_size: expected at least one, got none")
+    return given if isinstance(given, list) else [given]
+
+
+def _tokens(block_size: int | Sequence[int]) -> int:
+    t, h, w = check_block_size(block_size, with_grid=False)
+    return t * h * w
