@@ -82,6 +82,10 @@ class BadEntry(Exception):
     """What is wrong with an entry."""
 
 
+class _NoHomeError(Exception):
+    """Why there is no folder of the user's."""
+
+
 def manifest_of(recipe: Recipe, artefact: bytes) -> str:
     record = {
         "format": FORMAT,
@@ -282,7 +286,7 @@ def user_folder() -> Path:
 
     Raises:
         CacheError: VSA_JIT_CACHE_DIR is not an absolute path; the message says what it is.
-        RuntimeError: there is no home folder.
+        _NoHomeError: there is no home folder.
     """
     named = os.environ.get(ENVIRONMENT_VARIABLE)
     if named:
@@ -291,8 +295,15 @@ def user_folder() -> Path:
         return Path(named)
     xdg = os.environ.get("XDG_CACHE_HOME")
     # The XDG specification ignores paths that are not absolute.
-    base = Path(xdg) if xdg and os.path.isabs(xdg) else Path.home() / ".cache"
-    return base / "vsa_jit"
+    if xdg and os.path.isabs(xdg):
+        return Path(xdg) / "vsa_jit"
+    try:
+        home = Path.home()
+    except RuntimeError:
+        raise _NoHomeError("there is no home folder") from None
+    if not home.is_dir():
+        raise _NoHomeError(f"the home folder {home} does not exist")
+    return home / ".cache" / "vsa_jit"
 
 
 def open_store() -> Store:
@@ -308,13 +319,11 @@ def open_store() -> Store:
 def _open_store(named: str | None, xdg: str | None, home: str | None) -> Store:
     try:
         folder = user_folder()
-    except RuntimeError as error:
-        if isinstance(error, CacheError):
-            raise
-        return _fall_back("there is no home folder")
+    except _NoHomeError as error:
+        return _fall_back(str(error))
     try:
         if not os.path.lexists(folder):
-            folder.mkdir(mode=0o755, parents=True)
+            folder.mkdir(mode=0o755, parents=True, exist_ok=True)
         unsafe = why_unsafe(folder) or why_replaceable(folder)
         if unsafe is None and not folder.is_dir():
             unsafe = f"{folder} is not a folder"

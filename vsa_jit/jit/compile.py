@@ -22,6 +22,8 @@ from vsa_jit.jit.toolchain import ARCHS
 WORKER = Path(__file__).parent / "worker" / "compile.py"
 LOG = "log.txt"
 TIME_LIMIT_S = 300.0
+ROOM_BYTES = 1 << 20
+# "a.cu(3): error: ...", "ptxas fatal : ...", "OSError: ..."; not PyTorch's "Error building extension".
 _ERROR = re.compile(r"(error|fatal)\s*:", re.IGNORECASE)
 
 
@@ -87,6 +89,7 @@ def run_worker(label: str, folder: Path) -> None:
 
     Raises:
         CompileError: it failed.
+        OSError: the folder has no room.
     """
     command = [sys.executable, str(WORKER), str(folder)]
     # The packages of this process, wherever they came from.
@@ -114,6 +117,10 @@ def run_worker(label: str, folder: Path) -> None:
                 worker.stdin.close()
     if code == 0:
         return
+    # A compiler that could not write its output is not to blame.
+    probe = folder / "probe"
+    probe.write_bytes(bytes(ROOM_BYTES))
+    probe.unlink()
     if code is None:
         first_error = f"the compiler did not finish within {TIME_LIMIT_S:g} s"
     elif code < 0:

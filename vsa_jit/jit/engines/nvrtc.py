@@ -2,17 +2,27 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import Any
 
 from vsa_jit.jit import toolchain
-from vsa_jit.jit.cache import Entry, Recipe
+from vsa_jit.jit.cache import Entry, Recipe, private_store
 from vsa_jit.jit.engines.base import source_of, write_job
 from vsa_jit.jit.errors import Unavailable
 from vsa_jit.jit.kernel import Kernel
 from vsa_jit.jit.toolchain import ARCHS, check_runs, check_version, cuda_extra, find_nvrtc
 
 OPTIONS = ("-std=c++20", "-default-device", "--ptxas-options=-v")
+
+
+def import_cupy() -> Any:
+    """CuPy, which makes its own cache folder when it is imported: in the home folder, if that can be written to."""
+    if not os.access(Path("~").expanduser(), os.W_OK):
+        os.environ.setdefault("CUPY_CACHE_DIR", str(private_store().root / "cupy"))
+    import cupy
+
+    return cupy
 
 
 class NvrtcEngine:
@@ -63,8 +73,6 @@ class NvrtcEngine:
         write_job(folder, source.files, job)
 
     def function(self, entry: Entry, kernel: Kernel) -> int:
-        import cupy
-
-        module = cupy.RawModule(path=str(entry.artefact))
+        module = import_cupy().RawModule(path=str(entry.artefact))
         self._modules.append(module)
         return int(module.get_function(kernel.entry).kernel.ptr)

@@ -18,6 +18,8 @@ def compile_nvrtc(folder: Path, job: dict) -> None:
 
     # Loaded with its companions, so that CuPy's bindings get it by its name.
     library = load_nvidia_dynamic_lib("nvrtc").abs_path
+    # CuPy makes this folder when it is imported, by default in a home that may not be writable.
+    os.environ["CUPY_CACHE_DIR"] = str(folder)
     from cupy_backends.cuda.libs import nvrtc
 
     if library != job["library"] or list(nvrtc.getVersion()) != job["version"]:

@@ -1,0 +1,594 @@
+"""The cache of compiled kernels: one compile for many processes, nothing that blocks or misleads after a kill, no code
+that somebody else could have written, and no folder that must be writable."""
+
+import contextlib
+import errno
+import json
+import logging
+import multiprocessing
+import os
+import shutil
+import signal
+import stat
+import subprocess
+import sys
+import tempfile
+import time
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+from toys import ARCH, HEADER, MAIN, NVRTC, toy, use_sources, write_sources
+
+from vsa_jit.jit import cache, toolchain
+from vsa_jit.jit import compile as compiling
+from vsa_jit.jit.cache import BadEntry, Entry, open_store
+from vsa_jit.jit.compile import entries_of
+from vsa_jit.jit.engines.nvcc import NvccEngine
+from vsa_jit.jit.errors import CacheError, CompileError
+
+ROOT = Path(__file__).parent.parent
+fork = multiprocessing.get_context("fork")
+SANDBOXED = "mounting a file system is not allowed here"
+
+
+@pytest.fixture(autouse=True)
+def sources(tmp_path, monkeypatch) -> Path:
+    root = write_sources(tmp_path / "src")
+    use_sources(monkeypatch, root)
+    return root
+
+
+@pytest.fixture(autouse=True)
+def forgotten():
+    """What one process remembers is not what the next test's would."""
+
+    def forget():
+        for remembered in (cache._open_store, cache._private_store, cache.warn_not_kept, cache._warn_bad):
+            remembered.cache_clear()
+
+    forget()
+    yield forget
+    forget()
+
+
+@pytest.fixture
+def folder(tmp_path, monkeypatch) -> Path:
+    path = tmp_path / "cache"
+    monkeypatch.setenv("VSA_JIT_CACHE_DIR", str(path))
+    return path
+
+
+@pytest.fixture
+def compiles(tmp_path, monkeypatch):
+    """How many compilers ran, in this process and in its children."""
+    log = tmp_path / "compiles"
+    log.touch()
+    run = compiling.run_worker
+
+    def counted(label, folder):
+        with log.open("a") as file:
+            file.write("x")
+        run(label, folder)
+
+    monkeypatch.setattr(compiling, "run_worker", counted)
+    return lambda: len(log.read_text())
+
+
+def get(kernel=None) -> Entry:
+    (entry,) = entries_of([kernel or toy()], ARCH, NVRTC, target="a test")
+    return entry
+
+
+def in_child(work) -> int:
+    """The exit code of a child that does some work; -9 where it was killed."""
+    child = fork.Process(target=work)
+    child.start()
+    child.join()
+    return child.exitcode
+
+
+def test_second_call_compiles_nothing(folder, compiles):
+    entry = get()
+    assert entry.artefact.read_bytes().startswith(b"\x7fELF")
+    assert entry.folder.parent == folder / "sm_90a"
+    assert get() == entry
+    assert compiles() == 1
+    assert list((folder / "sm_90a" / "build").iterdir()) == []
+
+
+def test_kernels_compile_together(folder, compiles):
+    kernels = [toy(addend) for addend in range(4)]
+    entries = entries_of(kernels, ARCH, NVRTC, target="a test")
+    assert len({entry.recipe.key for entry in entries}) == compiles() == 4
+    assert [entry.recipe.key for entry in entries] == [NVRTC.recipe(kernel, ARCH).key for kernel in kernels]
+
+
+def test_sixteen_processes_compile_once(folder, compiles, tmp_path):
+    start = fork.Barrier(16)
+    keys = fork.Queue()
+
+    def work():
+        start.wait()
+        keys.put(get().recipe.key)
+
+    children = [fork.Process(target=work) for _ in range(16)]
+    for child in children:
+        child.start()
+    got = {keys.get(timeout=60) for _ in children}
+    for child in children:
+        child.join()
+    assert [child.exitcode for child in children] == [0] * 16
+    assert got == {get().recipe.key}
+    assert compiles() == 1
+
+
+def kill() -> None:
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def before(owner, name):
+    """Makes a function kill its process when it is called."""
+
+    def arrange(monkeypatch):
+        monkeypatch.setattr(owner, name, lambda *args, **kwargs: kill())
+
+    return arrange
+
+
+def after(owner, name):
+    """Makes a function kill its process when it has done its work."""
+    function = getattr(owner, name)
+
+    def killing(*args, **kwargs):
+        function(*args, **kwargs)
+        kill()
+
+    def arrange(monkeypatch):
+        monkeypatch.setattr(owner, name, killing)
+
+    return arrange
+
+
+STAGES = {
+    "with the lock": before(cache.Store, "_compile"),
+    "with the private folder": before(NVRTC.__class__, "write_job"),
+    "with the job": after(NVRTC.__class__, "write_job"),
+    "with the compiler started": before(subprocess.Popen, "wait"),
+    "with the artefact": before(cache.Store, "publish"),
+    "with the entry written": before(cache, "check_entry"),
+    "before the rename": before(os, "rename"),
+    "after the rename": after(os, "rename"),
+}
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_a_killed_process_leaves_nothing_in_the_way(folder, monkeypatch, stage):
+    get(toy(7))  # the folders are there, as after any first use
+
+    def work():
+        with monkeypatch.context() as patched:
+            STAGES[stage](patched)
+            get()
+
+    assert in_child(work) == -signal.SIGKILL
+    start = time.monotonic()
+    entry = get()
+    assert time.monotonic() - start < 20
+    assert cache.find(entry.recipe) == entry
+    assert [type(found) for _, found in open_store().entries()] == [Entry, Entry]
+    if stage != "after the rename":
+        assert list((folder / "sm_90a" / "build").iterdir()) == []
+
+
+def test_the_compiler_ends_with_the_process_that_wanted_it(folder, sources, monkeypatch, tmp_path):
+    pid_file = tmp_path / "pid"
+    worker = tmp_path / "worker.py"
+    worker.write_text(
+        compiling.WORKER.read_text()
+        .replace("    job = json", f"    Path({str(pid_file)!r}).write_text(str(os.getpid()))\n    job = json")
+        .replace("program = ", "import time; time.sleep(60); program = ")
+    )
+    monkeypatch.setattr(compiling, "WORKER", worker)
+    child = fork.Process(target=get)
+    child.start()
+    deadline = time.monotonic() + 30
+    while not (pid_file.exists() and pid_file.read_text()) and time.monotonic() < deadline:
+        time.sleep(0.05)
+    pid = int(pid_file.read_text())
+    child.kill()
+    child.join()
+    while time.monotonic() < deadline and Path(f"/proc/{pid}").exists():
+        if Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] == "Z":
+            break
+        time.sleep(0.05)
+    else:
+        assert not Path(f"/proc/{pid}").exists()
+
+
+def truncated(entry, other):
+    content = entry.artefact.read_bytes()
+    entry.artefact.write_bytes(content[: len(content) // 2])
+
+
+def empty(entry, other):
+    entry.artefact.write_bytes(b"")
+
+
+def altered(entry, other):
+    content = bytearray(entry.artefact.read_bytes())
+    content[-1] ^= 1
+    entry.artefact.write_bytes(bytes(content))
+
+
+def without_artefact(entry, other):
+    entry.artefact.unlink()
+
+
+def without_manifest(entry, other):
+    (entry.folder / "manifest.json").unlink()
+
+
+def with_empty_manifest(entry, other):
+    (entry.folder / "manifest.json").write_text("")
+
+
+def of_another_format(entry, other):
+    record = json.loads((entry.folder / "manifest.json").read_text())
+    (entry.folder / "manifest.json").write_text(json.dumps({**record, "format": 0}))
+
+
+def swapped(entry, other):
+    shutil.rmtree(entry.folder)
+    shutil.copytree(other.folder, entry.folder)
+
+
+def renamed_recipe(entry, other):
+    """Another kernel's files under this key's name, with a manifest that claims the key."""
+    swapped(entry, other)
+    record = json.loads((entry.folder / "manifest.json").read_text())
+    (entry.folder / "manifest.json").write_text(json.dumps({**record, "key": entry.recipe.key}))
+
+
+def no_folder(entry, other):
+    shutil.rmtree(entry.folder)
+    entry.folder.write_text("not a folder")
+
+
+def linked(entry, other):
+    moved = entry.folder.parent.parent / "elsewhere"
+    entry.folder.rename(moved)
+    entry.folder.symlink_to(moved)
+
+
+def writable_by_others(entry, other):
+    entry.artefact.chmod(0o666)
+
+
+def no_code(entry, other):
+    artefact = b"a text"
+    entry.artefact.write_bytes(artefact)
+    (entry.folder / "manifest.json").write_text(cache.manifest_of(entry.recipe, artefact))
+
+
+@pytest.mark.parametrize(
+    "spoil",
+    [
+        truncated, empty, altered, without_artefact, without_manifest, with_empty_manifest, of_another_format, swapped,
+        renamed_recipe, no_folder, linked, writable_by_others, no_code,
+    ],
+)  # fmt: skip
+def test_a_bad_entry_is_dropped_and_rebuilt_with_one_warning(folder, compiles, caplog, spoil):
+    entry, other = get(), get(toy(7))
+    spoil(entry, other)
+    for _ in range(3):
+        rebuilt = get()
+        assert rebuilt == entry
+        assert cache.find(entry.recipe) == entry
+    assert compiles() == 3
+    (record,) = [record for record in caplog.records if record.levelno >= logging.WARNING]
+    assert record.getMessage().startswith(f"dropped the compiled kernel at {entry.folder}: ")
+    if spoil is linked:
+        assert (folder / "elsewhere" / "kernel.cubin").exists()
+
+
+def test_what_an_entry_depends_on(sources, monkeypatch):
+    recipe = NVRTC.recipe(toy(), ARCH)
+    keys = {recipe.key}
+    keys.add(NVRTC.recipe(toy(3), ARCH).key)
+    keys.add(replace(recipe, flags=(*recipe.flags, "-G")).key)
+    keys.add(replace(recipe, compiler="NVRTC 12.9").key)
+    keys.add(replace(recipe, engine="nvcc").key)
+    keys.add(replace(recipe, arch="sm_100a").key)
+    write_sources(sources, header=HEADER.replace("40", "41"))
+    keys.add(NVRTC.recipe(toy(), ARCH).key)
+    write_sources(sources, main=MAIN + "// changed\n")
+    keys.add(NVRTC.recipe(toy(), ARCH).key)
+    assert len(keys) == 8
+    write_sources(sources)
+    assert NVRTC.recipe(toy(label="another name"), ARCH).key == recipe.key
+    found = toolchain.find_nvrtc()
+    newer = replace(found, version=(13, 9), build="13.9")
+    monkeypatch.setattr("vsa_jit.jit.engines.nvrtc.find_nvrtc", lambda: newer)
+    assert NVRTC.recipe(toy(), ARCH).key not in keys
+
+
+def test_two_checkouts_share_an_entry(folder, compiles, monkeypatch, tmp_path):
+    first = get()
+    use_sources(monkeypatch, write_sources(tmp_path / "another" / "place"))
+    assert get() == first
+    assert compiles() == 1
+    assert str(tmp_path).encode() not in first.artefact.read_bytes()
+
+
+def test_nvcc_recipes_hold_no_path_either(monkeypatch, tmp_path):
+    nvcc = toolchain.Nvcc("/cuda/bin/nvcc", "/cuda", (13, 0), "13.0.88", "/usr/bin/c++", "/usr/bin/ninja")
+    monkeypatch.setattr("vsa_jit.jit.engines.nvcc.find_nvcc", lambda: nvcc)
+    recipe = NvccEngine().recipe(toy(), ARCH)
+    use_sources(monkeypatch, write_sources(tmp_path / "another" / "place"))
+    elsewhere = replace(nvcc, path="/opt/cuda/bin/nvcc", home="/opt/cuda")
+    monkeypatch.setattr("vsa_jit.jit.engines.nvcc.find_nvcc", lambda: elsewhere)
+    assert NvccEngine().recipe(toy(), ARCH) == recipe
+    newer = replace(nvcc, build="13.0.99")
+    monkeypatch.setattr("vsa_jit.jit.engines.nvcc.find_nvcc", lambda: newer)
+    assert NvccEngine().recipe(toy(), ARCH).key != recipe.key
+
+
+@contextlib.contextmanager
+def mounted(path: Path, *options: str):
+    path.mkdir()
+    command = ["mount", "-t", "tmpfs", "-o", ",".join(("mode=755", *options)), "tmpfs", str(path)]
+    run = subprocess.run(command, capture_output=True, text=True)
+    if run.returncode != 0:
+        pytest.skip(f"{SANDBOXED}: {run.stderr.strip()}")
+    try:
+        yield path
+    finally:
+        subprocess.run(["umount", "-l", str(path)], check=True)
+
+
+def only_warning(caplog) -> str:
+    (record,) = [record for record in caplog.records if record.levelno >= logging.WARNING]
+    return record.getMessage()
+
+
+def test_a_home_that_cannot_be_written_to(monkeypatch, tmp_path, caplog):
+    monkeypatch.delenv("VSA_JIT_CACHE_DIR", raising=False)
+    monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
+    with mounted(tmp_path / "home", "ro") as home:
+        monkeypatch.setenv("HOME", str(home))
+        entry = get()
+        assert get() == entry
+        assert not entry.folder.is_relative_to(home)
+        assert stat.S_IMODE(open_store().root.stat().st_mode) == 0o700
+    assert only_warning(caplog) == (
+        f"compiled kernels are not kept for the next process: Read-only file system: {home}/.cache "
+        "(VSA_JIT_CACHE_DIR names a folder to keep them in)"
+    )
+
+
+def test_a_cache_that_can_only_be_read_is_read(folder, monkeypatch, compiles, caplog, forgotten):
+    with mounted(folder):
+        entry = get()
+        subprocess.run(["mount", "-o", "remount,ro", str(folder)], check=True)
+        forgotten()
+        assert get() == entry
+        assert compiles() == 1
+        assert not caplog.records
+        other = get(toy(7))
+        assert not other.folder.is_relative_to(folder)
+    assert f"{folder} cannot be written to" in only_warning(caplog)
+
+
+def test_cupy_is_imported_in_a_home_that_cannot_be_written_to(monkeypatch, tmp_path):
+    with mounted(tmp_path / "home", "ro") as home:
+        environment = {**os.environ, "HOME": str(home)}
+        environment.pop("CUPY_CACHE_DIR", None)
+        code = "from vsa_jit.jit.engines.nvrtc import import_cupy; print(import_cupy().__name__)"
+        run = subprocess.run([sys.executable, "-c", code], env=environment, cwd=ROOT, capture_output=True, text=True)
+    assert (run.returncode, run.stdout.strip()) == (0, "cupy"), run.stderr
+
+
+@pytest.mark.parametrize("home", [None, "nowhere"])
+def test_no_home(monkeypatch, tmp_path, caplog, home):
+    monkeypatch.delenv("VSA_JIT_CACHE_DIR", raising=False)
+    monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
+
+    def no_home():
+        raise RuntimeError("Could not determine home directory.")
+
+    if home is None:
+        monkeypatch.delenv("HOME", raising=False)
+        monkeypatch.setattr(Path, "home", no_home)
+    else:
+        monkeypatch.setenv("HOME", str(tmp_path / home))
+    entry = get()
+    assert entry.artefact.exists()
+    assert not (tmp_path / "nowhere").exists()
+    assert "not kept for the next process" in only_warning(caplog)
+
+
+def test_the_private_folder_ends_with_its_process(monkeypatch, tmp_path):
+    monkeypatch.setenv("HOME", str(tmp_path / "nowhere"))
+    monkeypatch.delenv("VSA_JIT_CACHE_DIR", raising=False)
+    monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
+    code = "from vsa_jit.jit.cache import open_store; print(open_store().root)"
+    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=ROOT)
+    path = Path(run.stdout.strip())
+    assert path.name.startswith("vsa_jit-")
+    assert not path.exists()
+
+
+def fill(folder: Path) -> None:
+    with contextlib.suppress(OSError), (folder / "filler").open("wb", buffering=0) as file:
+        while True:
+            file.write(bytes(4096))
+
+
+def test_a_full_disk(folder, caplog):
+    with mounted(folder, "size=400k"):
+        get(toy(7))
+        fill(folder)
+        entry = get()
+        assert entry.artefact.read_bytes().startswith(b"\x7fELF")
+        assert not entry.folder.is_relative_to(folder)
+        assert "No space left on device" in only_warning(caplog)
+        (folder / "filler").unlink()
+
+
+def test_a_disk_that_fills_up_while_compiling(folder, caplog, monkeypatch):
+    run = compiling.run_worker
+    with mounted(folder, "size=400k"):
+
+        def full(label, private):
+            if private.is_relative_to(folder):
+                fill(folder)
+            run(label, private)
+
+        monkeypatch.setattr(compiling, "run_worker", full)
+        assert not get().folder.is_relative_to(folder)
+        assert "No space left on device" in only_warning(caplog)
+
+
+def test_every_disk_full(folder, monkeypatch):
+    with mounted(folder, "size=400k"):
+        (folder / "tmp").mkdir()
+        monkeypatch.setattr(tempfile, "tempdir", str(folder / "tmp"))
+        get(toy(7))
+        fill(folder)
+        with pytest.raises(CompileError, match="toy could not be compiled: No space left on device"):
+            get()
+
+
+@pytest.mark.parametrize("mode", [0o777, 0o775, 0o757])
+def test_a_folder_that_others_can_write_to_is_refused(folder, mode):
+    folder.mkdir()
+    folder.chmod(mode)
+    message = f"VSA_JIT_CACHE_DIR: expected a folder that nobody else can write to, but {folder} can be written to by"
+    with pytest.raises(CacheError, match=message):
+        get()
+    assert list(folder.iterdir()) == []
+
+
+def test_a_default_folder_that_others_can_write_to_is_not_used(monkeypatch, tmp_path, caplog):
+    monkeypatch.delenv("VSA_JIT_CACHE_DIR", raising=False)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    (tmp_path / "vsa_jit").mkdir(mode=0o777)
+    (tmp_path / "vsa_jit").chmod(0o777)
+    assert not get().folder.is_relative_to(tmp_path / "vsa_jit")
+    assert "can be written to by others" in only_warning(caplog)
+    assert list((tmp_path / "vsa_jit").iterdir()) == []
+
+
+def test_a_folder_that_others_could_replace_is_refused(monkeypatch, tmp_path):
+    open_to_all = tmp_path / "open"
+    open_to_all.mkdir()
+    open_to_all.chmod(0o777)
+    monkeypatch.setenv("VSA_JIT_CACHE_DIR", str(open_to_all / "cache"))
+    with pytest.raises(CacheError, match=f"but {open_to_all} can be written to by others"):
+        get()
+
+
+def test_a_folder_of_somebody_else_is_refused(folder):
+    if os.getuid() != 0:
+        pytest.skip("only root can give a folder away")
+    folder.mkdir()
+    os.chown(folder, 12345, 12345)
+    with pytest.raises(CacheError, match="belongs to user 12345"):
+        get()
+
+
+def test_a_link_in_the_place_of_the_folder_is_refused(folder, tmp_path):
+    target = tmp_path / "target"
+    target.mkdir()
+    folder.symlink_to(target)
+    with pytest.raises(CacheError, match="is a symbolic link"):
+        get()
+    assert list(target.iterdir()) == []
+
+
+@pytest.mark.parametrize("name", ["sm_90a", "sm_90a/locks", "sm_90a/build"])
+def test_a_link_inside_the_folder_is_not_followed(folder, tmp_path, caplog, name):
+    target = tmp_path / "target"
+    target.mkdir()
+    (target / "precious").write_text("")
+    link = folder / name
+    link.parent.mkdir(parents=True)
+    link.symlink_to(target)
+    assert not get().folder.is_relative_to(folder)
+    assert "is a symbolic link" in only_warning(caplog)
+    assert [path.name for path in target.iterdir()] == ["precious"]
+    open_store().clear()
+    assert [path.name for path in target.iterdir()] == ["precious"]
+
+
+@pytest.mark.parametrize(
+    ("value", "match"), [("relative/path", "expected an absolute path"), ("FILE", "Not a directory|is not a folder")]
+)
+def test_a_wrong_variable(monkeypatch, tmp_path, value, match):
+    (tmp_path / "file").write_text("")
+    monkeypatch.setenv("VSA_JIT_CACHE_DIR", str(tmp_path / "file") if value == "FILE" else value)
+    with pytest.raises(CacheError, match=rf"VSA_JIT_CACHE_DIR: .*({match})"):
+        get()
+
+
+def test_files_are_private_under_any_umask(folder):
+    old = os.umask(0)
+    try:
+        entry = get()
+    finally:
+        os.umask(old)
+    for path in (folder, entry.folder.parent, entry.folder, *entry.folder.iterdir()):
+        assert stat.S_IMODE(path.stat().st_mode) & 0o022 == 0, path
+
+
+def test_a_process_that_holds_the_lock_and_does_not_go_on(folder, monkeypatch, caplog):
+    get(toy(7))
+    held = fork.Event()
+
+    def work():
+        with cache._locked(folder / "sm_90a" / "locks" / f"{NVRTC.recipe(toy(), ARCH).key}.lock"):
+            held.set()
+            time.sleep(60)
+
+    child = fork.Process(target=work)
+    child.start()
+    assert held.wait(30)
+    monkeypatch.setattr(cache, "LOCK_LIMIT_S", 0.2)
+    assert not get().folder.is_relative_to(folder)
+    assert "another process holds the lock" in only_warning(caplog)
+    child.kill()
+    child.join()
+
+
+def test_a_file_system_without_locks(folder, monkeypatch, caplog):
+    import fcntl
+
+    flock = fcntl.flock
+
+    def refuse(file, operation):
+        if str(folder) in os.readlink(f"/proc/self/fd/{file}"):
+            raise OSError(errno.ENOLCK, "No locks available")
+        flock(file, operation)
+
+    monkeypatch.setattr(fcntl, "flock", refuse)
+    assert not get().folder.is_relative_to(folder)
+    assert "No locks available" in only_warning(caplog)
+
+
+def test_clear_removes_only_what_the_cache_made(folder, tmp_path):
+    entry = get()
+    outside = tmp_path / "outside"
+    outside.mkdir()
+    (outside / "kept").write_text("")
+    (folder / "notes.txt").write_text("mine")
+    (folder / "sm_90a" / "mine").mkdir()
+    (folder / "sm_90a" / ("0" * 64)).symlink_to(outside)
+    store = open_store()
+    assert {type(found) for _, found in store.entries()} == {Entry, BadEntry}
+    assert store.clear() == 2
+    assert not entry.folder.exists()
+    assert (outside / "kept").exists()
+    assert (folder / "notes.txt").exists()
+    assert (folder / "sm_90a" / "mine").exists()
+    assert store.clear() == 0

@@ -1,0 +1,338 @@
+"""Compiling: both engines on the same sources, what an error says, the time limit, and what a user sees."""
+
+import logging
+import os
+import pty
+import re
+import signal
+import subprocess
+import sys
+import threading
+import time
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from toys import ARCH, HEADER, MAIN, NVRTC, toy, use_sources, write_sources
+
+from vsa_jit.jit import cache, engines, module, progress, toolchain
+from vsa_jit.jit import compile as compiling
+from vsa_jit.jit.compile import entries_of
+from vsa_jit.jit.engines.nvcc import NvccEngine
+from vsa_jit.jit.errors import CompileError, NotWarmError
+from vsa_jit.jit.source import read_source
+
+ROOT = Path(__file__).parent.parent
+# What an ELF file says it is for.
+EM_CUDA = 190
+
+
+@pytest.fixture(autouse=True)
+def sources(tmp_path, monkeypatch) -> Path:
+    root = write_sources(tmp_path / "src")
+    use_sources(monkeypatch, root)
+    return root
+
+
+@pytest.fixture(autouse=True)
+def folder(tmp_path, monkeypatch) -> Path:
+    path = tmp_path / "cache"
+    monkeypatch.setenv("VSA_JIT_CACHE_DIR", str(path))
+    cache._open_store.cache_clear()
+    yield path
+    cache._open_store.cache_clear()
+
+
+def get(engine=NVRTC, **kwargs):
+    (entry,) = entries_of([toy(**kwargs)], ARCH, engine, target="a test")
+    return entry
+
+
+def test_nvrtc_gives_code_for_a_gpu():
+    artefact = get().artefact.read_bytes()
+    assert artefact[:4] == b"\x7fELF"
+    assert int.from_bytes(artefact[18:20], "little") == EM_CUDA
+    assert b"toy" in artefact
+
+
+def test_nvrtc_compiles_with_cuda_headers(sources):
+    write_sources(sources, main="#include <cuda_fp16.h>\n" + MAIN)
+    assert read_source("toy.cu", sources).needs_cuda_headers
+    assert get().size > 0
+
+
+def test_missing_headers_are_named_with_their_cure(sources, monkeypatch):
+    write_sources(sources, main="#include <cuda_fp16.h>\n" + MAIN)
+    without = replace(toolchain.find_nvrtc(), include=None, without_include="CUDA headers were not found")
+    monkeypatch.setattr("vsa_jit.jit.engines.nvrtc.find_nvrtc", lambda: without)
+    with pytest.raises(CompileError) as caught:
+        get()
+    assert caught.value.first_error == (
+        f"toy.cu needs CUDA's headers: CUDA headers were not found ({toolchain.cuda_extra()})"
+    )
+
+
+def test_a_missing_include_is_named_with_who_includes_it(sources):
+    (sources / "parts" / "value.cuh").write_text('#include "parts/nothing.cuh"\n')
+    with pytest.raises(FileNotFoundError, match=r"parts/nothing.cuh: expected below .*, included by parts/value.cuh"):
+        get()
+
+
+def test_a_source_is_its_closure(sources):
+    source = read_source("toy.cu", sources)
+    assert source.files == {"toy.cu": MAIN, "parts/value.cuh": HEADER}
+    (sources / "unrelated.cuh").write_text("")
+    assert read_source("toy.cu", sources).digest == source.digest
+
+
+@pytest.mark.parametrize(
+    ("main", "first_error"),
+    [
+        (MAIN.replace("value()", "missing()"), 'toy.cu(6): error: identifier "missing" is undefined'),
+        (MAIN.replace("== VSA_PARAMS_BYTES", "!= VSA_PARAMS_BYTES"), "toy.cu(4): error: static assertion failed"),
+        (MAIN.replace("if (", 'asm volatile("no.such.instruction;");\n if ('), "ptxas"),
+    ],
+)
+def test_an_error_carries_the_first_error_a_command_and_the_log(folder, sources, main, first_error):
+    write_sources(sources, main=main)
+    with pytest.raises(CompileError) as caught:
+        get()
+    error = caught.value
+    assert error.first_error.startswith(first_error)
+    assert error.log.is_relative_to(folder / "sm_90a" / "failed")
+    assert error.first_error in error.log.read_text()
+    for part in ("toy could not be compiled", error.first_error, error.command, str(error.log)):
+        assert part in str(error)
+    again = subprocess.run(error.command, shell=True, capture_output=True, text=True, stdin=subprocess.DEVNULL)
+    assert again.returncode == 1
+    assert error.first_error in again.stdout
+    write_sources(sources)
+    assert get().size > 0
+
+
+def test_the_command_needs_no_terminal_and_makes_what_was_asked_for(folder, sources):
+    write_sources(sources, main=MAIN.replace("value()", "missing()"))
+    with pytest.raises(CompileError) as caught:
+        get()
+    kept = caught.value.log.parent
+    mended = kept / "src" / "toy.cu"
+    mended.write_text(MAIN)
+    subprocess.run(caught.value.command, shell=True, check=True, stdin=subprocess.DEVNULL, capture_output=True)
+    assert (kept / "kernel.cubin").read_bytes().startswith(b"\x7fELF")
+
+
+def worker_that(monkeypatch, tmp_path, does: str) -> None:
+    worker = tmp_path / "worker.py"
+    worker.write_text(f"import os, signal, time\n{does}\n")
+    monkeypatch.setattr(compiling, "WORKER", worker)
+
+
+def test_a_compiler_that_crashes_is_an_error_and_not_our_end(monkeypatch, tmp_path):
+    worker_that(monkeypatch, tmp_path, "os.kill(os.getpid(), signal.SIGSEGV)")
+    with pytest.raises(CompileError, match=r"the compiler crashed \(SIGSEGV\)"):
+        get()
+
+
+def test_a_compiler_that_does_not_end_is_ended(monkeypatch, tmp_path):
+    worker_that(monkeypatch, tmp_path, "time.sleep(60)")
+    monkeypatch.setattr(compiling, "TIME_LIMIT_S", 0.5)
+    start = time.monotonic()
+    with pytest.raises(CompileError, match=r"the compiler did not finish within 0\.5 s"):
+        get()
+    assert time.monotonic() - start < 10
+
+
+def test_a_compiler_that_says_nothing(monkeypatch, tmp_path):
+    worker_that(monkeypatch, tmp_path, "raise SystemExit(1)")
+    with pytest.raises(CompileError, match="the compiler said nothing"):
+        get()
+
+
+@pytest.mark.parametrize(
+    ("log", "line"),
+    [
+        ("nothing\na.cu(3): error: expected ;\na.cu(4): error: more\n", "a.cu(3): error: expected ;"),
+        ("Error building extension 'kernel': [1/2] nvcc\nFAILED\na.cu(1): error: no\n", "a.cu(1): error: no"),
+        ("ptxas fatal   : Unresolved extern\n", "ptxas fatal   : Unresolved extern"),
+        ("first\n\nlast\n\n", "last"),
+    ],
+)
+def test_the_first_error_of_a_log(log, line):
+    assert compiling.first_error_of(log) == line
+
+
+@pytest.mark.parametrize(
+    ("wanted", "memory", "cores", "expected"),
+    [(8, 100.0, 16, 8), (8, 100.0, 2, 2), (8, 3.0, 16, 3), (8, 0.2, 16, 1), (8, None, 4, 4), (1, 100.0, 16, 1)],
+)
+def test_as_many_compilers_as_cores_and_memory_allow(monkeypatch, wanted, memory, cores, expected):
+    monkeypatch.setattr(compiling, "available_gigabytes", lambda: memory)
+    monkeypatch.setattr(os, "sched_getaffinity", lambda pid: set(range(cores)))
+    assert compiling.at_once(wanted, 1.0) == expected
+
+
+def test_memory_is_read():
+    assert 0.01 < compiling.available_gigabytes() < 100_000
+
+
+# The line, with what, for which GPU, with what compiler, how long about, and where it is kept.
+LINE = r"compiling 1 kernel \(toy\) for a test \(sm_90a\) with NVRTC 13.*, about 1 s, kept in .*/cache/sm_90a"
+
+
+def test_nothing_is_shown_where_nobody_looks_on(capfd, caplog):
+    with caplog.at_level(logging.WARNING, logger="vsa_jit"):
+        get()
+    assert capfd.readouterr() == ("", "")
+    assert caplog.records == []
+
+
+def test_information_is_logged_where_it_is_asked_for(capfd, caplog):
+    with caplog.at_level(logging.INFO, logger="vsa_jit"):
+        get()
+        get()
+    first, second = (record.getMessage() for record in caplog.records)
+    assert re.fullmatch(LINE, first)
+    assert re.fullmatch(r"compiled in \d+\.\d s", second)
+    assert capfd.readouterr().err == ""
+
+
+SHOW = """
+import sys
+sys.path[:0] = {paths!r}
+from toys import *
+from vsa_jit.jit.compile import entries_of
+from vsa_jit.jit.engines import base
+from pathlib import Path
+base.kernels_dir = lambda: Path({sources!r})
+{notebook}
+for _ in range(2):
+    entries_of([toy()], ARCH, NVRTC, target="a test")
+"""
+
+
+def test_a_terminal_shows_a_line_and_a_bar_and_then_silence(sources):
+    terminal, its_side = pty.openpty()
+    code = SHOW.format(paths=[str(ROOT), str(ROOT / "tests")], sources=str(sources), notebook="")
+    run = subprocess.Popen([sys.executable, "-c", code], stderr=its_side, stdout=its_side)
+    os.close(its_side)
+    shown = b""
+    try:
+        while part := os.read(terminal, 4096):
+            shown += part
+    except OSError:
+        pass
+    assert run.wait() == 0, shown
+    lines = shown.decode().replace("\r\n", "\n").split("\n")
+    assert re.fullmatch("vsa_jit: " + LINE, lines[0])
+    assert re.fullmatch(r"(\rvsa_jit: \[[#.]{24}\] \d/1, \d+\.\d s)+", lines[1])
+    assert "[########################] 1/1" in lines[1].rpartition("\r")[2]
+    assert lines[2:] == [""]
+
+
+def test_a_notebook_shows_the_same(sources):
+    code = SHOW.format(
+        paths=[str(ROOT), str(ROOT / "tests")],
+        sources=str(sources),
+        notebook="import types; sys.modules['ipykernel'] = types.ModuleType('ipykernel')",
+    )
+    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert run.stderr.startswith("vsa_jit: compiling 1 kernel (toy) for a test (sm_90a) with NVRTC")
+    assert "[########################] 1/1" in run.stderr
+
+
+def test_the_bar_ends_where_a_compile_fails(monkeypatch, capsys):
+    monkeypatch.setattr(progress, "is_interactive", lambda: True)
+    threads = threading.active_count()
+
+    def fail():
+        with progress.Compiling(["a", "b"], "a GPU", "a compiler", 1, Path("/x")) as shown:
+            shown.advance()
+            raise KeyError
+
+    with pytest.raises(KeyError):
+        fail()
+    assert "[############............] 1/2" in capsys.readouterr().err
+    assert threading.active_count() == threads
+
+
+def cuda_toolkit() -> toolchain.Nvcc:
+    try:
+        return toolchain.find_nvcc()
+    except toolchain.Unavailable as error:
+        pytest.skip(f"needs a CUDA toolkit: {error}")
+
+
+@pytest.fixture
+def linkable(monkeypatch, tmp_path):
+    """nvcc, and the CUDA libraries of PyTorch that its build links with: empty ones where PyTorch has none."""
+    nvcc = cuda_toolkit()
+    if torch.version.cuda is None:
+        stubs = tmp_path / "stubs"
+        stubs.mkdir()
+        for name in ("libc10_cuda.so", "libtorch_cuda.so"):
+            subprocess.run(["cc", "-shared", "-o", stubs / name, "-x", "c", "/dev/null"], check=True)
+        # Nor does it look for a toolkit.
+        worker = tmp_path / "worker.py"
+        worker.write_text(
+            "import runpy\nimport torch.utils.cpp_extension\n"
+            f"torch.utils.cpp_extension.CUDA_HOME = {nvcc.home!r}\n"
+            f"runpy.run_path({str(compiling.WORKER)!r}, run_name='__main__')\n"
+        )
+        monkeypatch.setattr(compiling, "WORKER", worker)
+        monkeypatch.setenv("LIBRARY_PATH", str(stubs))
+        monkeypatch.setenv("LD_LIBRARY_PATH", f"{nvcc.home}/lib64")
+        monkeypatch.setattr(torch.version, "cuda", toolchain.dotted(nvcc.version))
+    return nvcc
+
+
+def test_nvcc_builds_the_same_sources(linkable, tmp_path):
+    engine = NvccEngine()
+    assert engines.why_not(engine, ARCH) is None
+    entry = get(engine)
+    needed = subprocess.run(["readelf", "-d", entry.artefact], capture_output=True, text=True, check=True).stdout
+    assert "libcudart.so" in needed
+    assert "torch" not in needed
+    assert (
+        "vsa_jit_get_function"
+        in subprocess.run(["nm", "-D", entry.artefact], capture_output=True, text=True, check=True).stdout
+    )
+    assert str(tmp_path).encode() not in entry.artefact.read_bytes()
+    assert get(engine) == entry
+    # Only this engine has the kernel in the cache, then both have.
+    assert engines.choose([toy()], ARCH).name == "nvcc"
+    assert entry.folder != get().folder
+    assert engines.choose([toy()], ARCH).name == "nvrtc"
+
+
+def test_an_error_of_nvcc(linkable, sources):
+    write_sources(sources, main=MAIN.replace("value()", "missing()"))
+    with pytest.raises(CompileError) as caught:
+        get(NvccEngine())
+    assert 'error: identifier "missing" is undefined' in caught.value.first_error
+    assert "toy.cu(6)" in caught.value.first_error
+
+
+def test_a_lock_that_pytorch_left_blocks_nothing(linkable, monkeypatch):
+    """Killed while nvcc runs, PyTorch leaves its lock file, and would wait for it for ever in the same folder."""
+    child = os.fork()
+    if child == 0:
+        try:
+            get(NvccEngine())
+        finally:
+            os._exit(1)
+    deadline = time.monotonic() + 60
+    locks: list[Path] = []
+    while not locks and time.monotonic() < deadline:
+        locks = list(Path(os.environ["VSA_JIT_CACHE_DIR"]).glob("sm_90a/build/*/objects/lock"))
+        time.sleep(0.02)
+    os.kill(child, signal.SIGKILL)
+    os.waitpid(child, 0)
+    assert locks, "PyTorch took no lock"
+    assert get(NvccEngine()).size > 0
+
+
+def test_a_missing_kernel_in_a_capture_asks_for_a_warmup(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
+    with pytest.raises(NotWarmError, match="toy: not loaded, and a CUDA graph is being captured; run warmup first"):
+        module.load([toy()], 0)
