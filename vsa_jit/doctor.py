@@ -11,13 +11,12 @@ from typing import Any
 import torch
 
 from vsa_jit.backends import choose
-from vsa_jit.jit import engines, toolchain
+from vsa_jit.jit import cache, engines, toolchain
 from vsa_jit.jit.cache import BadEntry, open_store
 from vsa_jit.jit.errors import JitError, Unavailable
 from vsa_jit.jit.toolchain import ARCHS, dotted
 from vsa_jit.problem import Problem
 
-SETTINGS = ("VSA_JIT_BACKEND", "VSA_JIT_ENGINE", "VSA_JIT_CACHE_DIR")
 # The kind of call that the answer is for.
 DTYPE = torch.bfloat16
 HEAD_DIM = 128
@@ -40,7 +39,11 @@ def examine() -> dict[str, Any]:
         "host_compiler": _tool(os.environ.get("CXX", "c++"), "apt install g++, or set CXX"),
         "ninja": _tool("ninja", "pip install ninja"),
         "cache": _or_missing(_cache),
-        "settings": {name: os.environ.get(name) for name in SETTINGS},
+        "settings": {
+            choose.ENVIRONMENT_VARIABLE: _setting(choose.ENVIRONMENT_VARIABLE, choose.check_name),
+            engines.ENVIRONMENT_VARIABLE: _setting(engines.ENVIRONMENT_VARIABLE, engines.check_name),
+            cache.ENVIRONMENT_VARIABLE: _setting(cache.ENVIRONMENT_VARIABLE, lambda name, value: open_store()),
+        },
         "engines": {
             engine.name: _verdict(engines.why_not(engine, arch)) for engine in engines.ENGINES for arch in ARCHS
         },
@@ -50,7 +53,7 @@ def examine() -> dict[str, Any]:
 
 def is_well(report: dict[str, Any]) -> bool:
     """Whether every device has the backend that was made for it, and nothing is set wrong."""
-    return "missing" not in report["cache"] and all(
+    return all(setting["wrong"] is None for setting in report["settings"].values()) and all(
         verdict["would_run"] or not verdict["made_for"]
         for verdicts in report["backends"].values()
         for verdict in verdicts.values()
@@ -59,6 +62,17 @@ def is_well(report: dict[str, Any]) -> bool:
 
 def _devices() -> list[torch.device]:
     return [torch.device("cuda", index) for index in range(torch.cuda.device_count())] or [torch.device("cpu")]
+
+
+def _setting(name: str, check: Callable[[str, str], object]) -> dict[str, Any]:
+    value = os.environ.get(name)
+    wrong = None
+    try:
+        if value:
+            check(name, value)
+    except (ValueError, JitError) as error:
+        wrong = str(error)
+    return {"value": value, "wrong": wrong}
 
 
 def _gpu(index: int) -> dict[str, Any]:

@@ -47,9 +47,9 @@ def _lines(report: dict[str, Any]) -> Iterator[tuple[str, str]]:
                 yield "", f"mend: {found['mend']}"
         else:
             yield name.replace("_", " "), ", ".join(f"{key} {value}" for key, value in found.items())
-    for name, value in report["settings"].items():
-        if value:
-            yield name, value
+    for name, setting in report["settings"].items():
+        if setting["value"]:
+            yield name, setting["wrong"] or setting["value"]
     for name, verdict in report["engines"].items():
         yield f"engine {name}", "would run" if verdict["would_run"] else f"would not: {verdict['reason']}"
         if not verdict["would_run"] and verdict["mend"] is not None:

@@ -14,11 +14,22 @@ from pathlib import Path
 from vsa_jit.jit.cache import LARGEST_ARTEFACT, MANIFEST, BadEntry, Entry, Recipe, Store, check_entry
 from vsa_jit.jit.errors import CacheError
 
-_NAME = re.compile(r"(sm_[0-9a-z]+)/([0-9a-f]{64})/([a-z]+\.[a-z]+)")
+_NAME = re.compile(r"(sm_[0-9a-z]+)/([0-9a-f]{64})/(manifest\.json|kernel\.cubin|kernel\.so)")
 
 
 def export_entries(store: Store, file: Path) -> int:
-    """Writes every good entry of a store to an archive, which appears whole or not at all; returns how many."""
+    """Writes every good entry of a store to an archive, which appears whole or not at all; returns how many.
+
+    Raises:
+        CacheError: the archive cannot be written.
+    """
+    try:
+        return _export(store, file)
+    except OSError as error:
+        raise CacheError(f"{file}: cannot be written: {error.strerror}") from None
+
+
+def _export(store: Store, file: Path) -> int:
     entries = [entry for _, entry in store.entries() if isinstance(entry, Entry)]
     with tempfile.NamedTemporaryFile(dir=file.absolute().parent, prefix=f".{file.name}-", delete=False) as unfinished:
         try:
@@ -87,6 +98,8 @@ def _read(file: Path) -> list[tuple[Recipe, bytes]]:
             recipe, _ = check_entry(key, files.get(MANIFEST, b""), partial(_named, files))
             if recipe.arch != arch:
                 raise BadEntry(f"it is for {recipe.arch}")
+            if set(files) != {MANIFEST, recipe.artefact}:
+                raise BadEntry(f"it holds {', '.join(sorted(files))}")
         except BadEntry as error:
             raise CacheError(f"{expected}, and its entry {arch}/{key} is bad: {error}") from None
         checked.append((recipe, files[recipe.artefact]))
