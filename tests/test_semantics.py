@@ -1,5 +1,7 @@
 """Every order of tokens, layout, block and head size against the dense reference, forward and backward."""
 
+from dataclasses import replace
+
 import pytest
 import reference as ref
 import torch
@@ -18,6 +20,14 @@ GPU_RUNS = [
 ]
 
 
+HOPPER = GPU and torch.cuda.get_device_capability() == (9, 0)
+ON_HOPPER = [pytest.mark.gpu, pytest.mark.skipif(GPU and not HOPPER, reason="needs a Hopper GPU")]
+SM90_RUNS = [pytest.param(("sm90", "cuda", dtype), marks=ON_HOPPER) for dtype in (torch.bfloat16, torch.float16)]
+# Its kernels are for heads of 64 and 128.
+SM90_CASES = [
+    replace(case, head_dim=128 if i % 2 else 64) for i, case in enumerate(CASES) if case.head_dim in (32, 64, 128)
+]
+
 RUNS = [*CPU_RUNS, *INTERPRETER_RUNS, *GPU_RUNS]
 
 
@@ -27,13 +37,17 @@ def run_name(run) -> str:
 
 def with_cases(cases, runs):
     """Every case on every run of a dtype that the case is for."""
-    pairs = []
+    return pytest.mark.parametrize(("case", "run"), pairs(cases, runs))
+
+
+def pairs(cases, runs):
+    found = []
     for run in runs:
         values, marks = (run.values[0], run.marks) if hasattr(run, "values") else (run, ())
         for case in cases:
             if values[2] in case.dtypes:
-                pairs.append(pytest.param(case, values, marks=marks, id=f"{run_name(values)}-{case.name}"))
-    return pytest.mark.parametrize(("case", "run"), pairs)
+                found.append(pytest.param(case, values, marks=marks, id=f"{run_name(values)}-{case.name}"))
+    return found
 
 
 @pytest.fixture(params=RUNS, ids=run_name)
@@ -41,7 +55,10 @@ def run(request):
     return request.param
 
 
-@with_cases(CASES, [*CPU_RUNS, *INTERPRETER_RUNS[:1], *GPU_RUNS])
+@pytest.mark.parametrize(
+    ("case", "run"),
+    [*pairs(CASES, [*CPU_RUNS, *INTERPRETER_RUNS[:1], *GPU_RUNS]), *pairs(SM90_CASES, SM90_RUNS)],
+)
 def test_video_sparse_attn(case: Case, run):
     backend, device, dtype = run
     inputs = Inputs(case, device, dtype)

@@ -1,0 +1,135 @@
+"""How TMA is told to read blocks, without a GPU: the coordinates of every block lead to its tokens."""
+
+import ctypes
+import itertools
+import math
+from types import SimpleNamespace
+
+import pytest
+import torch
+from torch import Tensor
+
+from vsa_jit.backends.sm90 import means
+from vsa_jit.backends.sm90.tiles import BOX_TOKENS, box_of, why_not_tma
+from vsa_jit.grid import block_tokens
+from vsa_jit.jit.driver import TensorMap
+from vsa_jit.problem import Problem, bhsd
+
+# How tensors lie in memory: the order of their dimensions, outermost first, where "3" is q, k and v of a projection.
+MEMORY = ["bhsd", "bshd", "sbhd", "hbsd", "hsbd", "bs3hd", "bsh3d", "bhs3d"]
+
+
+def tensor(memory: str, batch: int, heads: int, length: int, head_dim: int) -> Tensor:
+    """A [B, H, S, D] view of a tensor that lies in memory in another order."""
+    extents = {"b": batch, "h": heads, "s": length, "d": head_dim, "3": 3}
+    x = torch.randn([extents[name] for name in memory]).half()
+    if "3" in memory:
+        x = x.select(memory.index("3"), 1)
+        memory = memory.replace("3", "")
+    return x.permute([memory.index(name) for name in "bhsd"])
+
+
+@pytest.mark.parametrize(
+    "tile", [(4, 4, 4), (2, 8, 8), (4, 8, 8), (4, 6, 8), (64, 1, 1), (1, 4, 32), (3, 8, 8), (1, 1, 320)]
+)
+def test_boxes_tile_a_block(tile):
+    box = box_of(tile)
+    assert math.prod(box) == BOX_TOKENS
+    assert all(side % part == 0 for side, part in zip(tile, box, strict=True))
+
+
+def launched(monkeypatch, problem: Problem, x: Tensor):
+    """The parameters of the launch for q = k = v, with the tensor maps as they were asked for."""
+    maps = []
+
+    def tensor_map(*arguments):
+        maps.append(arguments)
+        return TensorMap()
+
+    monkeypatch.setattr(means, "tensor_map", tensor_map)
+    monkeypatch.setattr(means.module, "launcher", lambda kernel, device: None)
+    place = (x.data_ptr(), bhsd(x, problem.layout).stride() if problem.layout == "bhsd" else x.stride())
+    prepared = means._prepared.__wrapped__(problem, x.dtype, 0, place, place, place, None, None)
+    return prepared, maps
+
+
+@pytest.mark.parametrize("memory", MEMORY)
+@pytest.mark.parametrize(("batch", "heads"), [(1, 1), (1, 3), (2, 1), (2, 3)])
+@pytest.mark.parametrize(
+    ("grid", "tile"), [((5, 6, 7), (4, 4, 4)), ((3, 9, 10), (2, 8, 8)), ((1, 1, 1), (4, 4, 4)), (None, (1, 1, 128))]
+)
+def test_coordinates_reach_the_tokens_of_each_block(monkeypatch, memory, batch, heads, grid, tile):
+    length = 200 if grid is None else math.prod(grid)
+    x = tensor(memory, batch, heads, length, 64)
+    assert why_not_tma(x, grid) is None
+    problem = Problem(batch, heads, heads, length, length, 64, tile, grid, "bhsd", 0.1, "auto")
+    prepared, maps = launched(monkeypatch, problem, x)
+    address, dtype, extents, strides, box = maps[0]
+    assert (address, dtype) == (x.data_ptr(), torch.float16)
+    assert all(0 < side <= 256 for side in box)
+    assert all(stride * 2 % 16 == 0 and stride < 2**39 for stride in strides)
+    params, operand = prepared.params, prepared.params.operands[0]
+    assert prepared.blocks == 3 * batch * heads * problem.num_q_blocks
+
+    memory_of = torch.as_strided(x, (x.untyped_storage().size() // 2,), (1,), 0)
+    tokens = block_tokens(problem, length, None, torch.device("cpu"))
+    for b, h, block in itertools.product(range(batch), range(heads), range(problem.num_q_blocks)):
+        channel = h * operand.head_channel + b * operand.batch_channel
+        outer = h * operand.head_outer + b * operand.batch_outer
+        row_of_tiles = block // operand.tiles_w
+        first = (
+            row_of_tiles // params.tiles_h * params.tile[0],
+            row_of_tiles % params.tiles_h * params.tile[1],
+            block % operand.tiles_w * params.tile[2],
+        )
+        offsets = []
+        for step in itertools.product(*(range(side) for side in params.tile)):
+            t, row, w = (at + by for at, by in zip(first, step, strict=True))
+            coordinates = (channel, w, row, t, outer)
+            if all(at < extent for at, extent in zip(coordinates, extents, strict=True)):
+                steps = sum(at * stride for at, stride in zip(coordinates[1:], strides, strict=True))
+                offsets.append(x.storage_offset() + channel + steps)
+        expected = x[b, h, tokens[block][tokens[block] >= 0]]
+        assert len(offsets) == len(expected)
+        got = torch.stack([memory_of[offset : offset + 64] for offset in offsets])
+        assert torch.equal(got, expected)
+
+
+def test_where_heads_are_neighbours_they_come_first(monkeypatch):
+    for memory, expected in (("bhsd", 0), ("bshd", 1), ("bs3hd", 1)):
+        x = tensor(memory, 1, 3, 210, 64)
+        problem = Problem(1, 3, 3, 210, 210, 64, (4, 4, 4), (5, 6, 7), "bhsd", 0.1, "auto")
+        prepared, _ = launched(monkeypatch, problem, x)
+        assert prepared.params.heads_first == expected
+
+
+def view(shape, strides, address=0, size=2):
+    return SimpleNamespace(
+        shape=shape,
+        stride=lambda axis=None: strides if axis is None else strides[axis],
+        data_ptr=lambda: address,
+        element_size=lambda: size,
+    )
+
+
+@pytest.mark.parametrize(
+    ("shape", "strides", "address", "grid", "reason"),
+    [
+        ((2, 3, 64, 64), (12288, 4096, 64, 1), 0, None, None),
+        ((2, 3, 64, 64), (12288, 4096, 64, 1), 8, None, "TMA needs an address that is a multiple of 16 bytes"),
+        ((2, 3, 64, 64), (12288, 4096, 68, 1), 0, None, "TMA needs strides that are multiples of 16 bytes"),
+        ((2, 3, 64, 64), (12289, 4096, 64, 1), 0, None, "TMA needs strides that are multiples of 16 bytes"),
+        ((1, 1, 64, 64), (7, 9, 64, 1), 0, None, None),
+        ((2, 1, 64, 64), (2**39, 64, 64, 1), 0, None, "TMA needs strides below 2^40 bytes"),
+        ((1, 1, 2**36, 64), (0, 0, 64, 1), 0, (1, 1, 2**36), "TMA needs strides below 2^40 bytes"),
+        ((2, 3, 64, 64), (2**36, 2**34, 64, 1), 0, None, "neither heads nor batches lie close enough together for TMA"),
+        ((2, 3, 64, 64), (3 * 2**34, 2**34, 64, 1), 0, None, None),
+    ],
+)
+def test_what_tma_cannot_read(shape, strides, address, grid, reason):
+    found = why_not_tma(view(shape, strides, address), grid)
+    assert found is None if reason is None else found.startswith(reason)
+
+
+def test_the_parameters_fit_a_launch():
+    assert ctypes.sizeof(means.Params) == 640 <= 4096
