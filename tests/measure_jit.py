@@ -1,9 +1,9 @@
 """Measures run-time compilation and its first kernel on a Hopper GPU: ``python tests/measure_jit.py``.
 
 First calls are those of new processes, with an empty cache and then with a full one, after imports and the start of
-CUDA. "kernels" is all from the choice of the backend to the end of its CUDA kernels on the GPU; "whole call" adds what Triton
-and PyTorch load for the rest of a forward, whose Triton kernels are in Triton's cache. The block means are timed alone,
-against the rate at which this GPU copies (bytes read and written), counted in bytes read.
+CUDA. "kernels" is all from the choice of the backend to the end of its CUDA kernels on the GPU; "whole call" adds what
+Triton and PyTorch load for the rest of a forward, whose Triton kernels are in Triton's cache. The block means are timed
+alone, against the rate at which this GPU copies (bytes read and written), counted in bytes read.
 """
 
 from __future__ import annotations
