@@ -25,7 +25,7 @@ HEAD_DIM = 128
 def examine() -> dict[str, Any]:
     """A record of nested dictionaries that JSON can hold; what is missing has ``missing``, and ``mend`` where known."""
     return {
-        "vsa_jit": toolchain.package_version("vsa-jit"),
+        "vsa_jit": toolchain.package_version("vsa-jit") or "not installed",
         "python": platform.python_version(),
         "platform": platform.platform(),
         "gpus": [_gpu(index) for index in range(torch.cuda.device_count())],

@@ -5,6 +5,7 @@ the artefact is written to the folder, by a rename. With ``--with-parent`` the p
 soon as standard input does: when the process that wanted the kernel is no more.
 """
 
+import ctypes
 import json
 import os
 import signal
@@ -14,18 +15,18 @@ from pathlib import Path
 
 
 def compile_nvrtc(folder: Path, job: dict) -> None:
-    from cuda.pathfinder import load_nvidia_dynamic_lib
-
-    # Loaded with its companions, so that CuPy's bindings get it by its name.
-    library = load_nvidia_dynamic_lib("nvrtc").abs_path
+    # The library that was found, and its companion: CuPy's bindings and NVRTC then get them by their names.
+    library = Path(job["library"]).resolve()
+    major, minor = job["version"]
+    for companion in library.parent.glob(f"libnvrtc-builtins.so.{major}.{minor}*"):
+        ctypes.CDLL(str(companion), mode=ctypes.RTLD_GLOBAL)
+    ctypes.CDLL(str(library), mode=ctypes.RTLD_GLOBAL)
     # CuPy makes this folder when it is imported, by default in a home that may not be writable.
     os.environ["CUPY_CACHE_DIR"] = str(folder)
     from cupy_backends.cuda.libs import nvrtc
 
-    if library != job["library"] or list(nvrtc.getVersion()) != job["version"]:
-        raise RuntimeError(
-            f"error: expected NVRTC {job['version']} of {job['library']}, got {nvrtc.getVersion()} of {library}"
-        )
+    if nvrtc.getVersion() != (major, minor):
+        raise RuntimeError(f"error: CuPy uses NVRTC {nvrtc.getVersion()}, not {(major, minor)} of {library}")
     root = folder / "src"
     names = sorted(path.relative_to(root).as_posix() for path in root.rglob("*") if path.is_file())
     texts = [(root / name).read_bytes() for name in names]
