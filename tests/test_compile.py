@@ -69,7 +69,8 @@ def test_missing_headers_are_named_with_their_cure(sources, monkeypatch):
     with pytest.raises(CompileError) as caught:
         get()
     assert caught.value.first_error == (
-        f"toy.cu needs CUDA's headers: CUDA headers were not found ({toolchain.cuda_extra()})"
+        "toy.cu needs CUDA's headers: CUDA headers were not found "
+        f"(install the headers of CUDA {toolchain.dotted(without.version)})"
     )
 
 

@@ -114,7 +114,7 @@ def _nvrtc() -> dict[str, Any]:
 def _headers() -> dict[str, Any]:
     nvrtc = toolchain.find_nvrtc()
     if nvrtc.include is None:
-        return _missing(f"{nvrtc.without_include} (no kernel of this package needs them)", toolchain.cuda_extra())
+        return _missing(f"{nvrtc.without_include} (no kernel of this package needs them)", None)
     return {"cuda": dotted(nvrtc.version), "path": nvrtc.include}
 
 

@@ -60,7 +60,10 @@ class NvrtcEngine:
         include: list[str] = []
         if source.needs_cuda_headers:
             if nvrtc.include is None:
-                raise Unavailable(f"{kernel.source} needs CUDA's headers: {nvrtc.without_include}", cuda_extra())
+                raise Unavailable(
+                    f"{kernel.source} needs CUDA's headers: {nvrtc.without_include}",
+                    f"install the headers of CUDA {toolchain.dotted(nvrtc.version)}",
+                )
             include = [f"--include-path={nvrtc.include}"]
         job = {
             "engine": self.name,
