@@ -116,7 +116,7 @@ def test_warmup_loads_on_the_gpu_that_is_here(monkeypatch):
     monkeypatch.setattr(precompile.module, "load", lambda *arguments: loaded.append(arguments))
     vsa_jit.warmup(dtype=torch.float16, head_dim=64, block_size=[64, (2, 8, 8)])
     ((kernels, device, engine),) = loaded
-    assert ([kernel.label for kernel in kernels], device, engine) == (["block means half D=64"], 3, "nvrtc")
+    assert ([kernel.label for kernel in kernels], device, engine) == (["block means fp16 D=64"], 3, "nvrtc")
 
 
 def test_a_wrong_engine_variable(no_gpu, monkeypatch, capsys):

@@ -16,7 +16,9 @@ from vsa_jit.jit.kernel import Kernel
 from vsa_jit.problem import Problem, axes
 
 HEAD_DIMS = (64, 128)
+# As the sources name them, and as people do.
 DTYPES = {torch.bfloat16: "bf16", torch.float16: "half"}
+LABELS = {torch.bfloat16: "bf16", torch.float16: "fp16"}
 THREADS = 32
 # The barrier, and what aligns the structure.
 SMEM_BESIDE_BOX = 128
@@ -60,7 +62,7 @@ def block_means_kernel(dtype: torch.dtype, head_dim: int) -> Kernel:
     return Kernel(
         source="vsa/block_means.cu",
         entry="block_means",
-        label=f"block means {DTYPES[dtype]} D={head_dim}",
+        label=f"block means {LABELS[dtype]} D={head_dim}",
         defines=(("VSA_DTYPE", DTYPES[dtype]), ("VSA_HEAD_DIM", str(head_dim))),
         params=Params,
         threads=THREADS,
