@@ -5,9 +5,11 @@ import os
 import random
 import shutil
 import tempfile
+from pathlib import Path
 
 import pytest
 import torch
+import toys
 
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"
@@ -15,6 +17,14 @@ if not torch.cuda.is_available():
 compile_cache = tempfile.mkdtemp(prefix="vsa_jit-tests-")
 atexit.register(shutil.rmtree, compile_cache, ignore_errors=True)
 os.environ["TORCHINDUCTOR_CACHE_DIR"] = compile_cache
+
+
+@pytest.fixture
+def sources(tmp_path, monkeypatch) -> Path:
+    """The folder of a small kernel, which the engines then take for that of the package's."""
+    root = toys.write_sources(tmp_path / "src")
+    toys.use_sources(monkeypatch, root)
+    return root
 
 
 @pytest.fixture(autouse=True)

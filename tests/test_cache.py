@@ -32,11 +32,7 @@ fork = multiprocessing.get_context("fork")
 SANDBOXED = "mounting a file system is not allowed here"
 
 
-@pytest.fixture(autouse=True)
-def sources(tmp_path, monkeypatch) -> Path:
-    root = write_sources(tmp_path / "src")
-    use_sources(monkeypatch, root)
-    return root
+pytestmark = pytest.mark.usefixtures("sources")
 
 
 @pytest.fixture(autouse=True)

@@ -14,7 +14,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from toys import ARCH, HEADER, MAIN, NVRTC, toy, use_sources, write_sources
+from toys import ARCH, HEADER, MAIN, NVRTC, toy, write_sources
 
 from vsa_jit.jit import cache, engines, module, progress, toolchain
 from vsa_jit.jit import compile as compiling
@@ -28,11 +28,7 @@ ROOT = Path(__file__).parent.parent
 EM_CUDA = 190
 
 
-@pytest.fixture(autouse=True)
-def sources(tmp_path, monkeypatch) -> Path:
-    root = write_sources(tmp_path / "src")
-    use_sources(monkeypatch, root)
-    return root
+pytestmark = pytest.mark.usefixtures("sources")
 
 
 @pytest.fixture(autouse=True)

@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 
 from vsa_jit import coarse, ops
-from vsa_jit.backends.choose import Choice, check_name, choose
+from vsa_jit.backends.choose import NAMES, Choice, choose
+from vsa_jit.names import check_name
 from vsa_jit.problem import (
     Problem,
     check_block_map,
@@ -273,7 +274,7 @@ def _check(
         grid=grid,
         layout=layout,
         softmax_scale=softmax_scale,
-        backend=check_name("backend", backend),
+        backend=check_name("backend", backend, NAMES),
         variable_block_sizes=variable_block_sizes,
         q_variable_block_sizes=q_variable_block_sizes,
     )

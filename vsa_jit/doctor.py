@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import platform
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -15,6 +15,7 @@ from vsa_jit.jit import cache, engines, toolchain
 from vsa_jit.jit.cache import BadEntry, open_store
 from vsa_jit.jit.errors import JitError, Unavailable
 from vsa_jit.jit.toolchain import ARCHS, dotted
+from vsa_jit.names import check_name
 from vsa_jit.problem import Problem
 
 # The kind of call that the answer is for.
@@ -40,8 +41,8 @@ def examine() -> dict[str, Any]:
         "ninja": _tool("ninja", "pip install ninja"),
         "cache": _or_missing(_cache),
         "settings": {
-            choose.ENVIRONMENT_VARIABLE: _setting(choose.ENVIRONMENT_VARIABLE, choose.check_name),
-            engines.ENVIRONMENT_VARIABLE: _setting(engines.ENVIRONMENT_VARIABLE, engines.check_name),
+            choose.ENVIRONMENT_VARIABLE: _setting(choose.ENVIRONMENT_VARIABLE, _one_of(choose.NAMES)),
+            engines.ENVIRONMENT_VARIABLE: _setting(engines.ENVIRONMENT_VARIABLE, _one_of(engines.NAMES)),
             cache.ENVIRONMENT_VARIABLE: _setting(cache.ENVIRONMENT_VARIABLE, lambda name, value: open_store()),
         },
         "engines": {
@@ -62,6 +63,10 @@ def is_well(report: dict[str, Any]) -> bool:
 
 def _devices() -> list[torch.device]:
     return [torch.device("cuda", index) for index in range(torch.cuda.device_count())] or [torch.device("cpu")]
+
+
+def _one_of(names: Sequence[str]) -> Callable[[str, str], object]:
+    return lambda variable, value: check_name(variable, value, names)
 
 
 def _setting(name: str, check: Callable[[str, str], object]) -> dict[str, Any]:

@@ -14,6 +14,7 @@ from vsa_jit.backends.sm90.support import kernels_of
 from vsa_jit.jit import engines, module
 from vsa_jit.jit.compile import entries_of
 from vsa_jit.jit.toolchain import ARCHS, CAPABILITIES
+from vsa_jit.names import check_name
 from vsa_jit.problem import TILE_OF_TOKENS, check_block_size
 
 
@@ -24,16 +25,11 @@ def warmup(arch: str | None, dtype: Any, head_dim: Any, block_size: Any, engine:
         if torch.cuda.is_available():
             return []
         raise ValueError(f"arch: expected one of {tuple(ARCHS)} where there is no GPU, got None")
-    if arch is None:
-        arch = here
-    if not isinstance(arch, str):
-        raise TypeError(f"arch: expected a string or None, got {type(arch).__name__}")
-    if arch not in ARCHS:
-        raise ValueError(f"arch: expected one of {tuple(ARCHS)}, got {arch!r}")
+    arch = check_name("arch", here if arch is None else arch, tuple(ARCHS))
     dtypes = _several("dtype", dtype, torch.dtype, tuple(DTYPES))
     head_dims = _several("head_dim", head_dim, int, HEAD_DIMS)
     blocks = [_tokens(size) for size in _block_sizes(block_size)]
-    engines.check_name("engine", engine)
+    check_name("engine", engine, engines.NAMES)
 
     kernels = list(dict.fromkeys(kernel for kind in product(dtypes, head_dims, blocks) for kernel in kernels_of(*kind)))
     chosen = engines.choose(kernels, arch, engine)

@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from vsa_jit.jit.errors import CompileError
+from vsa_jit.names import check_name
 from vsa_jit.problem import Gradients, Operands, Problem
 
 ENVIRONMENT_VARIABLE = "VSA_JIT_BACKEND"
@@ -180,15 +181,6 @@ ENTRIES = (
 NAMES = ("auto", *(entry.name for entry in ENTRIES))
 
 
-def check_name(source: str, name: str) -> str:
-    """The name, if it is that of a backend or "auto"; ``source`` is the argument or variable that it came from."""
-    if not isinstance(name, str):
-        raise TypeError(f"{source}: expected a string, got {type(name).__name__}")
-    if name not in NAMES:
-        raise ValueError(f"{source}: expected one of {NAMES}, got {name!r}")
-    return name
-
-
 def choose(problem: Problem, device: torch.device, dtype: torch.dtype, tensors: Sequence[Tensor] = ()) -> Choice:
     """Takes the first backend that can run the call on this device, or the one asked for.
 
@@ -257,7 +249,7 @@ def _requested(problem: Problem) -> tuple[str, str]:
     """The backend asked for, or "auto", and where that was said."""
     if problem.backend != "auto":
         return "backend", problem.backend
-    return ENVIRONMENT_VARIABLE, check_name(ENVIRONMENT_VARIABLE, os.environ.get(ENVIRONMENT_VARIABLE) or "auto")
+    return ENVIRONMENT_VARIABLE, check_name(ENVIRONMENT_VARIABLE, os.environ.get(ENVIRONMENT_VARIABLE) or "auto", NAMES)
 
 
 def _log_once(choice: Choice, problem: Problem, device: torch.device) -> None:

@@ -11,24 +11,16 @@ from vsa_jit.jit.engines.nvcc import NvccEngine
 from vsa_jit.jit.engines.nvrtc import NvrtcEngine
 from vsa_jit.jit.errors import Unavailable
 from vsa_jit.jit.kernel import Kernel
+from vsa_jit.names import check_name
 
 ENVIRONMENT_VARIABLE = "VSA_JIT_ENGINE"
 ENGINES: tuple[Engine, ...] = (NvrtcEngine(), NvccEngine())
 NAMES = ("auto", *(engine.name for engine in ENGINES))
 
 
-def check_name(source: str, name: str) -> str:
-    """The name, if it is that of an engine or "auto"; ``source`` is the argument or variable that it came from."""
-    if not isinstance(name, str):
-        raise TypeError(f"{source}: expected a string, got {type(name).__name__}")
-    if name not in NAMES:
-        raise ValueError(f"{source}: expected one of {NAMES}, got {name!r}")
-    return name
-
-
 def requested() -> str:
     """The engine that the environment asks for, or "auto"."""
-    return check_name(ENVIRONMENT_VARIABLE, os.environ.get(ENVIRONMENT_VARIABLE) or "auto")
+    return check_name(ENVIRONMENT_VARIABLE, os.environ.get(ENVIRONMENT_VARIABLE) or "auto", NAMES)
 
 
 def why_not(engine: Engine, arch: str) -> Unavailable | None:
