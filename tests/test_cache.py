@@ -588,3 +588,29 @@ def test_clear_removes_only_what_the_cache_made(folder, tmp_path):
     assert (folder / "notes.txt").exists()
     assert (folder / "sm_90a" / "mine").exists()
     assert store.clear() == 0
+
+
+@pytest.mark.parametrize("fails", [False, True])
+def test_what_an_error_names_outlives_a_private_folder(tmp_path, sources, fails):
+    if fails:
+        write_sources(sources, main=MAIN.replace("value()", "missing()"))
+    code = f"""
+import sys
+sys.path[:0] = {[str(ROOT), str(ROOT / "tests")]!r}
+from pathlib import Path
+from toys import *
+from vsa_jit.jit.compile import CompileError, entries_of
+from vsa_jit.jit.engines import base
+base.kernels_dir = lambda: Path({str(sources)!r})
+try:
+    print(entries_of([toy()], ARCH, NVRTC, target="a test")[0].artefact)
+except CompileError as error:
+    print(error.log)
+"""
+    environment = {**os.environ, "HOME": str(tmp_path / "nowhere"), "TMPDIR": str(tmp_path)}
+    for variable in ("VSA_JIT_CACHE_DIR", "XDG_CACHE_HOME"):
+        environment.pop(variable, None)
+    run = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True)
+    path = Path(run.stdout.strip())
+    assert path.is_relative_to(tmp_path)
+    assert path.exists() == fails

@@ -348,7 +348,8 @@ def _private_store(pid: int) -> Store:
     folder = Path(tempfile.mkdtemp(prefix="vsa_jit-"))
 
     def remove() -> None:
-        if os.getpid() == pid:
+        # Not in a forked child; and what an error has named stays.
+        if os.getpid() == pid and not any(folder.glob("*/failed/*")):
             _remove(folder)
 
     atexit.register(remove)
