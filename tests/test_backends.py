@@ -1,6 +1,7 @@
 """The chooser: which backend runs, the reasons, the environment variable and what is logged."""
 
 import logging
+import re
 
 import pytest
 import torch
@@ -10,7 +11,7 @@ from vsa_jit.backends import choose as chooser
 from vsa_jit.backends.choose import Entry, choose
 from vsa_jit.backends.sm90 import support
 from vsa_jit.jit import engines, toolchain
-from vsa_jit.jit.errors import CompileError, Unavailable
+from vsa_jit.jit.errors import CacheError, CompileError, JitError, LoadError, Unavailable
 from vsa_jit.problem import Problem
 
 CPU = torch.device("cpu")
@@ -133,22 +134,30 @@ def test_nothing_to_compile_with(hopper, monkeypatch):
         choose(problem("sm90", head_dim=64), CUDA, torch.float16)
 
 
-def fails_to_compile(problem, device, dtype):
-    raise CompileError("block means", "a.cu(1): error: no")
+ERRORS = {
+    "compile": CompileError("block means", "a.cu(1): error: no"),
+    "load": LoadError("block means could not be loaded: OSError: noexec"),
+    "folder": CacheError("no folder for compiled kernels"),
+}
 
 
-@pytest.fixture
-def broken_entry(monkeypatch):
-    """A backend made for the CPU, whose kernels do not compile."""
+@pytest.fixture(params=ERRORS)
+def broken_entry(request, monkeypatch):
+    """A backend made for the CPU, whose kernels do not compile or load."""
+
+    def fail(problem, device, dtype):
+        raise ERRORS[request.param]
+
     broken = Entry(
         "sm90",
         "vsa_jit.backends.torch",
         lambda problem, dtype: "nvrtc",
         lambda device: True,
         lambda problem, device, dtype, tensors: None,
-        fails_to_compile,
+        fail,
     )
     monkeypatch.setattr(chooser, "ENTRIES", (broken, *chooser.ENTRIES[1:]))
+    return str(ERRORS[request.param])
 
 
 def test_a_failed_compile_warns_once_and_runs_the_next_backend(broken_entry, caplog):
@@ -157,7 +166,7 @@ def test_a_failed_compile_warns_once_and_runs_the_next_backend(broken_entry, cap
         outputs = [vsa_jit.video_sparse_attn(q, k, v, topk=1) for _ in range(3)]
     (record,) = caplog.records
     assert record.levelname == "WARNING"
-    assert "not sm90: block means could not be compiled: a.cu(1): error: no" in record.getMessage()
+    assert f"not sm90: {broken_entry}" in record.getMessage()
     expected = vsa_jit.video_sparse_attn(q, k, v, topk=1, backend="torch")
     for output in outputs:
         torch.testing.assert_close(output, expected, rtol=0, atol=0)
@@ -165,7 +174,7 @@ def test_a_failed_compile_warns_once_and_runs_the_next_backend(broken_entry, cap
 
 def test_a_failed_compile_is_an_error_where_the_backend_was_asked_for(broken_entry):
     q, k, v = qkv()
-    with pytest.raises(CompileError, match=r"a\.cu\(1\): error: no"):
+    with pytest.raises(JitError, match=re.escape(broken_entry)):
         vsa_jit.video_sparse_attn(q, k, v, topk=1, backend="sm90")
 
 

@@ -13,6 +13,7 @@ import stat
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 from dataclasses import replace
 from pathlib import Path
@@ -62,10 +63,10 @@ def compiles(tmp_path, monkeypatch):
     log.touch()
     run = compiling.run_worker
 
-    def counted(label, folder):
+    def counted(*arguments):
         with log.open("a") as file:
             file.write("x")
-        run(label, folder)
+        run(*arguments)
 
     monkeypatch.setattr(compiling, "run_worker", counted)
     return lambda: len(log.read_text())
@@ -356,9 +357,9 @@ def test_a_home_that_cannot_be_written_to(monkeypatch, tmp_path, caplog):
         entry = get()
         assert get() == entry
         assert not entry.folder.is_relative_to(home)
-        assert stat.S_IMODE(open_store().root.stat().st_mode) == 0o700
+        assert stat.S_IMODE(entry.folder.parent.parent.stat().st_mode) == 0o700
     assert only_warning(caplog) == (
-        f"compiled kernels are not kept for the next process: Read-only file system: {home}/.cache "
+        f"compiled kernels are not kept for the next process: {home}/.cache/vsa_jit cannot be written to "
         "(VSA_JIT_CACHE_DIR names a folder to keep them in)"
     )
 
@@ -385,7 +386,7 @@ def test_cupy_is_imported_in_a_home_that_cannot_be_written_to(monkeypatch, tmp_p
     assert (run.returncode, run.stdout.strip()) == (0, "cupy"), run.stderr
 
 
-@pytest.mark.parametrize("home", [None, "nowhere"])
+@pytest.mark.parametrize("home", [None, "nowhere", "relative"])
 def test_no_home(monkeypatch, tmp_path, caplog, home):
     monkeypatch.delenv("VSA_JIT_CACHE_DIR", raising=False)
     monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
@@ -397,7 +398,9 @@ def test_no_home(monkeypatch, tmp_path, caplog, home):
         monkeypatch.delenv("HOME", raising=False)
         monkeypatch.setattr(Path, "home", no_home)
     else:
-        monkeypatch.setenv("HOME", str(tmp_path / home))
+        monkeypatch.chdir(tmp_path)
+        (tmp_path / "relative").mkdir()
+        monkeypatch.setenv("HOME", home if home == "relative" else str(tmp_path / home))
     entry = get()
     assert entry.artefact.exists()
     assert not (tmp_path / "nowhere").exists()
@@ -436,10 +439,10 @@ def test_a_disk_that_fills_up_while_compiling(folder, caplog, monkeypatch):
     run = compiling.run_worker
     with mounted(folder, "size=400k"):
 
-        def full(label, private):
+        def full(label, private, cancelled):
             if private.is_relative_to(folder):
                 fill(folder)
-            run(label, private)
+            run(label, private, cancelled)
 
         monkeypatch.setattr(compiling, "run_worker", full)
         assert not get().folder.is_relative_to(folder)
@@ -503,38 +506,134 @@ def test_a_link_in_the_place_of_the_folder_is_refused(folder, tmp_path):
     assert list(target.iterdir()) == []
 
 
+def precious(target: Path) -> Path:
+    """A folder that is not ours, with what has the name of an entry of ours in it."""
+    key = NVRTC.recipe(toy(), ARCH).key
+    for place in (target / key, target / f"{key}-abc", target / "build" / f"{key}-abc", target / "failed" / key):
+        place.mkdir(parents=True)
+        (place / "precious").write_text("")
+    return target
+
+
+def files_of(target: Path) -> list[Path]:
+    return sorted(path for path in target.rglob("*"))
+
+
 @pytest.mark.parametrize("name", ["sm_90a", "sm_90a/locks", "sm_90a/build"])
 def test_a_link_inside_the_folder_is_not_followed(folder, tmp_path, caplog, name):
-    target = tmp_path / "target"
-    target.mkdir()
-    (target / "precious").write_text("")
+    target = precious(tmp_path / "target")
+    before = files_of(target)
     link = folder / name
     link.parent.mkdir(parents=True)
     link.symlink_to(target)
     assert not get().folder.is_relative_to(folder)
     assert "is a symbolic link" in only_warning(caplog)
-    assert [path.name for path in target.iterdir()] == ["precious"]
+    assert files_of(target) == before
     open_store().clear()
-    assert [path.name for path in target.iterdir()] == ["precious"]
+    assert files_of(target) == before
+
+
+def test_a_linked_folder_of_failures_is_not_followed(folder, sources, tmp_path):
+    target = precious(tmp_path / "target")
+    before = files_of(target)
+    (folder / "sm_90a").mkdir(parents=True)
+    (folder / "sm_90a" / "failed").symlink_to(target)
+    write_sources(sources, main=MAIN.replace("value()", "missing()"))
+    key = NVRTC.recipe(toy(), ARCH).key
+    (target / key).mkdir()
+    (target / key / "precious").write_text("")
+    before = files_of(target)
+    with pytest.raises(CompileError) as caught:
+        get()
+    assert caught.value.log.exists()
+    assert not caught.value.log.is_relative_to(folder)
+    assert files_of(target) == before
+    open_store().clear()
+    assert files_of(target) == before
 
 
 @pytest.mark.parametrize(
-    ("value", "match"), [("relative/path", "expected an absolute path"), ("FILE", "Not a directory|is not a folder")]
+    ("value", "match"),
+    [
+        ("relative/path", "expected an absolute path of a folder, got 'relative/path'"),
+        ("{tmp}/file", "/file is not a folder"),
+        ("{tmp}/file/below", "/file is not a folder"),
+        ("{tmp}/loop/below", "cannot be reached"),
+        ("/" + "x" * 300, "cannot be reached"),
+        ("/dev/null", "is not a folder|can be written to by others"),
+        ("/tmp", "can be written to by others"),
+    ],
 )
 def test_a_wrong_variable(monkeypatch, tmp_path, value, match):
     (tmp_path / "file").write_text("")
-    monkeypatch.setenv("VSA_JIT_CACHE_DIR", str(tmp_path / "file") if value == "FILE" else value)
+    (tmp_path / "loop").symlink_to(tmp_path / "loop")
+    monkeypatch.setenv("VSA_JIT_CACHE_DIR", value.format(tmp=tmp_path))
     with pytest.raises(CacheError, match=rf"VSA_JIT_CACHE_DIR: .*({match})"):
         get()
 
 
-def test_files_are_private_under_any_umask(folder):
+def test_a_link_on_the_way_is_followed_once(monkeypatch, tmp_path):
+    """Whoever can change the link later changes nothing."""
+    real = tmp_path / "real"
+    real.mkdir()
+    (tmp_path / "link").symlink_to(real)
+    monkeypatch.setenv("VSA_JIT_CACHE_DIR", str(tmp_path / "link" / "cache"))
+    assert open_store().root == real / "cache"
+    assert get().folder.is_relative_to(real)
+
+
+def test_a_parent_that_a_shared_group_can_write_to_is_refused(monkeypatch, tmp_path):
+    parent = tmp_path / "project"
+    parent.mkdir()
+    parent.chmod(0o775)
+    monkeypatch.setenv("VSA_JIT_CACHE_DIR", str(parent / "cache"))
+    user, group = os.getuid(), os.getgid()
+    monkeypatch.setattr(os, "getgid", lambda: user)
+    (tmp_path / "own").mkdir()
+    if group == user:
+        assert cache.why_replaceable(parent / "cache") is None
+    monkeypatch.setattr(os, "getgid", lambda: user + 1)
+    with pytest.raises(CacheError, match=f"but {parent} can be written to by others"):
+        get()
+
+
+def test_a_home_of_somebody_else_is_left_alone(monkeypatch, tmp_path, caplog):
+    if os.getuid() != 0:
+        pytest.skip("only root can give a folder away")
+    monkeypatch.delenv("VSA_JIT_CACHE_DIR", raising=False)
+    monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
+    home = tmp_path / "home"
+    home.mkdir()
+    os.chown(home, 12345, 12345)
+    monkeypatch.setenv("HOME", str(home))
+    assert get().artefact.exists()
+    assert list(home.iterdir()) == []
+    assert f"{home} belongs to user 12345" in only_warning(caplog)
+
+
+def test_looking_makes_no_folder(folder):
+    assert list(open_store().entries()) == []
+    assert cache.find(NVRTC.recipe(toy(), ARCH)) is None
+    assert not folder.exists()
+
+
+def test_files_are_private_under_any_umask(monkeypatch, tmp_path):
+    folder = tmp_path / "new" / "parents" / "cache"
+    monkeypatch.setenv("VSA_JIT_CACHE_DIR", str(folder))
     old = os.umask(0)
     try:
         entry = get()
     finally:
         os.umask(old)
-    for path in (folder, entry.folder.parent, entry.folder, *entry.folder.iterdir()):
+    assert entry.folder.is_relative_to(folder)
+    for path in (
+        folder.parent.parent,
+        folder.parent,
+        folder,
+        entry.folder.parent,
+        entry.folder,
+        *entry.folder.iterdir(),
+    ):
         assert stat.S_IMODE(path.stat().st_mode) & 0o022 == 0, path
 
 
@@ -543,7 +642,8 @@ def test_a_process_that_holds_the_lock_and_does_not_go_on(folder, monkeypatch, c
     held = fork.Event()
 
     def work():
-        with cache._locked(folder / "sm_90a" / "locks" / f"{NVRTC.recipe(toy(), ARCH).key}.lock"):
+        lock = folder / "sm_90a" / "locks" / f"{NVRTC.recipe(toy(), ARCH).key}.lock"
+        with cache._locked(lock, threading.Event()):
             held.set()
             time.sleep(60)
 
@@ -555,6 +655,66 @@ def test_a_process_that_holds_the_lock_and_does_not_go_on(folder, monkeypatch, c
     assert "another process holds the lock" in only_warning(caplog)
     child.kill()
     child.join()
+
+
+def test_a_fork_during_a_failed_compile_leaves_no_lock(folder, monkeypatch, tmp_path):
+    """A child that another thread forks meanwhile has the lock's file open."""
+    children = []
+
+    def fork_and_fail(label, private, cancelled):
+        child = fork.Process(target=time.sleep, args=(60,))
+        child.start()
+        children.append(child)
+        raise CompileError(label, "no")
+
+    with monkeypatch.context() as patched:
+        patched.setattr(compiling, "run_worker", fork_and_fail)
+        with pytest.raises(CompileError):
+            get()
+    start = time.monotonic()
+    assert get().folder.is_relative_to(folder)
+    assert time.monotonic() - start < 20
+    assert children[0].is_alive()
+    children[0].kill()
+
+
+def test_a_forked_child_does_not_remove_the_private_folder(monkeypatch, tmp_path):
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    code = f"""
+import os, tempfile
+tempfile.tempdir = {str(tmp_path)!r}
+from vsa_jit.jit.cache import private_store
+root = private_store().root
+child = os.fork()
+if child == 0:
+    raise SystemExit(0)
+os.waitpid(child, 0)
+print(root.exists())
+"""
+    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=ROOT)
+    assert run.stdout.strip() == "True"
+
+
+def test_nowhere_to_write_is_an_error_with_a_name(monkeypatch, tmp_path):
+    def nowhere(**kwargs):
+        raise FileNotFoundError("No usable temporary directory found")
+
+    monkeypatch.setenv("HOME", str(tmp_path / "nowhere"))
+    monkeypatch.delenv("VSA_JIT_CACHE_DIR", raising=False)
+    monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
+    monkeypatch.setattr(tempfile, "mkdtemp", nowhere)
+    with pytest.raises(CacheError, match="no folder for compiled kernels: No usable temporary directory found"):
+        get()
+
+
+def test_another_host_that_published_first(folder, monkeypatch):
+    """Locks that do not reach it: both compile, and the second finds the entry in its place."""
+    entry = get()
+    load = cache.Store.load
+    answers = [None, None]
+    monkeypatch.setattr(cache.Store, "load", lambda store, recipe: answers.pop() if answers else load(store, recipe))
+    assert get() == entry
+    assert not answers
 
 
 def test_a_file_system_without_locks(folder, monkeypatch, caplog):
@@ -588,6 +748,33 @@ def test_clear_removes_only_what_the_cache_made(folder, tmp_path):
     assert (folder / "notes.txt").exists()
     assert (folder / "sm_90a" / "mine").exists()
     assert store.clear() == 0
+
+
+def test_clear_leaves_running_compiles_alone(folder):
+    get(toy(7))
+    key = NVRTC.recipe(toy(), ARCH).key
+    running, ended = (folder / "sm_90a" / "build" / f"{name}-abc" for name in (key, "f" * 64))
+    running.mkdir()
+    ended.mkdir()
+    with cache._locked(folder / "sm_90a" / "locks" / f"{key}.lock", threading.Event()):
+        assert open_store().clear() == 1
+        assert running.exists()
+        assert not ended.exists()
+    open_store().clear()
+    assert not running.exists()
+
+
+def test_clear_of_a_cache_that_can_only_be_read(folder, forgotten):
+    with mounted(folder):
+        get()
+        (folder / "sm_file").write_text("")
+        subprocess.run(["mount", "-o", "remount,ro", str(folder)], check=True)
+        forgotten()
+        with pytest.raises(CacheError, match=f"{folder} cannot be written to"):
+            open_store().clear()
+        subprocess.run(["mount", "-o", "remount,rw", str(folder)], check=True)
+        forgotten()
+        assert open_store().clear() == 1
 
 
 @pytest.mark.parametrize("fails", [False, True])

@@ -78,7 +78,25 @@ def test_warmup_where_nothing_can_be_kept(no_gpu, capsys, monkeypatch, tmp_path)
     monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
     monkeypatch.setenv("HOME", str(tmp_path / "nowhere"))
     assert command("warmup", "--arch", "9.0a", "--dtype", "bf16", "--head-dim", "128") == 1
-    assert "nothing new can be kept" in capsys.readouterr().err
+    assert "the kernels cannot be kept" in capsys.readouterr().err
+    with pytest.raises(CacheError, match="the kernels cannot be kept"):
+        vsa_jit.warmup(ARCH, dtype=torch.bfloat16, head_dim=128)
+
+
+def test_warmup_where_a_part_of_the_folder_is_unsafe(no_gpu, capsys, folder):
+    (folder / "sm_90a").mkdir(parents=True)
+    (folder / "sm_90a").chmod(0o777)
+    assert command("warmup", "--arch", "9.0a", "--dtype", "bf16", "--head-dim", "128") == 1
+    assert "the kernels cannot be kept" in capsys.readouterr().err
+
+
+def test_warmup_of_a_full_cache_that_can_only_be_read(no_gpu, folder, monkeypatch):
+    arguments = ("warmup", "--arch", "9.0a", "--dtype", "bf16", "--head-dim", "128")
+    assert command(*arguments) == 0
+    access = os.access
+    monkeypatch.setattr(os, "access", lambda path, *mode: Path(path) != folder and access(path, *mode))
+    cache._open_store.cache_clear()
+    assert command(*arguments) == 0
 
 
 @pytest.mark.parametrize(
@@ -176,6 +194,19 @@ def test_an_export_that_fails_leaves_no_file(entries, tmp_path, monkeypatch, cap
     assert "nowhere" in capsys.readouterr().err
 
 
+def test_an_export_replaces_only_files(entries, tmp_path, capsys):
+    pipe, real, link = tmp_path / "pipe", tmp_path / "real", tmp_path / "link"
+    os.mkfifo(pipe)
+    real.write_text("old")
+    link.symlink_to(real)
+    assert command("cache", "export", str(pipe)) == 1
+    assert "expected the name of a file" in capsys.readouterr().err
+    assert stat.S_ISFIFO(pipe.stat().st_mode)
+    assert command("cache", "export", str(link)) == 0
+    assert link.is_symlink()
+    assert tarfile.is_tarfile(real)
+
+
 def packed(path: Path, members: dict[str, bytes | tarfile.TarInfo]) -> Path:
     with tarfile.open(path, "w:gz") as archive:
         for name, content in members.items():
@@ -214,6 +245,10 @@ BROKEN = {
     "a path outside": lambda files: {**files, "../outside": b"x"},
     "an absolute path": lambda files: {**files, "/tmp/outside": b"x"},
     "another file": lambda files: {**files, f"{next(iter(files)).rpartition('/')[0]}/run.sh": b"x"},
+    "a manifest too deep": lambda files: spoiled(files, ".json", lambda text: b"[" * 200_000),
+    "a label with escapes": lambda files: spoiled(files, ".json", lambda text: text.replace(b'"toy"', b'"\\u001b[2J"')),
+    "another artefact": lambda files: {**files, f"{next(iter(files)).rpartition('/')[0]}/kernel.so": b"x"},
+    "an unknown architecture": lambda files: {**files, f"sm_{'9' * 300}/{'0' * 64}/kernel.cubin": b"x"},
     "a link": lambda files: {**files, "link": a_link(f"sm_90a/{'0' * 64}/kernel.cubin", "/etc/passwd")},
 }
 
@@ -236,6 +271,36 @@ def test_import_refuses_what_is_no_archive(tmp_path, capsys, content):
     archive.write_bytes(content)
     assert command("cache", "import", str(archive)) == 1
     assert f"vsa-jit: error: {archive}: expected an archive" in capsys.readouterr().err
+
+
+def test_import_refuses_a_member_twice(entries, tmp_path):
+    files = entry_files(entries[0])
+    archive = tmp_path / "twice.tar.gz"
+    with tarfile.open(archive, "w:gz") as written:
+        for name, content in (*files.items(), *files.items()):
+            member = tarfile.TarInfo(name)
+            member.size = len(content)
+            written.addfile(member, io.BytesIO(content))
+    with pytest.raises(CacheError, match="is in it twice"):
+        import_entries(cache.open_store(), archive)
+
+
+def test_import_refuses_what_would_fill_the_memory(entries, tmp_path, monkeypatch):
+    archive = tmp_path / "kernels.tar.gz"
+    export_entries(cache.open_store(), archive)
+    monkeypatch.setattr("vsa_jit.jit.archive.LARGEST_ARCHIVE", 1 << 10)
+    with pytest.raises(CacheError, match="of at most"):
+        import_entries(cache.open_store(), archive)
+
+
+def test_import_into_a_folder_that_does_not_take_it(entries, tmp_path, folder):
+    archive = tmp_path / "kernels.tar.gz"
+    export_entries(cache.open_store(), archive)
+    shutil.rmtree(folder)
+    (folder / "sm_90a").mkdir(parents=True)
+    (folder / "sm_90a").chmod(0o777)
+    with pytest.raises(CacheError, match=r"cannot be written to: .* can be written to by others"):
+        import_entries(cache.open_store(), archive)
 
 
 def test_import_refuses_half_an_archive(entries, tmp_path):

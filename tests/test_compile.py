@@ -125,6 +125,163 @@ def worker_that(monkeypatch, tmp_path, does: str) -> None:
     monkeypatch.setattr(compiling, "WORKER", worker)
 
 
+def alive(pid: int) -> bool:
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except FileNotFoundError:
+        return False
+
+
+def wait_until(condition, seconds: float = 30) -> bool:
+    deadline = time.monotonic() + seconds
+    while time.monotonic() < deadline:
+        if condition():
+            return True
+        time.sleep(0.05)
+    return False
+
+
+@pytest.fixture
+def ninja_like(monkeypatch, tmp_path):
+    """A worker that, like ninja, starts a compiler in a process group of its own; gives the file with its number."""
+    pid_file = tmp_path / "pid"
+    worker = tmp_path / "worker.py"
+    worker.write_text(
+        f"import os, subprocess, sys, threading\nsys.path.insert(0, {str(compiling.WORKER.parent)!r})\n"
+        "import compile as worker\n"
+        "threading.Thread(target=worker.end_with_parent, daemon=True).start()\n"
+        "sleeper = subprocess.Popen(['sleep', '100'], preexec_fn=os.setpgrp)\n"
+        f"open({str(pid_file)!r}, 'w').write(str(sleeper.pid))\nsleeper.wait()\n"
+    )
+    monkeypatch.setattr(compiling, "WORKER", worker)
+    return pid_file
+
+
+def pid_in(file: Path) -> int:
+    assert wait_until(lambda: file.exists() and file.read_text() != "")
+    return int(file.read_text())
+
+
+def test_the_time_limit_ends_all_that_the_compiler_started(monkeypatch, ninja_like):
+    monkeypatch.setattr(compiling, "TIME_LIMIT_S", 2.0)
+    with pytest.raises(CompileError, match="did not finish"):
+        get()
+    assert wait_until(lambda: not alive(pid_in(ninja_like)), 5)
+
+
+def test_a_killed_process_takes_its_compiler_along(ninja_like):
+    child = os.fork()
+    if child == 0:
+        try:
+            get()
+        finally:
+            os._exit(1)
+    pid = pid_in(ninja_like)
+    assert alive(pid)
+    os.kill(child, signal.SIGKILL)
+    os.waitpid(child, 0)
+    assert wait_until(lambda: not alive(pid), 10)
+
+
+def test_ctrl_c_ends_a_compile_at_once(ninja_like):
+    child = os.fork()
+    if child == 0:
+        try:
+            get()
+        except KeyboardInterrupt:
+            os._exit(7)
+        finally:
+            os._exit(1)
+    pid = pid_in(ninja_like)
+    start = time.monotonic()
+    os.kill(child, signal.SIGINT)
+    _, status = os.waitpid(child, 0)
+    assert os.waitstatus_to_exitcode(status) == 7
+    assert time.monotonic() - start < 5
+    assert wait_until(lambda: not alive(pid), 5)
+
+
+def test_ctrl_c_ends_the_wait_for_another_process(folder, monkeypatch):
+    get(addend=7)
+    lock = folder / "sm_90a" / "locks" / f"{NVRTC.recipe(toy(), ARCH).key}.lock"
+    with cache._locked(lock, threading.Event()):
+        child = os.fork()
+        if child == 0:
+            try:
+                get()
+            except KeyboardInterrupt:
+                os._exit(7)
+            finally:
+                os._exit(1)
+        time.sleep(1)
+        os.kill(child, signal.SIGINT)
+        _, status = os.waitpid(child, 0)
+    assert os.waitstatus_to_exitcode(status) == 7
+
+
+@pytest.mark.parametrize("name", ["it's", "a $HOME", 'q"uote', "ünï cødé", "a:b", "100%"])
+def test_odd_names_of_folders(monkeypatch, tmp_path, sources, name):
+    monkeypatch.setenv("VSA_JIT_CACHE_DIR", str(tmp_path / name))
+    assert get().folder.is_relative_to(tmp_path / name)
+    write_sources(sources, main=MAIN.replace("value()", "missing()"))
+    with pytest.raises(CompileError) as caught:
+        get()
+    again = subprocess.run(caught.value.command, shell=True, capture_output=True, text=True, stdin=subprocess.DEVNULL)
+    assert caught.value.first_error in again.stdout
+
+
+def test_nvcc_says_which_names_it_cannot_take(linkable, monkeypatch, tmp_path):
+    monkeypatch.setenv("VSA_JIT_CACHE_DIR", str(tmp_path / "a:b"))
+    with pytest.raises(
+        CompileError, match=r"ninja and nvcc cannot build in .*a:b.*name another folder by VSA_JIT_CACHE_DIR"
+    ):
+        get(NvccEngine())
+
+
+def test_the_worker_is_not_led_astray(monkeypatch, tmp_path):
+    """By modules of the user that shadow Python's own, by relative paths, by variables that are Python's or nvcc's."""
+    (tmp_path / "enum.py").write_text("raise RuntimeError('shadowed')\n")
+    monkeypatch.setattr(sys, "path", [str(tmp_path), "relative", *sys.path])
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    monkeypatch.setenv("PYTHONINSPECT", "1")
+    assert get().size > 0
+
+
+def test_variables_that_change_the_code_reach_no_compiler(monkeypatch, tmp_path):
+    worker_that(
+        monkeypatch, tmp_path, "print('error: ' + os.environ.get('NVCC_APPEND_FLAGS', 'none')); raise SystemExit(1)"
+    )
+    monkeypatch.setenv("NVCC_APPEND_FLAGS", "-G")
+    with pytest.raises(CompileError, match="error: none"):
+        get()
+
+
+@pytest.mark.parametrize("executable", [None, ""])
+def test_a_python_that_does_not_know_itself(monkeypatch, executable):
+    monkeypatch.setattr(sys, "executable", executable)
+    with pytest.raises(CompileError, match="does not know its own program"):
+        get()
+
+
+def test_a_python_that_does_not_start(monkeypatch):
+    monkeypatch.setattr(sys, "executable", "/nowhere/python")
+    with pytest.raises(CompileError, match="/nowhere/python does not start"):
+        get()
+
+
+def test_a_terminal_that_goes_away(monkeypatch):
+    class Gone:
+        def write(self, text):
+            raise OSError(5, "Input/output error")
+
+        def flush(self):
+            raise OSError(5, "Input/output error")
+
+    monkeypatch.setattr(progress, "is_interactive", lambda: True)
+    monkeypatch.setattr(sys, "stderr", Gone())
+    assert get().size > 0
+
+
 def test_a_compiler_that_crashes_is_an_error_and_not_our_end(monkeypatch, tmp_path):
     worker_that(monkeypatch, tmp_path, "os.kill(os.getpid(), signal.SIGSEGV)")
     with pytest.raises(CompileError, match=r"the compiler crashed \(SIGSEGV\)"):
@@ -308,6 +465,13 @@ def test_an_error_of_nvcc(linkable, sources):
         get(NvccEngine())
     assert 'error: identifier "missing" is undefined' in caught.value.first_error
     assert "toy.cu(6)" in caught.value.first_error
+    assert caught.value.first_error in caught.value.log.read_text()
+    environment = {**os.environ, "LIBRARY_PATH": os.environ.get("LIBRARY_PATH", "")}
+    again = subprocess.run(
+        caught.value.command, shell=True, capture_output=True, text=True, stdin=subprocess.DEVNULL, env=environment
+    )
+    assert again.returncode == 1
+    assert caught.value.first_error in again.stdout
 
 
 def test_a_lock_that_pytorch_left_blocks_nothing(linkable, monkeypatch):

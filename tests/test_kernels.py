@@ -3,6 +3,7 @@ more shared memory than a thread block can have."""
 
 import re
 import subprocess
+import threading
 
 import pytest
 import torch
@@ -42,7 +43,7 @@ def test_nvrtc(label, tmp_path):
     kernel, engine = KERNELS[label], NvrtcEngine()
     recipe = engine.recipe(kernel, ARCH)
     engine.write_job(tmp_path, kernel, recipe)
-    run_worker(label, tmp_path)
+    run_worker(label, tmp_path, threading.Event())
     assert (tmp_path / recipe.artefact).read_bytes().startswith(b"\x7fELF")
     check_resources((tmp_path / "log.txt").read_text(), kernel)
 

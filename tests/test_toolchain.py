@@ -253,7 +253,39 @@ def test_a_named_toolkit_that_is_none(monkeypatch, tmp_path, runtime):
     root = toolkit(tmp_path / "cuda", runtime=False) if runtime else tmp_path / "nothing"
     monkeypatch.setenv("CUDA_HOME", str(root))
     error = engines.why_not(NVCC, ARCH)
-    assert (error.reason, error.mend) == (NO_TOOLKIT, "install a CUDA toolkit and set CUDA_HOME to it")
+    reason = f"no CUDA toolkit (bin/nvcc and libcudart.so) in {tmp_path / ('cuda' if runtime else 'nothing')}"
+    assert (error.reason, error.mend) == (reason, "install a CUDA toolkit and set CUDA_HOME to it")
+
+
+def test_no_toolkit_anywhere(monkeypatch, tmp_path):
+    tools(monkeypatch, tmp_path, "c++", "ninja")
+    monkeypatch.setattr(toolchain, "find_cuda_home", lambda: None)
+    assert engines.why_not(NVCC, ARCH).reason == NO_TOOLKIT
+
+
+@pytest.mark.parametrize(
+    ("value", "found"), [("ccache g++", "ccache"), ("", "c++"), ("'my compiler' -m64", "my compiler")]
+)
+def test_cxx_may_have_arguments(monkeypatch, tmp_path, value, found):
+    folder = tools(monkeypatch, tmp_path, "c++", "ninja", "ccache", "my compiler")
+    monkeypatch.setenv("CUDA_HOME", str(toolkit(tmp_path / "cuda")))
+    monkeypatch.setenv("CXX", value)
+    assert toolchain.find_nvcc().host_compiler == str(folder / found)
+
+
+def test_a_broken_nvrtc_is_a_reason(monkeypatch, tmp_path):
+    library = tmp_path / "libnvrtc.so.13"
+    library.write_text("no library")
+    monkeypatch.setattr(toolchain, "locate_nvrtc", lambda: (str(library), "site-packages"))
+    assert engines.why_not(NVRTC, ARCH).reason.startswith("NVRTC cannot be loaded: OSError: ")
+
+
+def test_a_module_of_the_user_named_cuda(monkeypatch, tmp_path):
+    (tmp_path / "cuda.py").write_text("raise SystemError('mine')\n")
+    monkeypatch.setattr(sys, "path", [str(tmp_path), *sys.path])
+    for name in [name for name in sys.modules if name.partition(".")[0] == "cuda"]:
+        monkeypatch.delitem(sys.modules, name)
+    assert engines.why_not(NVRTC, ARCH).reason == "the package cuda.pathfinder is not installed"
 
 
 @pytest.mark.parametrize(

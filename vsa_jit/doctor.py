@@ -37,7 +37,7 @@ def examine() -> dict[str, Any]:
         "nvrtc": _or_missing(_nvrtc),
         "headers": _or_missing(_headers),
         "nvcc": _or_missing(_nvcc),
-        "host_compiler": _tool(os.environ.get("CXX", "c++"), "apt install g++, or set CXX"),
+        "host_compiler": _tool(toolchain.host_compiler(), "apt install g++, or set CXX"),
         "ninja": _tool("ninja", "pip install ninja"),
         "cache": _or_missing(_cache),
         "settings": {

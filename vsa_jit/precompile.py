@@ -12,7 +12,9 @@ import torch
 from vsa_jit.backends.sm90.means import DTYPES, HEAD_DIMS
 from vsa_jit.backends.sm90.support import kernels_of
 from vsa_jit.jit import engines, module
+from vsa_jit.jit.cache import open_store
 from vsa_jit.jit.compile import entries_of
+from vsa_jit.jit.errors import CacheError
 from vsa_jit.jit.toolchain import ARCHS, CAPABILITIES
 from vsa_jit.names import check_name
 from vsa_jit.problem import TILE_OF_TOKENS, check_block_size
@@ -36,6 +38,12 @@ def warmup(arch: str | None, dtype: Any, head_dim: Any, block_size: Any, engine:
     entries = entries_of(kernels, arch, chosen, target=f"compute capability {arch}")
     if arch == here:
         module.load(kernels, torch.cuda.current_device(), chosen.name)
+    else:
+        store = open_store()
+        if not store.kept or not all(entry.folder.is_relative_to(store.root) for entry in entries):
+            raise CacheError(
+                f"the kernels cannot be kept: {store.root} cannot be written to, or ends with this process"
+            )
     return [entry.folder for entry in entries]
 
 

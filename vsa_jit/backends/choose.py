@@ -18,7 +18,7 @@ from typing import Protocol, cast
 import torch
 from torch import Tensor
 
-from vsa_jit.jit.errors import CompileError
+from vsa_jit.jit.errors import JitError, NotWarmError
 from vsa_jit.names import check_name
 from vsa_jit.problem import Gradients, Operands, Problem
 
@@ -214,7 +214,8 @@ def backend_for(problem: Problem, *tensors: Tensor) -> Backend:
     """The module of the backend chosen for a call with these tensors, its kernels ready. Each choice is logged once.
 
     Raises:
-        CompileError: the backend was asked for by name, and its kernels do not compile. Else the next one runs.
+        JitError: the backend was asked for by name, and its kernels do not compile or load. Else the next one runs.
+        NotWarmError: its kernels are not loaded, and a CUDA graph is being captured.
     """
     device, dtype = tensors[0].device, tensors[0].dtype
     # All that a choice depends on: addresses matter to a backend by their alignment.
@@ -236,7 +237,9 @@ def _choose_and_prepare(
     if entry.prepare is not None:
         try:
             entry.prepare(problem, device, dtype)
-        except CompileError as error:
+        except NotWarmError:
+            raise
+        except JitError as error:
             if _requested(problem)[1] != "auto":
                 raise
             _failed[entry.name] = str(error)

@@ -49,8 +49,8 @@ def run(args: argparse.Namespace) -> int:
     except ValueError as error:
         raise argparse.ArgumentError(None, str(error)) from None
     store = open_store()
-    if not (store.kept and store.writable):
-        raise CacheError(f"nothing new can be kept: {store.root} is not writable, or ends with this process")
+    if not store.kept or not all(folder.is_relative_to(store.root) for folder in folders):
+        raise CacheError(f"the kernels cannot be kept: {store.root} cannot be written to, or ends with this process")
     for folder in folders:
         print(folder)
     print(f"{len(folders)} kernels are ready")

@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
+import gzip
 import io
 import os
 import re
 import tarfile
 import tempfile
+import threading
 import zlib
 from functools import partial
 from pathlib import Path
 
-from vsa_jit.jit.cache import LARGEST_ARTEFACT, MANIFEST, BadEntry, Entry, Recipe, Store, check_entry
+from vsa_jit.jit.cache import MANIFEST, BadEntry, Entry, Recipe, Store, check_entry
 from vsa_jit.jit.errors import CacheError
+from vsa_jit.jit.toolchain import ARCHS
 
+LARGEST_ARCHIVE = 1 << 28
 _NAME = re.compile(r"(sm_[0-9a-z]+)/([0-9a-f]{64})/(manifest\.json|kernel\.cubin|kernel\.so)")
 
 
@@ -23,8 +27,11 @@ def export_entries(store: Store, file: Path) -> int:
     Raises:
         CacheError: the archive cannot be written.
     """
+    target = file.resolve()
+    if target.exists() and not target.is_file():
+        raise CacheError(f"{file}: expected the name of a file, and it is something else")
     try:
-        return _export(store, file)
+        return _export(store, target)
     except OSError as error:
         raise CacheError(f"{file}: cannot be written: {error.strerror}") from None
 
@@ -55,7 +62,7 @@ def import_entries(store: Store, file: Path) -> tuple[int, int]:
         How many were new, and how many were there already.
 
     Raises:
-        CacheError: the file is no archive, or an entry in it is bad; the message names it.
+        CacheError: the file is no archive, or an entry in it is bad, or the store cannot be written to.
     """
     if not store.writable:
         raise CacheError(f"{store.root} cannot be written to")
@@ -68,7 +75,10 @@ def import_entries(store: Store, file: Path) -> tuple[int, int]:
             made = True
             return artefact
 
-        store.build(recipe, make)
+        try:
+            store.build(recipe, make, threading.Event())
+        except OSError as error:
+            raise CacheError(f"{store.root} cannot be written to: {error.strerror}") from None
         new, present = (new + 1, present) if made else (new, present + 1)
     return new, present
 
@@ -78,20 +88,22 @@ def _read(file: Path) -> list[tuple[Recipe, bytes]]:
     expected = f"{file}: expected an archive of `vsa-jit cache export`"
     contents: dict[tuple[str, str], dict[str, bytes]] = {}
     try:
-        with tarfile.open(file, "r:gz") as archive:
+        with gzip.open(file) as compressed:
+            unpacked = compressed.read(LARGEST_ARCHIVE + 1)
+        if len(unpacked) > LARGEST_ARCHIVE:
+            raise CacheError(f"{expected}, of at most {LARGEST_ARCHIVE >> 20} MiB when unpacked")
+        with tarfile.open(fileobj=io.BytesIO(unpacked), mode="r:") as archive:
             for member in archive:
                 name = _NAME.fullmatch(member.name)
-                if name is None or not member.isreg() or member.size > LARGEST_ARTEFACT:
+                if name is None or not member.isreg() or name[1] not in ARCHS.values():
                     raise CacheError(f"{expected}, and {member.name!r} is not part of one")
                 entry = contents.setdefault((name[1], name[2]), {})
                 opened = archive.extractfile(member)
                 if name[3] in entry or opened is None:
                     raise CacheError(f"{expected}, and {member.name!r} is in it twice")
                 entry[name[3]] = opened.read()
-    except (tarfile.TarError, EOFError, zlib.error) as error:
-        raise CacheError(f"{expected}: {error}") from None
-    except OSError as error:
-        raise CacheError(f"{expected}: {error.strerror or error}") from None
+    except (tarfile.TarError, EOFError, zlib.error, ValueError, OSError) as error:
+        raise CacheError(f"{expected}: {getattr(error, 'strerror', None) or error}") from None
     checked = []
     for (arch, key), files in contents.items():
         try:

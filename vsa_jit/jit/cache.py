@@ -24,6 +24,7 @@ import os
 import shutil
 import stat
 import tempfile
+import threading
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -36,7 +37,9 @@ MANIFEST = "manifest.json"
 FORMAT = 1
 # Longer than a compile may take: who waits so long waits for a process that was stopped.
 LOCK_LIMIT_S = 360.0
-LARGEST_ARTEFACT = 1 << 28
+_KEY_LENGTH = 64
+_OVERFLOW_USER = 65534
+LOCK_POLL_S = 0.02
 _KEY_LENGTH = 64
 _OVERFLOW_USER = 65534
 LOCK_POLL_S = 0.02
@@ -112,8 +115,10 @@ def check_entry(key: str, manifest: bytes, artefact_of: Callable[[str], bytes]) 
         recipe = Recipe(**{**fields, "flags": tuple(fields["flags"])})
         size, digest = record["size"], record["sha256"]
         said_format, said_key = record["format"], record["key"]
-    except (ValueError, TypeError, KeyError):
+    except (ValueError, TypeError, KeyError, RecursionError):
         raise BadEntry(f"{MANIFEST} is not a manifest") from None
+    if not isinstance(recipe.label, str) or not recipe.label.isprintable():
+        raise BadEntry("its label is not printable")
     if said_format != FORMAT:
         raise BadEntry(f"its format is {said_format!r}, not {FORMAT}")
     if not (said_key == key == recipe.key):
@@ -136,22 +141,33 @@ def why_unsafe(path: Path) -> str | None:
     if status.st_uid not in (os.getuid(), 0):
         return f"{path} belongs to user {status.st_uid}"
     if status.st_mode & 0o022:
-        return f"{path} can be written to by others (mode {stat.S_IMODE(status.st_mode):o}; chmod go-w makes it safe)"
+        return f"{path} can be written to by others (mode {stat.S_IMODE(status.st_mode):o})"
     return None
 
 
 def why_replaceable(folder: Path) -> str | None:
-    """Why somebody else could put another folder in the place of this one. None: nobody could."""
-    for parent in folder.resolve().parents:
+    """Why somebody else could put another folder in the place of this one, which may not be there yet."""
+    trusted = {os.getuid(), 0} | ({_OVERFLOW_USER} if _in_user_namespace() else set())
+    # By convention a group of the user's own number is the user's alone.
+    own_group = os.getgid() if os.getgid() == os.getuid() else None
+    for parent in folder.parents:
+        if not parent.exists():
+            continue
         status = parent.stat()
-        sticky = status.st_mode & stat.S_ISVTX
-        # In a container without root, what root owns outside seems to belong to the overflow user.
-        if status.st_uid not in (os.getuid(), 0, _OVERFLOW_USER):
+        if status.st_uid not in trusted:
             return f"{parent} belongs to user {status.st_uid}"
-        group_of_others = status.st_mode & 0o020 and status.st_gid != os.getgid()
-        if not sticky and (status.st_mode & 0o002 or group_of_others):
+        by_group = status.st_mode & 0o020 and status.st_gid != own_group
+        if not status.st_mode & stat.S_ISVTX and (status.st_mode & 0o002 or by_group):
             return f"{parent} can be written to by others (mode {stat.S_IMODE(status.st_mode):o})"
     return None
+
+
+def _in_user_namespace() -> bool:
+    """Whether what root owns outside may seem to belong to the overflow user here."""
+    try:
+        return Path("/proc/self/uid_map").read_text().split() != ["0", "0", "4294967295"]
+    except OSError:
+        return False
 
 
 class Store:
@@ -201,11 +217,12 @@ class Store:
                 except BadEntry as error:
                     yield folder, error
 
-    def build(self, recipe: Recipe, make: Callable[[Path], bytes]) -> Entry:
+    def build(self, recipe: Recipe, make: Callable[[Path], bytes], cancelled: threading.Event) -> Entry:
         """Compiles an entry, unless another process has done so meanwhile.
 
         Args:
             make: compiles in the private folder that it is given, and returns the artefact.
+            cancelled: ends the wait for another process.
 
         Raises:
             CompileError: ``make`` raised it; its files are kept in the folder ``failed``.
@@ -213,11 +230,8 @@ class Store:
         """
         arch = self.root / recipe.arch
         for folder in (self.root, arch, arch / "locks", arch / "build"):
-            folder.mkdir(mode=0o755, exist_ok=True)
-            unsafe = why_unsafe(folder)
-            if unsafe is not None:
-                raise PermissionError(errno.EPERM, unsafe, str(folder))
-        with _locked(arch / "locks" / f"{recipe.key}.lock"):
+            _make_folder(folder)
+        with _locked(arch / "locks" / f"{recipe.key}.lock", cancelled):
             try:
                 entry = self.load(recipe)
             except BadEntry as bad:
@@ -234,14 +248,13 @@ class Store:
             artefact = make(private)
             return self.publish(recipe, manifest_of(recipe, artefact).encode(), artefact, private)
         except CompileError as error:
+            if error.folder is None:
+                raise
+            _make_folder(arch / "failed")
             kept = arch / "failed" / recipe.key
-            kept.parent.mkdir(mode=0o755, exist_ok=True)
             _remove(kept)
             os.rename(private, kept)
-            if error.command is not None and error.log is not None:
-                command = error.command.replace(str(private), str(kept))
-                raise CompileError(recipe.label, error.first_error, command, kept / error.log.name) from None
-            raise
+            raise error.moved_to(kept) from None
         finally:
             _remove(private)
 
@@ -254,7 +267,14 @@ class Store:
                 file.write(content)
         check_entry(recipe.key, (made / MANIFEST).read_bytes(), lambda name: (made / name).read_bytes())
         place = self.root / recipe.arch / recipe.key
-        os.rename(made, place)
+        try:
+            os.rename(made, place)
+        except OSError as error:
+            # Locks do not reach every host that shares a folder: another one was first.
+            entry = self.load(recipe) if error.errno in (errno.ENOTEMPTY, errno.EEXIST) else None
+            if entry is None:
+                raise
+            return entry
         return Entry(place, recipe, len(artefact))
 
     def _drop(self, folder: Path, bad: BadEntry) -> None:
@@ -267,18 +287,42 @@ class Store:
             _remove(grave)
 
     def clear(self) -> int:
-        """Removes every entry and what failed or unfinished compiles left; returns how many entries there were."""
+        """Removes every entry and what failed or ended compiles left; returns how many entries there were.
+
+        Raises:
+            CacheError: the folder cannot be written to.
+        """
+        if not self.writable:
+            raise CacheError(f"{self.root} cannot be written to")
         count = 0
         for arch in self.root.glob("sm_*"):
-            if arch.is_symlink():
+            if arch.is_symlink() or not arch.is_dir():
                 continue
-            for folder in arch.iterdir():
-                if _is_key(folder.name):
-                    count += 1
-                    _remove(folder)
-            for folder in (arch / "build", arch / "failed"):
+            for folder in (*arch.iterdir(), *_children(arch / "failed"), *_children(arch / "build")):
+                key = folder.name[:_KEY_LENGTH]
+                if not _is_key(key) or (folder.parent.name == "build" and _is_locked(arch / "locks" / f"{key}.lock")):
+                    continue
                 _remove(folder)
+                count += folder.parent == arch and not os.path.lexists(folder)
         return count
+
+
+def _children(folder: Path) -> list[Path]:
+    return list(folder.iterdir()) if folder.is_dir() and not folder.is_symlink() else []
+
+
+def _make_folder(folder: Path) -> None:
+    """Makes a folder, with its parents, that others can read and only this user can write to, whatever the umask.
+
+    Raises:
+        OSError: it cannot be made, or it is there and somebody else could write to it.
+    """
+    for missing in reversed([parent for parent in folder.parents if not parent.exists()]):
+        missing.mkdir(mode=0o755, exist_ok=True)
+    folder.mkdir(mode=0o755, exist_ok=True)
+    unsafe = why_unsafe(folder)
+    if unsafe is not None:
+        raise PermissionError(errno.EPERM, unsafe, str(folder))
 
 
 def user_folder() -> Path:
@@ -301,7 +345,7 @@ def user_folder() -> Path:
         home = Path.home()
     except RuntimeError:
         raise _NoHomeError("there is no home folder") from None
-    if not home.is_dir():
+    if not home.is_absolute() or not home.is_dir():
         raise _NoHomeError(f"the home folder {home} does not exist")
     return home / ".cache" / "vsa_jit"
 
@@ -322,30 +366,37 @@ def _open_store(named: str | None, xdg: str | None, home: str | None) -> Store:
     except _NoHomeError as error:
         return _fall_back(str(error))
     try:
-        if not os.path.lexists(folder):
-            folder.mkdir(mode=0o755, parents=True, exist_ok=True)
-        unsafe = why_unsafe(folder) or why_replaceable(folder)
-        if unsafe is None and not folder.is_dir():
-            unsafe = f"{folder} is not a folder"
-    except OSError as error:
-        if named and error.errno in _WRONG_PATH:
-            raise CacheError(f"{ENVIRONMENT_VARIABLE}: {error.strerror}: {error.filename}") from None
-        return _fall_back(f"{error.strerror}: {error.filename}")
+        unsafe = why_unsafe(folder) if os.path.lexists(folder) else None
+        # A link on the way is followed once, here.
+        place = folder.resolve()
+        existing = next(path for path in (place, *place.parents) if path.exists())
+        if unsafe is None and not existing.is_dir():
+            unsafe = f"{existing} is not a folder"
+        unsafe = unsafe or why_replaceable(place)
+    except (OSError, RuntimeError) as error:
+        unsafe = f"{folder} cannot be reached: {error}"
     if unsafe is None:
-        return Store(folder, writable=os.access(folder, os.W_OK | os.X_OK), kept=True)
+        return Store(place, writable=os.access(existing, os.W_OK | os.X_OK), kept=True)
     if named:
         raise CacheError(f"{ENVIRONMENT_VARIABLE}: expected a folder that nobody else can write to, but {unsafe}")
     return _fall_back(unsafe)
 
 
 def private_store() -> Store:
-    """A store that ends with this process."""
+    """A store that ends with this process.
+
+    Raises:
+        CacheError: nowhere can anything be written.
+    """
     return _private_store(os.getpid())
 
 
 @functools.cache
 def _private_store(pid: int) -> Store:
-    folder = Path(tempfile.mkdtemp(prefix="vsa_jit-"))
+    try:
+        folder = Path(tempfile.mkdtemp(prefix="vsa_jit-"))
+    except OSError as error:
+        raise CacheError(f"no folder for compiled kernels: {error}") from None
 
     def remove() -> None:
         # Not in a forked child; and what an error has named stays.
@@ -390,11 +441,11 @@ def _warn_bad(folder: str, bad: str) -> None:
 
 
 @contextlib.contextmanager
-def _locked(path: Path) -> Iterator[None]:
+def _locked(path: Path, cancelled: threading.Event) -> Iterator[None]:
     """Holds a lock that the kernel drops when the process ends, however it ends. The file stays where it is.
 
     Raises:
-        OSError: the file system has no locks, or whoever holds this one does not go on.
+        OSError: the file system has no locks, or whoever holds this one does not go on, or the wait was cancelled.
     """
     # Only where kernels are compiled: not every system that runs the other backends has it.
     import fcntl
@@ -407,19 +458,33 @@ def _locked(path: Path) -> Iterator[None]:
                 fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
                 break
             except BlockingIOError:
+                if cancelled.is_set():
+                    raise OSError(errno.ECANCELED, "cancelled", str(path)) from None
                 if time.monotonic() > deadline:
-                    raise OSError(
-                        errno.ENOLCK, "another process holds the lock and does not go on", str(path)
-                    ) from None
+                    reason = "another process holds the lock and does not go on"
+                    raise OSError(errno.ENOLCK, reason, str(path)) from None
                 time.sleep(LOCK_POLL_S)
-        yield
-        # Closing alone would leave it locked where another thread has forked meanwhile.
-        fcntl.flock(file, fcntl.LOCK_UN)
+        try:
+            yield
+        finally:
+            # Closing alone would leave it locked where another thread has forked meanwhile.
+            fcntl.flock(file, fcntl.LOCK_UN)
     finally:
         os.close(file)
 
 
-def find_or_build(recipe: Recipe, make: Callable[[Path], bytes]) -> Entry:
+def _is_locked(path: Path) -> bool:
+    """Whether some process holds a lock now."""
+    cancelled = threading.Event()
+    cancelled.set()
+    try:
+        with _locked(path, cancelled):
+            return False
+    except OSError:
+        return True
+
+
+def find_or_build(recipe: Recipe, make: Callable[[Path], bytes], cancelled: threading.Event) -> Entry:
     """The entry of a recipe, compiled if need be, in the user's folder or, where that fails, in a private one.
 
     Raises:
@@ -431,13 +496,15 @@ def find_or_build(recipe: Recipe, make: Callable[[Path], bytes]) -> Entry:
     store = open_store()
     if store.writable:
         try:
-            return store.build(recipe, make)
+            return store.build(recipe, make, cancelled)
         except OSError as error:
+            if cancelled.is_set():
+                raise CompileError(recipe.label, "cancelled") from None
             warn_not_kept(f"{error.strerror}: {store.root}")
     else:
         warn_not_kept(f"{store.root} cannot be written to")
     try:
-        return private_store().build(recipe, make)
+        return private_store().build(recipe, make, cancelled)
     except OSError as error:
         raise CompileError(recipe.label, f"{error.strerror}: {error.filename}") from None
 

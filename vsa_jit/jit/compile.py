@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import os
 import re
-import shlex
 import signal
 import subprocess
 import sys
+import threading
+import time
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from pathlib import Path
@@ -18,12 +19,19 @@ from vsa_jit.jit.engines.base import Engine
 from vsa_jit.jit.errors import CompileError, Unavailable
 from vsa_jit.jit.kernel import Kernel
 from vsa_jit.jit.toolchain import ARCHS
+from vsa_jit.jit.worker.compile import kill_session
 
 WORKER = Path(__file__).parent / "worker" / "compile.py"
-LOG = "log.txt"
 TIME_LIMIT_S = 300.0
+POLL_S = 0.1
 ROOM_BYTES = 1 << 20
 # "a.cu(3): error: ...", "ptxas fatal : ...", "OSError: ..."; not PyTorch's "Error building extension".
+# What nvcc and the compilers under it take from the environment: an entry must be what its key says.
+CODE_CHANGING_VARIABLES = {
+    *("NVCC_PREPEND_FLAGS", "NVCC_APPEND_FLAGS", "NVCC_CCBIN", "PYTORCH_NVCC", "TORCH_CUDA_ARCH_LIST"),
+    *("CPATH", "C_INCLUDE_PATH", "CPLUS_INCLUDE_PATH", "CFLAGS", "CXXFLAGS", "CPPFLAGS", "LDFLAGS"),
+}
+_SIGNALS = frozenset(signal.Signals)
 _ERROR = re.compile(r"(error|fatal)\s*:", re.IGNORECASE)
 
 
@@ -41,17 +49,22 @@ def entries_of(kernels: Sequence[Kernel], arch: str, engine: Engine, *, target: 
     missing = {recipe: kernel for recipe, kernel in zip(recipes, kernels, strict=True) if found[recipe] is None}
     if missing:
         where = cache.open_store().root / ARCHS[arch]
+        cancelled = threading.Event()
         labels = [recipe.label for recipe in missing]
         with (
             progress.Compiling(labels, f"{target} ({ARCHS[arch]})", engine.compiler(), engine.seconds, where) as shown,
             ThreadPoolExecutor(at_once(len(missing), engine.gigabytes)) as pool,
         ):
-            pending = {pool.submit(_entry_of, kernel, recipe, engine): recipe for recipe, kernel in missing.items()}
+            pending = {
+                pool.submit(_entry_of, kernel, recipe, engine, cancelled): recipe for recipe, kernel in missing.items()
+            }
             try:
                 for done in as_completed(pending):
                     found[pending[done]] = done.result()
                     shown.advance()
             except BaseException:
+                # An error of one, or Ctrl-C: the pool ends when its compilers have.
+                cancelled.set()
                 pool.shutdown(wait=False, cancel_futures=True)
                 raise
     return [entry for recipe in recipes if (entry := found[recipe]) is not None]
@@ -72,46 +85,48 @@ def available_gigabytes() -> float | None:
     return int(line[1]) / 2**20 if line else None
 
 
-def _entry_of(kernel: Kernel, recipe: Recipe, engine: Engine) -> Entry:
+def _entry_of(kernel: Kernel, recipe: Recipe, engine: Engine, cancelled: threading.Event) -> Entry:
     def make(folder: Path) -> bytes:
         try:
             engine.write_job(folder, kernel, recipe)
         except Unavailable as error:
             raise CompileError(kernel.label, str(error)) from None
-        run_worker(kernel.label, folder)
+        run_worker(kernel.label, folder, cancelled)
         return (folder / recipe.artefact).read_bytes()
 
-    return cache.find_or_build(recipe, make)
+    return cache.find_or_build(recipe, make, cancelled)
 
 
-def run_worker(label: str, folder: Path) -> None:
+def run_worker(label: str, folder: Path, cancelled: threading.Event) -> None:
     """Runs the compiler on the job in a folder, in a process that ends with this one, or after ``TIME_LIMIT_S``.
 
     Raises:
-        CompileError: it failed.
+        CompileError: it failed, or was cancelled.
         OSError: the folder has no room.
     """
-    command = [sys.executable, str(WORKER), str(folder)]
-    # The packages of this process, wherever they came from.
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(path for path in sys.path if path)}
-    log = folder / LOG
-    with log.open("wb") as output:
-        worker = subprocess.Popen(
-            [*command, "--with-parent"],
-            stdin=subprocess.PIPE,
-            stdout=output,
-            stderr=subprocess.STDOUT,
-            cwd=folder,
-            env=environment,
-            start_new_session=True,
-        )
+    if not sys.executable:
+        raise CompileError(label, "this Python does not know its own program (sys.executable is empty)")
+    # Without Python's own variables, which can make an interpreter do anything.
+    program = [sys.executable, "-E", str(WORKER)]
+    environment = {name: value for name, value in os.environ.items() if name not in CODE_CHANGING_VARIABLES}
+    with (folder / CompileError.LOG).open("wb") as output:
         try:
-            code: int | None = worker.wait(TIME_LIMIT_S)
-        except subprocess.TimeoutExpired:
-            code = None
+            worker = subprocess.Popen(
+                [*program, str(folder), "--with-parent"],
+                stdin=subprocess.PIPE,
+                stdout=output,
+                stderr=subprocess.STDOUT,
+                cwd=folder,
+                env=environment,
+                start_new_session=True,
+            )
+        except OSError as error:
+            raise CompileError(label, f"{sys.executable} does not start: {error}") from None
+        try:
+            code = _wait(worker, cancelled)
         finally:
             if worker.poll() is None:
-                os.killpg(worker.pid, signal.SIGKILL)
+                kill_session(worker.pid)
                 worker.wait()
             if worker.stdin is not None:
                 worker.stdin.close()
@@ -124,10 +139,21 @@ def run_worker(label: str, folder: Path) -> None:
     if code is None:
         first_error = f"the compiler did not finish within {TIME_LIMIT_S:g} s"
     elif code < 0:
-        first_error = f"the compiler crashed ({signal.Signals(-code).name})"
+        first_error = f"the compiler crashed ({signal.Signals(-code).name if -code in _SIGNALS else f'signal {-code}'})"
     else:
-        first_error = first_error_of(log.read_text(errors="replace"))
-    raise CompileError(label, first_error, shlex.join(command), log)
+        first_error = first_error_of((folder / CompileError.LOG).read_text(errors="replace"))
+    raise CompileError(label, first_error, program, folder)
+
+
+def _wait(worker: subprocess.Popen, cancelled: threading.Event) -> int | None:
+    """The exit code of a worker, or None where it took too long or was cancelled."""
+    deadline = time.monotonic() + TIME_LIMIT_S
+    while time.monotonic() < deadline and not cancelled.is_set():
+        try:
+            return worker.wait(POLL_S)
+        except subprocess.TimeoutExpired:
+            continue
+    return None
 
 
 def first_error_of(log: str) -> str:

@@ -26,6 +26,13 @@ def is_interactive() -> bool:
     return False
 
 
+def _show(text: str) -> None:
+    # A terminal may go away while a compiler runs: that is no reason to fail.
+    with contextlib.suppress(OSError, ValueError):
+        sys.stderr.write(text)
+        sys.stderr.flush()
+
+
 class Compiling:
     """Says what is compiled, then shows a bar on standard error until it ends; logs at INFO where nobody looks on."""
 
@@ -44,7 +51,7 @@ class Compiling:
     def __enter__(self) -> Compiling:
         self._start = time.monotonic()
         if self._interactive:
-            print(f"vsa_jit: {self._line}", file=sys.stderr, flush=True)
+            _show(f"vsa_jit: {self._line}\n")
             self._thread.start()
         else:
             _logger.info("%s", self._line)
@@ -60,13 +67,13 @@ class Compiling:
         if self._interactive:
             self._ended.set()
             self._thread.join()
-            print(f"\r{self._bar()}", file=sys.stderr, flush=True)
+            _show(f"\r{self._bar()}\n")
         elif value is None:
             _logger.info("compiled in %.1f s", time.monotonic() - self._start)
 
     def _refresh(self) -> None:
         while not self._ended.wait(REFRESH_S):
-            print(f"\r{self._bar()}", end="", file=sys.stderr, flush=True)
+            _show(f"\r{self._bar()}")
 
     def _bar(self) -> str:
         full = BAR_WIDTH * self._done // self._total

@@ -8,6 +8,7 @@ import importlib.metadata
 import importlib.util
 import os
 import re
+import shlex
 import shutil
 import subprocess
 import sysconfig
@@ -96,9 +97,14 @@ def find_nvrtc() -> Nvrtc:
     for package in ("cupy", "cuda.pathfinder"):
         if not has_package(package):
             raise Unavailable(f"the package {package} is not installed", cuda_extra())
-    library, found_via = locate_nvrtc()
-    version = nvrtc_version(library)
-    include = locate_headers()
+    try:
+        library, found_via = locate_nvrtc()
+        version = nvrtc_version(library)
+        include = locate_headers()
+    except Unavailable:
+        raise
+    except Exception as error:  # whatever a broken installation does
+        raise Unavailable(f"NVRTC cannot be loaded: {type(error).__name__}: {error}", cuda_extra()) from None
     without_include = None
     if include is None:
         without_include = "CUDA headers were not found"
@@ -116,7 +122,7 @@ def find_nvrtc() -> Nvrtc:
 def has_package(name: str) -> bool:
     try:
         return importlib.util.find_spec(name) is not None
-    except ModuleNotFoundError:
+    except Exception:  # looking for a submodule runs its parent, which may be anything
         return False
 
 
@@ -178,16 +184,17 @@ def find_nvcc() -> Nvcc:
     """
     home = find_cuda_home()
     if home is None:
+        named = os.environ.get("CUDA_HOME") or os.environ.get("CUDA_PATH")
+        place = named or "CUDA_HOME, around the nvcc on PATH or in /usr/local/cuda"
         raise Unavailable(
-            "no CUDA toolkit (bin/nvcc and libcudart.so) in CUDA_HOME, around the nvcc on PATH or in /usr/local/cuda",
-            "install a CUDA toolkit and set CUDA_HOME to it",
+            f"no CUDA toolkit (bin/nvcc and libcudart.so) in {place}", "install a CUDA toolkit and set CUDA_HOME to it"
         )
     nvcc = home / "bin" / "nvcc"
     text = _output(str(nvcc), "--version")
     release = re.search(r"release (\d+)\.(\d+)", text)
     if release is None:
         raise Unavailable(f"{nvcc} --version does not tell a version", "install the CUDA toolkit again")
-    compiler = shutil.which(os.environ.get("CXX", "c++"))
+    compiler = shutil.which(host_compiler())
     if compiler is None:
         raise Unavailable("no C++ compiler on PATH, which nvcc needs", "apt install g++, or set CXX")
     ninja = shutil.which("ninja", path=tool_path())
@@ -219,6 +226,12 @@ def find_cuda_home() -> Path | None:
         ):
             return home
     return None
+
+
+def host_compiler() -> str:
+    """The program that compiles C++: what CXX starts with, as in "ccache g++", or c++."""
+    named = shlex.split(os.environ.get("CXX", ""))
+    return named[0] if named else "c++"
 
 
 def tool_path() -> str:

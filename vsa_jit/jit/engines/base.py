@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+import sys
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -48,4 +50,5 @@ def write_job(folder: Path, files: dict[str, str], job: dict[str, Any]) -> None:
         path = folder / "src" / name
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(text)
-    (folder / "job.json").write_text(json.dumps(job, indent=1))
+    packages = [os.path.abspath(path) for path in sys.path if path]
+    (folder / "job.json").write_text(json.dumps({**job, "packages": packages}, indent=1))

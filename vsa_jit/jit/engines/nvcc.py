@@ -19,6 +19,7 @@ from vsa_jit.jit.toolchain import ARCHS, check_runs, check_version, find_nvcc
 OPTIONS = ("-std=c++20", "-O3", "-Xptxas=-v")
 # PyTorch's build adds its own libraries, and the launcher needs the CUDA runtime alone.
 LINK_OPTIONS = ("-Wl,--as-needed",)
+NOT_IN_PATHS = "$:\"'\\"
 ENTRY_FILE = Path(__file__).parent.parent / "worker" / "nvcc_entry.cu"
 
 
@@ -54,7 +55,8 @@ class NvccEngine:
         return Recipe(
             label=kernel.label,
             engine=self.name,
-            compiler=self.compiler(),
+            # PyTorch adds options of its own.
+            compiler=f"{self.compiler()}, PyTorch {torch.__version__}",
             arch=real,
             flags=(
                 f"-gencode=arch={virtual},code={real}",
@@ -71,6 +73,11 @@ class NvccEngine:
 
     def write_job(self, folder: Path, kernel: Kernel, recipe: Recipe) -> None:
         nvcc = find_nvcc()
+        if set(str(folder)) & set(NOT_IN_PATHS):
+            raise Unavailable(
+                f"ninja and nvcc cannot build in {folder}, whose name has one of {' '.join(NOT_IN_PATHS)}",
+                "name another folder by VSA_JIT_CACHE_DIR",
+            )
         job = {
             "engine": self.name,
             "environment": {"CUDA_HOME": nvcc.home, "PATH": toolchain.tool_path()},

@@ -17,9 +17,12 @@ OPTIONS = ("-std=c++20", "-default-device", "--ptxas-options=-v")
 
 
 def import_cupy() -> Any:
-    """CuPy, which makes its own cache folder when it is imported: in the home folder, if that can be written to."""
-    if not os.access(Path("~").expanduser(), os.W_OK):
-        os.environ.setdefault("CUPY_CACHE_DIR", str(private_store().root / "cupy"))
+    """CuPy, which makes its own cache folder when it is imported: a private one where its usual one cannot be made."""
+    if "CUPY_CACHE_DIR" not in os.environ:
+        try:
+            os.makedirs(os.path.expanduser("~/.cupy/kernel_cache"), exist_ok=True)
+        except OSError:
+            os.environ["CUPY_CACHE_DIR"] = str(private_store().root / "cupy")
     import cupy
 
     return cupy

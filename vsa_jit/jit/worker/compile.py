@@ -8,6 +8,7 @@ soon as standard input does: when the process that wanted the kernel is no more.
 import ctypes
 import json
 import os
+import shutil
 import signal
 import sys
 import threading
@@ -49,6 +50,7 @@ def compile_nvcc(folder: Path, job: dict) -> None:
 
     # A folder of its own for each run: PyTorch's lock file in it outlives a process that is killed.
     objects = folder / "objects"
+    shutil.rmtree(objects, ignore_errors=True)
     objects.mkdir()
     library = cpp_extension.load(
         name="kernel",
@@ -65,13 +67,31 @@ def compile_nvcc(folder: Path, job: dict) -> None:
 def end_with_parent() -> None:
     # Not by sys.stdin, whose lock an interpreter that ends would wait for.
     os.read(0, 1)
-    os.killpg(os.getpgrp(), signal.SIGKILL)
+    kill_session(os.getsid(0))
+
+
+def kill_session(session: int) -> None:
+    """Kills every process of a session. Process groups do not do: ninja gives each compiler one of its own."""
+    for process in Path("/proc").iterdir():
+        if not process.name.isdecimal():
+            continue
+        try:
+            # Fields after the name in parentheses: state, parent, group, session.
+            fields = (process / "stat").read_text().rpartition(")")[2].split()
+            if int(fields[3]) == session and int(process.name) != os.getpid():
+                os.kill(int(process.name), signal.SIGKILL)
+        except (OSError, IndexError):
+            continue
+    if os.getsid(0) == session:
+        os.kill(os.getpid(), signal.SIGKILL)
 
 
 def main(folder: Path, *options: str) -> int:
     if "--with-parent" in options:
         threading.Thread(target=end_with_parent, daemon=True).start()
     job = json.loads((folder / "job.json").read_text())
+    # The packages of the process that asked, after this interpreter's own.
+    sys.path.extend(path for path in job["packages"] if path not in sys.path)
     try:
         {"nvrtc": compile_nvrtc, "nvcc": compile_nvcc}[job["engine"]](folder, job)
     except RuntimeError as error:

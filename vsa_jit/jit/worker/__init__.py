@@ -1,0 +1,1 @@
+"""The program that compiles, in a process of its own."""
