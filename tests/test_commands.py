@@ -27,7 +27,8 @@ def folder(tmp_path, monkeypatch) -> Path:
     for variable in ("VSA_JIT_ENGINE", "VSA_JIT_BACKEND"):
         monkeypatch.delenv(variable, raising=False)
     monkeypatch.setenv("VSA_JIT_CACHE_DIR", str(path))
-    cache._open_store.cache_clear()
+    for remembered in (cache._open_store, cache._private_store):
+        remembered.cache_clear()
     yield path
     cache._open_store.cache_clear()
 

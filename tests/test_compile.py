@@ -162,6 +162,19 @@ def pid_in(file: Path) -> int:
     return int(file.read_text())
 
 
+def forked_get() -> int:
+    """A child that compiles, and ends with 7 on Ctrl-C."""
+    child = os.fork()
+    if child != 0:
+        return child
+    try:
+        get()
+    except KeyboardInterrupt:
+        os._exit(7)
+    finally:
+        os._exit(1)
+
+
 def test_the_time_limit_ends_all_that_the_compiler_started(monkeypatch, ninja_like):
     monkeypatch.setattr(compiling, "TIME_LIMIT_S", 2.0)
     with pytest.raises(CompileError, match="did not finish"):
@@ -170,12 +183,7 @@ def test_the_time_limit_ends_all_that_the_compiler_started(monkeypatch, ninja_li
 
 
 def test_a_killed_process_takes_its_compiler_along(ninja_like):
-    child = os.fork()
-    if child == 0:
-        try:
-            get()
-        finally:
-            os._exit(1)
+    child = forked_get()
     pid = pid_in(ninja_like)
     assert alive(pid)
     os.kill(child, signal.SIGKILL)
@@ -184,14 +192,7 @@ def test_a_killed_process_takes_its_compiler_along(ninja_like):
 
 
 def test_ctrl_c_ends_a_compile_at_once(ninja_like):
-    child = os.fork()
-    if child == 0:
-        try:
-            get()
-        except KeyboardInterrupt:
-            os._exit(7)
-        finally:
-            os._exit(1)
+    child = forked_get()
     pid = pid_in(ninja_like)
     start = time.monotonic()
     os.kill(child, signal.SIGINT)
@@ -205,14 +206,7 @@ def test_ctrl_c_ends_the_wait_for_another_process(folder, monkeypatch):
     get(addend=7)
     lock = folder / "sm_90a" / "locks" / f"{NVRTC.recipe(toy(), ARCH).key}.lock"
     with cache._locked(lock, threading.Event()):
-        child = os.fork()
-        if child == 0:
-            try:
-                get()
-            except KeyboardInterrupt:
-                os._exit(7)
-            finally:
-                os._exit(1)
+        child = forked_get()
         time.sleep(1)
         os.kill(child, signal.SIGINT)
         _, status = os.waitpid(child, 0)
