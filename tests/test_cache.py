@@ -533,6 +533,22 @@ def test_a_link_inside_the_folder_is_not_followed(folder, tmp_path, caplog, name
     assert files_of(target) == before
 
 
+def test_a_linked_lock_is_not_followed(folder, tmp_path, caplog):
+    locks = folder / "sm_90a" / "locks"
+    locks.mkdir(parents=True)
+    (locks / f"{NVRTC.recipe(toy(), ARCH).key}.lock").symlink_to(tmp_path / "made")
+    assert not get().folder.is_relative_to(folder)
+    assert "Too many levels of symbolic links" in only_warning(caplog)
+    assert not (tmp_path / "made").exists()
+
+
+def test_an_architecture_that_others_can_write_to_is_not_loaded(folder, compiles, caplog):
+    get().folder.parent.chmod(0o777)
+    assert not get().folder.is_relative_to(folder)
+    assert compiles() == 2
+    assert "can be written to by others" in only_warning(caplog)
+
+
 def test_a_linked_folder_of_failures_is_not_followed(folder, sources, tmp_path):
     target = precious(tmp_path / "target")
     before = files_of(target)

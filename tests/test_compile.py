@@ -250,7 +250,7 @@ def test_variables_that_change_the_code_reach_no_compiler(monkeypatch, tmp_path)
         get()
 
 
-@pytest.mark.parametrize("executable", [None, ""])
+@pytest.mark.parametrize("executable", [None, "", "/usr/bin/uwsgi"])
 def test_a_python_that_does_not_know_itself(monkeypatch, executable):
     monkeypatch.setattr(sys, "executable", executable)
     with pytest.raises(CompileError, match="does not know its own program"):

@@ -4,7 +4,7 @@ import logging
 import os
 import subprocess
 import sys
-import threading
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 
@@ -19,6 +19,7 @@ from vsa_jit.backends import triton
 from vsa_jit.backends.sm90 import backend, means, support
 from vsa_jit.grid import block_tokens
 from vsa_jit.jit import engines, module
+from vsa_jit.jit.driver import tensor_map
 from vsa_jit.jit.errors import NotWarmError
 from vsa_jit.problem import Problem, bhsd, check_problem
 
@@ -144,7 +145,8 @@ def fresh(monkeypatch):
     monkeypatch.setattr(module, "_launchers", {})
     for name, empty in (("_failed", {}), ("_chosen", {}), ("_logged", set())):
         monkeypatch.setattr(chooser, name, empty)
-    means._prepared.cache_clear()
+    for remembered in (means._prepared, tensor_map):
+        remembered.cache_clear()
     yield
     means._prepared.cache_clear()
 
@@ -225,24 +227,21 @@ def test_launches_go_to_the_device_of_the_tensors(fresh):
 
 def test_a_thread_that_has_not_used_cuda(fresh, inputs):
     expected = call(inputs, "triton")
-    results: list[Tensor] = []
     module.load(support.kernels_of(inputs.dtype, 64, 64), 0)
-    thread = threading.Thread(target=lambda: results.append(call(inputs)))
-    thread.start()
-    thread.join()
-    torch.testing.assert_close(results[0], expected, rtol=0, atol=0)
+    with ThreadPoolExecutor(1) as pool:
+        result = pool.submit(call, inputs).result()
+    torch.testing.assert_close(result, expected, rtol=0, atol=0)
 
 
 def test_threads_that_start_together_load_once(fresh, inputs, monkeypatch):
     loads = []
     load = module._load
     monkeypatch.setattr(module, "_load", lambda *arguments: (loads.append(arguments), load(*arguments)))
-    threads = [threading.Thread(target=call, args=(inputs,)) for _ in range(8)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
+    with ThreadPoolExecutor(8) as pool:
+        results = list(pool.map(call, [inputs] * 8))
     assert len(loads) == 1
+    for result in results:
+        assert torch.equal(result, results[0])
 
 
 def test_never_waits_for_the_gpu(inputs):

@@ -64,7 +64,7 @@ def test_coordinates_reach_the_tokens_of_each_block(monkeypatch, memory, batch, 
     assert why_not_tma(x, grid) is None
     problem = Problem(batch, heads, heads, length, length, 64, tile, grid, "bhsd", 0.1, "auto")
     prepared, maps = launched(monkeypatch, problem, x)
-    address, dtype, extents, strides, box = maps[0]
+    _, address, dtype, extents, strides, box = maps[0]
     assert (address, dtype) == (x.data_ptr(), torch.float16)
     assert all(0 < side <= 256 for side in box)
     assert all(stride * 2 % 16 == 0 and stride < 2**39 for stride in strides)

@@ -104,8 +104,9 @@ def run_worker(label: str, folder: Path, cancelled: threading.Event) -> None:
         CompileError: it failed, or was cancelled.
         OSError: the folder has no room.
     """
-    if not sys.executable:
-        raise CompileError(label, "this Python does not know its own program (sys.executable is empty)")
+    # Where Python is part of another program, that program would start itself.
+    if "python" not in Path(sys.executable or "").name.lower():
+        raise CompileError(label, f"this Python does not know its own program (sys.executable is {sys.executable!r})")
     # Without Python's own variables, which can make an interpreter do anything.
     program = [sys.executable, "-E", str(WORKER)]
     environment = {name: value for name, value in os.environ.items() if name not in CODE_CHANGING_VARIABLES}

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import functools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 
@@ -30,8 +30,24 @@ def check(status: int, what: str) -> None:
     raise RuntimeError(f"{what}: {name.value.decode() if name.value else f'CUDA error {status}'}")
 
 
+def call(device: int, what: str, function: Callable[..., int], *arguments: object) -> None:
+    """Calls a function of the driver that needs a current context: that of PyTorch on a device.
+
+    A thread that has not used CUDA yet has none.
+
+    Raises:
+        RuntimeError: it failed; the message says what, and the driver's name of the error.
+    """
+    status = function(*arguments)
+    if status == _ERROR_INVALID_CONTEXT:
+        make_context_current(device)
+        status = function(*arguments)
+    check(status, what)
+
+
 @functools.lru_cache(maxsize=1024)
 def tensor_map(
+    device: int,
     address: int,
     dtype: torch.dtype,
     extents: Sequence[int],
@@ -41,6 +57,7 @@ def tensor_map(
     """What TMA must know of a tensor to copy boxes of it; elements outside it are read as zeros.
 
     Args:
+        device: where the tensor is.
         address: of the first element, a multiple of 16 bytes.
         extents: innermost dimension first.
         strides: of all dimensions but the innermost, in elements; multiples of 16 bytes.
@@ -53,7 +70,10 @@ def tensor_map(
     space = ctypes.create_string_buffer(_TENSOR_MAP_BYTES + _TENSOR_MAP_ALIGNMENT)
     start = -ctypes.addressof(space) % _TENSOR_MAP_ALIGNMENT
     encoded = TensorMap.from_buffer(space, start)
-    status = libcuda().cuTensorMapEncodeTiled(
+    call(
+        device,
+        f"tensor map of extents {tuple(extents)}, strides {tuple(strides)}, box {tuple(box)}",
+        libcuda().cuTensorMapEncodeTiled,
         ctypes.byref(encoded),
         _ELEMENT_TYPES[dtype],
         rank,
@@ -67,7 +87,6 @@ def tensor_map(
         _L2_PROMOTION_256B,
         0,
     )
-    check(status, f"tensor map of extents {tuple(extents)}, strides {tuple(strides)}, box {tuple(box)}")
     return encoded
 
 
@@ -109,9 +128,4 @@ class Launcher:
         stream = torch.cuda.current_stream(self._device).cuda_stream
         arguments = (ctypes.c_void_p * 1)(ctypes.addressof(params))
         configuration = (self._function, blocks, 1, 1, self._threads, 1, 1, self._smem_bytes, ctypes.c_void_p(stream))
-        status = self._launch(*configuration, arguments, None)
-        if status == _ERROR_INVALID_CONTEXT:
-            make_context_current(self._device)
-            status = self._launch(*configuration, arguments, None)
-        if status != 0:
-            check(status, self._label)
+        call(self._device, self._label, self._launch, *configuration, arguments, None)

@@ -121,7 +121,7 @@ def _prepared(
     kv_side = (problem.kv_heads, problem.kv_len, kv_sizes)
     for i, (place, side) in enumerate(((q, q_side), (k, kv_side), (v, kv_side))):
         if place is not None:
-            _set_operand(params, i, problem, dtype, place, *side, tile, box)
+            _set_operand(params, i, problem, dtype, device, place, *side, tile, box)
     frames, height, _ = video_of(problem, problem.q_len)
     params.frames, params.height, params.tiles_h = frames, height, -(-height // tile[1])
     params.tile[:], params.box[:] = tile, box
@@ -136,6 +136,7 @@ def _set_operand(
     i: int,
     problem: Problem,
     dtype: torch.dtype,
+    device: int,
     place: _Place,
     heads: int,
     length: int,
@@ -150,6 +151,7 @@ def _set_operand(
     extents = (width, height, frames, in_map.outer)
     steps = (token_stride, token_stride * width, token_stride * width * height, in_map.outer_stride)
     params.maps[i] = tensor_map(
+        device,
         address,
         dtype,
         (in_map.channels, *extents),

@@ -40,19 +40,19 @@ def choose(kernels: Iterable[Kernel], arch: str, name: str = "auto") -> Engine:
     """
     if name == "auto":
         name = requested()
-    reasons: list[Unavailable] = []
-    usable: list[Engine] = []
-    for engine in ENGINES:
-        if name in ("auto", engine.name):
-            reason = why_not(engine, arch)
-            if reason is None:
-                usable.append(engine)
-            else:
-                reasons.append(Unavailable(f"{engine.name}: {reason.reason}", reason.mend))
-    if not usable:
-        raise Unavailable("no compiler: " + "; ".join(map(str, reasons)))
     kernels = list(kernels)
-    for engine in usable[1:] and usable:
-        if all(cache.find(engine.recipe(kernel, arch)) for kernel in kernels):
+    reasons: list[Unavailable] = []
+    first: Engine | None = None
+    for engine in ENGINES:
+        if name not in ("auto", engine.name):
+            continue
+        reason = why_not(engine, arch)
+        if reason is not None:
+            reasons.append(Unavailable(f"{engine.name}: {reason.reason}", reason.mend))
+        elif all(cache.find(engine.recipe(kernel, arch)) for kernel in kernels):
             return engine
-    return usable[0]
+        else:
+            first = first or engine
+    if first is None:
+        raise Unavailable("no compiler: " + "; ".join(map(str, reasons)))
+    return first
