@@ -167,6 +167,8 @@ def forked_get() -> int:
     child = os.fork()
     if child != 0:
         return child
+    # Processes that a shell starts in the background ignore it.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     try:
         get()
     except KeyboardInterrupt:
