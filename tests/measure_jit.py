@@ -71,7 +71,7 @@ def first_call(engine: str, cache: str) -> tuple[float, float]:
 
 def measure_first_calls() -> None:
     for engine in engines.ENGINES:
-        reason = engines.why_not(engine, support.ARCH)
+        reason = engines.why_not(engine)
         if reason is not None:
             print(f"{engine.name}: {reason}")
             continue

@@ -11,6 +11,7 @@ from vsa_jit.backends import choose as chooser
 from vsa_jit.backends.choose import Entry, choose
 from vsa_jit.backends.sm90 import support
 from vsa_jit.jit import engines, toolchain
+from vsa_jit.jit.cache import open_store
 from vsa_jit.jit.errors import CacheError, CompileError, JitError, LoadError, Unavailable
 from vsa_jit.problem import Problem
 
@@ -100,7 +101,7 @@ def test_tensors_that_tma_cannot_read(hopper):
     aligned = torch.randn(1, 2, 128, 64).half()
     odd_rows = torch.randn(1, 2, 128, 68).half()[..., :64]
     odd_start = torch.randn(1 + 2 * 128 * 64).half()[1:].view(1, 2, 128, 64)
-    reason = "TMA needs strides that are multiples of 16 bytes, got (17408, 8704, 68, 1)"
+    reason = "TMA needs strides that are multiples of 16 bytes, got 136"
     assert choose(problem(head_dim=64), CUDA, torch.float16, (aligned,)).backend == "sm90"
     assert choose(problem(head_dim=64), CUDA, torch.float16, (aligned, odd_rows)).reasons["sm90"] == reason
     reasons = choose(problem(head_dim=64), CUDA, torch.float16, (odd_start,)).reasons
@@ -176,6 +177,44 @@ def test_a_failed_compile_is_an_error_where_the_backend_was_asked_for(broken_ent
     q, k, v = qkv()
     with pytest.raises(JitError, match=re.escape(broken_entry)):
         vsa_jit.video_sparse_attn(q, k, v, topk=1, backend="sm90")
+
+
+def test_a_failed_compile_concerns_its_own_kind_of_call(broken_entry, monkeypatch):
+    """The kernels of another dtype or head dimension may well compile; and who insists is told why, each time."""
+    q, k, v = qkv()
+    vsa_jit.video_sparse_attn(q, k, v, topk=1)
+    assert vsa_jit.explain(q, k, v, topk=1).reasons["sm90"] == broken_entry
+    assert vsa_jit.explain(q.half(), k.half(), v.half(), topk=1).backend == "sm90"
+    assert vsa_jit.explain(*qkv(64), topk=1).backend == "sm90"
+    assert vsa_jit.explain(q, k, v, topk=1, backend="sm90").backend == "sm90"
+
+
+NO_ENGINE = {
+    "no folder": CacheError("no folder for compiled kernels"),
+    "no sources": Unavailable("the CUDA sources were expected elsewhere", "install vsa-jit again"),
+}
+
+
+@pytest.mark.parametrize("error", NO_ENGINE.values(), ids=NO_ENGINE)
+def test_what_keeps_the_engine_from_being_chosen_is_a_reason(hopper, monkeypatch, error):
+    def fail(kernels, arch, name="auto"):
+        if kernels:
+            raise error
+        return engines.ENGINES[0]
+
+    monkeypatch.setattr(engines, "choose", fail)
+    choice = choose(problem(head_dim=64), CUDA, torch.float16)
+    assert (choice.backend, choice.engine, choice.reasons["sm90"]) == ("triton", "triton", str(error))
+    with pytest.raises(RuntimeError, match=re.escape(f"backend='sm90' cannot run this call: {error}")):
+        choose(problem("sm90", head_dim=64), CUDA, torch.float16)
+
+
+def test_a_wrong_cache_variable_is_no_reason_to_fall_back(hopper, monkeypatch):
+    monkeypatch.setattr(engines, "choose", lambda kernels, arch, name="auto": engines.ENGINES[0])
+    monkeypatch.setattr(support, "engine_of", lambda problem, dtype: open_store())
+    monkeypatch.setenv("VSA_JIT_CACHE_DIR", "relative")
+    with pytest.raises(CacheError, match="VSA_JIT_CACHE_DIR: expected an absolute path"):
+        choose(problem(head_dim=64), CUDA, torch.float16)
 
 
 def test_old_gpu_runs_torch_and_says_why(monkeypatch):

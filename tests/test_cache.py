@@ -7,6 +7,7 @@ import json
 import logging
 import multiprocessing
 import os
+import platform
 import shutil
 import signal
 import stat
@@ -41,8 +42,9 @@ def forgotten():
     """What one process remembers is not what the next test's would."""
 
     def forget():
-        for remembered in (cache._open_store, cache._private_store, cache.warn_not_kept, cache._warn_bad):
+        for remembered in (cache._open_store, cache.warn_not_kept, cache._warn_bad):
             remembered.cache_clear()
+        cache._private_stores.clear()
 
     forget()
     yield forget
@@ -151,7 +153,7 @@ STAGES = {
     "with the lock": before(cache.Store, "_compile"),
     "with the private folder": before(NVRTC.__class__, "write_job"),
     "with the job": after(NVRTC.__class__, "write_job"),
-    "with the compiler started": before(subprocess.Popen, "wait"),
+    "with the compiler started": before(compiling, "_exit_code"),
     "with the artefact": before(cache.Store, "publish"),
     "with the entry written": before(cache, "check_entry"),
     "before the rename": before(os, "rename"),
@@ -319,16 +321,20 @@ def test_two_checkouts_share_an_entry(folder, compiles, monkeypatch, tmp_path):
 
 
 def test_nvcc_recipes_hold_no_path_either(monkeypatch, tmp_path):
-    nvcc = toolchain.Nvcc("/cuda/bin/nvcc", "/cuda", (13, 0), "13.0.88", "/usr/bin/c++", "/usr/bin/ninja")
+    nvcc = toolchain.Nvcc("/cuda/bin/nvcc", "/cuda", (13, 0), "13.0.88")
     monkeypatch.setattr("vsa_jit.jit.engines.nvcc.find_nvcc", lambda: nvcc)
     recipe = NvccEngine().recipe(toy(), ARCH)
     use_sources(monkeypatch, write_sources(tmp_path / "another" / "place"))
     elsewhere = replace(nvcc, path="/opt/cuda/bin/nvcc", home="/opt/cuda")
     monkeypatch.setattr("vsa_jit.jit.engines.nvcc.find_nvcc", lambda: elsewhere)
     assert NvccEngine().recipe(toy(), ARCH) == recipe
+    keys = {recipe.key}
     newer = replace(nvcc, build="13.0.99")
     monkeypatch.setattr("vsa_jit.jit.engines.nvcc.find_nvcc", lambda: newer)
-    assert NvccEngine().recipe(toy(), ARCH).key != recipe.key
+    keys.add(NvccEngine().recipe(toy(), ARCH).key)
+    monkeypatch.setattr(platform, "machine", lambda: "riscv64")
+    keys.add(NvccEngine().recipe(toy(), ARCH).key)
+    assert len(keys) == 3
 
 
 @contextlib.contextmanager
@@ -711,6 +717,25 @@ print(root.exists())
     assert run.stdout.strip() == "True"
 
 
+def test_a_forked_child_makes_its_own_private_folder(monkeypatch, tmp_path):
+    """That of its parent ends with the parent."""
+    monkeypatch.setenv("HOME", str(tmp_path / "nowhere"))
+    monkeypatch.delenv("VSA_JIT_CACHE_DIR", raising=False)
+    monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
+    mine = get()
+    roots = fork.Queue()
+
+    def work():
+        assert cache.find(mine.recipe) is None
+        roots.put((open_store().root, get().folder))
+
+    assert in_child(work) == 0
+    root, folder = roots.get(timeout=30)
+    assert root != open_store().root
+    assert folder.is_relative_to(root)
+    assert mine.artefact.exists()
+
+
 def test_nowhere_to_write_is_an_error_with_a_name(monkeypatch, tmp_path):
     def nowhere(**kwargs):
         raise FileNotFoundError("No usable temporary directory found")
@@ -731,6 +756,33 @@ def test_another_host_that_published_first(folder, monkeypatch):
     monkeypatch.setattr(cache.Store, "load", lambda store, recipe: answers.pop() if answers else load(store, recipe))
     assert get() == entry
     assert not answers
+
+
+def test_what_another_host_is_compiling_is_left_alone(folder, monkeypatch):
+    """Its locks do not reach this one, and only time tells that its process was killed."""
+    get(toy(7))
+    key = NVRTC.recipe(toy(), ARCH).key
+    running, ended, ours = (folder / "sm_90a" / "build" / f"{key}-{name}-x" for name in ("a", "b", cache._host()))
+    for private in (running, ended, ours):
+        private.mkdir()
+    long_ago = time.time() - cache.LOCK_LIMIT_S - 60
+    os.utime(ended, (long_ago, long_ago))
+    get()
+    assert [private.exists() for private in (running, ended, ours)] == [True, False, False]
+
+
+def test_another_host_that_published_while_this_one_could_not(folder, monkeypatch, caplog):
+    entry = get()
+    load = cache.Store.load
+    answers = [None, None]
+    monkeypatch.setattr(cache.Store, "load", lambda store, recipe: answers.pop() if answers else load(store, recipe))
+
+    def swept(*arguments):
+        raise FileNotFoundError(errno.ENOENT, "No such file or directory", "kernel.cubin")
+
+    monkeypatch.setattr(compiling, "run_worker", swept)
+    assert get() == entry
+    assert not caplog.records
 
 
 def test_a_file_system_without_locks(folder, monkeypatch, caplog):
@@ -778,6 +830,13 @@ def test_clear_leaves_running_compiles_alone(folder):
         assert not ended.exists()
     open_store().clear()
     assert not running.exists()
+
+
+def test_clear_where_no_lock_was_ever_made(folder):
+    left = folder / "sm_90a" / "build" / f"{'f' * 64}-abc"
+    left.mkdir(parents=True)
+    open_store().clear()
+    assert not left.exists()
 
 
 def test_clear_of_a_cache_that_can_only_be_read(folder, forgotten):

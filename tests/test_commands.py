@@ -27,8 +27,8 @@ def folder(tmp_path, monkeypatch) -> Path:
     for variable in ("VSA_JIT_ENGINE", "VSA_JIT_BACKEND"):
         monkeypatch.delenv(variable, raising=False)
     monkeypatch.setenv("VSA_JIT_CACHE_DIR", str(path))
-    for remembered in (cache._open_store, cache._private_store):
-        remembered.cache_clear()
+    cache._open_store.cache_clear()
+    cache._private_stores.clear()
     yield path
     cache._open_store.cache_clear()
 
@@ -232,6 +232,13 @@ def a_link(name: str, target: str) -> tarfile.TarInfo:
     return member
 
 
+def a_sparse_file(name: str) -> tarfile.TarInfo:
+    """A few bytes that say they are a terabyte."""
+    member = tarfile.TarInfo(name)
+    member.pax_headers = {"GNU.sparse.map": "0,0", "GNU.sparse.size": str(1 << 40), "GNU.sparse.numblocks": "1"}
+    return member
+
+
 def spoiled(good: dict[str, bytes], part: str, change) -> dict[str, bytes]:
     return {name: change(content) if name.endswith(part) else content for name, content in good.items()}
 
@@ -248,6 +255,14 @@ BROKEN = {
     "another file": lambda files: {**files, f"{next(iter(files)).rpartition('/')[0]}/run.sh": b"x"},
     "a manifest too deep": lambda files: spoiled(files, ".json", lambda text: b"[" * 200_000),
     "a label with escapes": lambda files: spoiled(files, ".json", lambda text: text.replace(b'"toy"', b'"\\u001b[2J"')),
+    "a compiler with escapes": lambda files: spoiled(
+        files, ".json", lambda text: text.replace(b"NVRTC", b"\\u001b[2J")
+    ),
+    "a recipe too deep": lambda files: spoiled(
+        files, ".json", lambda text: text.replace(b'"toy.cu"', b"[" * 900 + b"]" * 900)
+    ),
+    "a recipe that is none": lambda files: spoiled(files, ".json", lambda text: b'{"recipe": {"flags": 1}}'),
+    "a sparse file": lambda files: {**files, "sparse": a_sparse_file(f"sm_90a/{'0' * 64}/kernel.cubin")},
     "another artefact": lambda files: {**files, f"{next(iter(files)).rpartition('/')[0]}/kernel.so": b"x"},
     "an unknown architecture": lambda files: {**files, f"sm_{'9' * 300}/{'0' * 64}/kernel.cubin": b"x"},
     "a link": lambda files: {**files, "link": a_link(f"sm_90a/{'0' * 64}/kernel.cubin", "/etc/passwd")},
@@ -302,6 +317,16 @@ def test_import_into_a_folder_that_does_not_take_it(entries, tmp_path, folder):
     (folder / "sm_90a").chmod(0o777)
     with pytest.raises(CacheError, match=r"cannot be written to: .* can be written to by others"):
         import_entries(cache.open_store(), archive)
+
+
+def test_import_where_nothing_is_kept(entries, tmp_path, monkeypatch, capsys):
+    archive = tmp_path / "kernels.tar.gz"
+    export_entries(cache.open_store(), archive)
+    monkeypatch.delenv("VSA_JIT_CACHE_DIR")
+    monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
+    monkeypatch.setenv("HOME", str(tmp_path / "nowhere"))
+    assert command("cache", "import", str(archive)) == 1
+    assert "ends with this process" in capsys.readouterr().err
 
 
 def test_import_refuses_half_an_archive(entries, tmp_path):

@@ -1,5 +1,6 @@
 """Compiling: both engines on the same sources, what an error says, the time limit, and what a user sees."""
 
+import contextlib
 import logging
 import os
 import pty
@@ -20,8 +21,9 @@ from vsa_jit.jit import cache, engines, module, progress, toolchain
 from vsa_jit.jit import compile as compiling
 from vsa_jit.jit.compile import entries_of
 from vsa_jit.jit.engines.nvcc import NvccEngine
-from vsa_jit.jit.errors import CompileError, NotWarmError
+from vsa_jit.jit.errors import CompileError, LoadError, NotWarmError, Unavailable
 from vsa_jit.jit.source import read_source
+from vsa_jit.jit.worker import compile as worker_module
 
 ROOT = Path(__file__).parent.parent
 # What an ELF file says it is for.
@@ -38,6 +40,7 @@ def folder(tmp_path, monkeypatch) -> Path:
     cache._open_store.cache_clear()
     yield path
     cache._open_store.cache_clear()
+    cache._private_stores.clear()
 
 
 def get(engine=NVRTC, **kwargs):
@@ -72,7 +75,9 @@ def test_missing_headers_are_named_with_their_cure(sources, monkeypatch):
 
 def test_a_missing_include_is_named_with_who_includes_it(sources):
     (sources / "parts" / "value.cuh").write_text('#include "parts/nothing.cuh"\n')
-    with pytest.raises(FileNotFoundError, match=r"parts/nothing.cuh: expected below .*, included by parts/value.cuh"):
+    with pytest.raises(
+        Unavailable, match=r"parts/nothing.cuh: expected below .*, included by parts/value.cuh: No such"
+    ):
         get()
 
 
@@ -141,9 +146,12 @@ def wait_until(condition, seconds: float = 30) -> bool:
     return False
 
 
-@pytest.fixture
-def ninja_like(monkeypatch, tmp_path):
-    """A worker that, like ninja, starts a compiler in a process group of its own; gives the file with its number."""
+@pytest.fixture(params=["sleeper.wait()"])
+def ninja_like(request, monkeypatch, tmp_path):
+    """A worker that, like ninja, starts a compiler in a process group of its own; gives the file with its number.
+
+    The parameter is what it does then.
+    """
     pid_file = tmp_path / "pid"
     worker = tmp_path / "worker.py"
     worker.write_text(
@@ -151,7 +159,7 @@ def ninja_like(monkeypatch, tmp_path):
         "import compile as worker\n"
         "threading.Thread(target=worker.end_with_parent, daemon=True).start()\n"
         "sleeper = subprocess.Popen(['sleep', '100'], preexec_fn=os.setpgrp)\n"
-        f"open({str(pid_file)!r}, 'w').write(str(sleeper.pid))\nsleeper.wait()\n"
+        f"open({str(pid_file)!r}, 'w').write(str(sleeper.pid))\n{request.param}\n"
     )
     monkeypatch.setattr(compiling, "WORKER", worker)
     return pid_file
@@ -182,6 +190,47 @@ def test_the_time_limit_ends_all_that_the_compiler_started(monkeypatch, ninja_li
     with pytest.raises(CompileError, match="did not finish"):
         get()
     assert wait_until(lambda: not alive(pid_in(ninja_like)), 5)
+
+
+@pytest.mark.parametrize("ninja_like", ["os.kill(os.getpid(), 9)"], indirect=True)
+def test_a_worker_that_crashes_takes_its_compiler_along(ninja_like):
+    with pytest.raises(CompileError, match=r"the compiler crashed \(SIGKILL\)"):
+        get()
+    assert wait_until(lambda: not alive(pid_in(ninja_like)), 5)
+
+
+def test_a_worker_that_shares_a_session_ends_alone(tmp_path):
+    """Started by hand, it must not take the shell along."""
+    code = (
+        f"import sys, time\nsys.path.insert(0, {str(compiling.WORKER.parent)!r})\nimport compile as worker\n"
+        "worker.end_with_parent()"
+    )
+    run = subprocess.run([sys.executable, "-c", code], stdin=subprocess.DEVNULL)
+    assert run.returncode == 1
+
+
+def test_a_process_whose_children_somebody_else_waits_for(monkeypatch):
+    child = os.fork()
+    if child == 0:
+        signal.signal(signal.SIGCHLD, signal.SIG_IGN)
+        try:
+            os._exit(7 if get().size > 0 else 1)
+        finally:
+            os._exit(1)
+    _, status = os.waitpid(child, 0)
+    assert os.waitstatus_to_exitcode(status) == 7
+
+
+@pytest.mark.parametrize("readable", [True, False])
+def test_processes_of_another_namespace_are_left_alone(monkeypatch, readable):
+    def readlink(path):
+        if not readable:
+            raise FileNotFoundError(path)
+        return "1"
+
+    assert os.getpid() in worker_module.processes_of(os.getsid(0))
+    monkeypatch.setattr(worker_module.os, "readlink", readlink)
+    assert worker_module.processes_of(os.getsid(0)) == set()
 
 
 def test_a_killed_process_takes_its_compiler_along(ninja_like):
@@ -244,12 +293,18 @@ def test_the_worker_is_not_led_astray(monkeypatch, tmp_path):
 
 
 def test_variables_that_change_the_code_reach_no_compiler(monkeypatch, tmp_path):
-    worker_that(
-        monkeypatch, tmp_path, "print('error: ' + os.environ.get('NVCC_APPEND_FLAGS', 'none')); raise SystemExit(1)"
+    """Neither here nor in the command that an error names."""
+    says = (
+        "def compile_nvrtc(*job):\n    raise RuntimeError('flags: ' + str(os.environ.get('NVCC_APPEND_FLAGS')))\n\n\n"
     )
+    worker = tmp_path / "worker.py"
+    worker.write_text(compiling.WORKER.read_text().replace("def main(", says + "def main("))
+    monkeypatch.setattr(compiling, "WORKER", worker)
     monkeypatch.setenv("NVCC_APPEND_FLAGS", "-G")
-    with pytest.raises(CompileError, match="error: none"):
+    with pytest.raises(CompileError, match="flags: None") as caught:
         get()
+    again = subprocess.run(caught.value.command, shell=True, capture_output=True, text=True, stdin=subprocess.DEVNULL)
+    assert again.stdout == "flags: None\n"
 
 
 @pytest.mark.parametrize("executable", [None, "", "/usr/bin/uwsgi"])
@@ -291,6 +346,25 @@ def test_a_compiler_that_does_not_end_is_ended(monkeypatch, tmp_path):
     with pytest.raises(CompileError, match=r"the compiler did not finish within 0\.5 s"):
         get()
     assert time.monotonic() - start < 10
+
+
+def test_a_cancelled_compile_is_no_failure(folder, monkeypatch, tmp_path):
+    """Of two kernels one fails: the other's compiler ends at once, and leaves nothing."""
+    worker_that(
+        monkeypatch,
+        tmp_path,
+        "import sys\n"
+        "if '-DTOY_ADDEND=7' in open(sys.argv[1] + '/job.json').read(): raise SystemExit('error: seven')\n"
+        "time.sleep(60)",
+    )
+    monkeypatch.setattr(compiling, "at_once", lambda wanted, gigabytes: wanted)
+    start = time.monotonic()
+    with pytest.raises(CompileError, match="seven could not be compiled: error: seven"):
+        entries_of([toy(), toy(7, "seven")], ARCH, NVRTC, target="a test")
+    assert time.monotonic() - start < 20
+    kept = [path.name for path in (folder / "sm_90a" / "failed").iterdir()]
+    assert kept == [NVRTC.recipe(toy(7), ARCH).key]
+    assert list((folder / "sm_90a" / "build").iterdir()) == []
 
 
 def test_a_compiler_that_says_nothing(monkeypatch, tmp_path):
@@ -345,6 +419,16 @@ def test_information_is_logged_where_it_is_asked_for(capfd, caplog):
     assert re.fullmatch(LINE, first)
     assert re.fullmatch(r"compiled in \d+\.\d s", second)
     assert capfd.readouterr().err == ""
+
+
+def test_the_line_says_where_nothing_is_kept(monkeypatch, tmp_path, caplog):
+    monkeypatch.delenv("VSA_JIT_CACHE_DIR")
+    monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
+    monkeypatch.setenv("HOME", str(tmp_path / "nowhere"))
+    with caplog.at_level(logging.INFO, logger="vsa_jit"):
+        get()
+    (line,) = [record.getMessage() for record in caplog.records if record.getMessage().startswith("compiling")]
+    assert line.endswith(", about 1 s, not kept")
 
 
 SHOW = """
@@ -438,7 +522,7 @@ def linkable(monkeypatch, tmp_path):
 
 def test_nvcc_builds_the_same_sources(linkable, tmp_path):
     engine = NvccEngine()
-    assert engines.why_not(engine, ARCH) is None
+    assert engines.why_not(engine) is None
     entry = get(engine)
     needed = subprocess.run(["readelf", "-d", entry.artefact], capture_output=True, text=True, check=True).stdout
     assert "libcudart.so" in needed
@@ -493,3 +577,20 @@ def test_a_missing_kernel_in_a_capture_asks_for_a_warmup(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
     with pytest.raises(NotWarmError, match="toy: not loaded, and a CUDA graph is being captured; run warmup first"):
         module.load([toy()], 0)
+
+
+@pytest.mark.parametrize("broken", ["thread", "context", "cubin"])
+def test_whatever_fails_while_loading_is_a_load_error(monkeypatch, broken):
+    def fail(*args, **kwargs):
+        raise RuntimeError(f"no {broken}")
+
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "a GPU")
+    monkeypatch.setattr(torch.cuda, "device", lambda device: contextlib.nullcontext())
+    monkeypatch.setattr(module, "make_context_current", fail if broken == "context" else lambda device: None)
+    if broken == "thread":
+        monkeypatch.setattr(threading.Thread, "start", fail)
+    monkeypatch.setattr(NVRTC.__class__, "function", fail)
+    with pytest.raises(LoadError, match=rf"toy could not be loaded: RuntimeError: no {broken} \(`vsa-jit cache clear`"):
+        module.load([toy()], 0, "nvrtc")

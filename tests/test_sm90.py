@@ -161,8 +161,8 @@ def inputs() -> Inputs:
 
 
 def test_engines_give_the_same_bits(fresh, inputs):
-    if engines.why_not(engines.ENGINES[1], support.ARCH) is not None:
-        pytest.skip(f"needs the engine nvcc: {engines.why_not(engines.ENGINES[1], support.ARCH)}")
+    if engines.why_not(engines.ENGINES[1]) is not None:
+        pytest.skip(f"needs the engine nvcc: {engines.why_not(engines.ENGINES[1])}")
     problem = problem_of(inputs)
     results = []
     for engine in ("nvrtc", "nvcc"):
@@ -306,7 +306,7 @@ torch.cuda.synchronize()
 
 @pytest.mark.parametrize("engine", ["nvrtc", "nvcc"])
 def test_the_second_process_compiles_nothing(tmp_path, engine):
-    if engines.why_not(dict(zip(engines.NAMES[1:], engines.ENGINES, strict=True))[engine], support.ARCH) is not None:
+    if engines.why_not(dict(zip(engines.NAMES[1:], engines.ENGINES, strict=True))[engine]) is not None:
         pytest.skip(f"needs the engine {engine}")
     environment = {
         **os.environ, "VSA_JIT_CACHE_DIR": str(tmp_path / "cache"), "VSA_JIT_ENGINE": engine, "PYTHONPATH": str(ROOT),

@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from vsa_jit import doctor
 from vsa_jit.jit import engines, toolchain
 from vsa_jit.jit.errors import Unavailable
 from vsa_jit.jit.source import kernels_dir, read_source
@@ -171,7 +172,7 @@ def test_our_kernels_include_nothing_of_cuda():
 def test_versions_of_nvrtc_and_driver(monkeypatch, tmp_path, nvrtc, driver, reason):
     fake_nvrtc(monkeypatch, tmp_path, nvrtc)
     fake_driver(monkeypatch, driver)
-    found = engines.why_not(NVRTC, ARCH)
+    found = engines.why_not(NVRTC)
     assert (found and found.reason) == reason
     assert reason is None or found.mend
 
@@ -190,7 +191,7 @@ def test_version_of_the_driver(monkeypatch, driver, fits):
 def test_a_missing_package_is_named_with_its_cure(monkeypatch, package):
     monkeypatch.setattr(toolchain, "has_package", lambda name: name != package)
     monkeypatch.setattr(torch.version, "cuda", "12.8")
-    error = engines.why_not(NVRTC, ARCH)
+    error = engines.why_not(NVRTC)
     assert (error.reason, error.mend) == (f"the package {package} is not installed", "pip install 'vsa-jit[cuda12]'")
 
 
@@ -199,7 +200,7 @@ def test_nvrtc_that_is_nowhere(monkeypatch):
         raise Unavailable("NVRTC was found in no pip package, conda or toolkit", toolchain.cuda_extra())
 
     monkeypatch.setattr(toolchain, "locate_nvrtc", nowhere)
-    assert engines.why_not(NVRTC, ARCH).reason == "NVRTC was found in no pip package, conda or toolkit"
+    assert engines.why_not(NVRTC).reason == "NVRTC was found in no pip package, conda or toolkit"
 
 
 def toolkit(root: Path, release="13.0", build="V13.0.88", lib="lib64", runtime=True) -> Path:
@@ -228,12 +229,10 @@ def tools(monkeypatch, tmp_path, *names: str) -> Path:
 @pytest.mark.parametrize("variable", ["CUDA_HOME", "CUDA_PATH"])
 @pytest.mark.parametrize("lib", ["lib64", "lib"])
 def test_a_toolkit_that_is_named(monkeypatch, tmp_path, variable, lib):
-    folder = tools(monkeypatch, tmp_path, "c++", "ninja")
+    tools(monkeypatch, tmp_path, "c++", "ninja")
     root = toolkit(tmp_path / "cuda", "12.6", "V12.6.20", lib)
     monkeypatch.setenv(variable, str(root))
-    assert toolchain.find_nvcc() == Nvcc(
-        str(root / "bin" / "nvcc"), str(root), (12, 6), "12.6.20", str(folder / "c++"), str(folder / "ninja")
-    )
+    assert toolchain.find_nvcc() == Nvcc(str(root / "bin" / "nvcc"), str(root), (12, 6), "12.6.20")
 
 
 def test_a_toolkit_on_path(monkeypatch, tmp_path):
@@ -252,7 +251,7 @@ def test_a_named_toolkit_that_is_none(monkeypatch, tmp_path, runtime):
     tools(monkeypatch, tmp_path, "c++", "ninja")
     root = toolkit(tmp_path / "cuda", runtime=False) if runtime else tmp_path / "nothing"
     monkeypatch.setenv("CUDA_HOME", str(root))
-    error = engines.why_not(NVCC, ARCH)
+    error = engines.why_not(NVCC)
     reason = f"no CUDA toolkit (bin/nvcc and libcudart.so) in {tmp_path / ('cuda' if runtime else 'nothing')}"
     assert (error.reason, error.mend) == (reason, "install a CUDA toolkit and set CUDA_HOME to it")
 
@@ -260,24 +259,42 @@ def test_a_named_toolkit_that_is_none(monkeypatch, tmp_path, runtime):
 def test_no_toolkit_anywhere(monkeypatch, tmp_path):
     tools(monkeypatch, tmp_path, "c++", "ninja")
     monkeypatch.setattr(toolchain, "find_cuda_home", lambda: None)
-    assert engines.why_not(NVCC, ARCH).reason == NO_TOOLKIT
+    assert engines.why_not(NVCC).reason == NO_TOOLKIT
 
 
 @pytest.mark.parametrize(
     ("value", "found"), [("ccache g++", "ccache"), ("", "c++"), ("'my compiler' -m64", "my compiler")]
 )
 def test_cxx_may_have_arguments(monkeypatch, tmp_path, value, found):
-    folder = tools(monkeypatch, tmp_path, "c++", "ninja", "ccache", "my compiler")
+    tools(monkeypatch, tmp_path, "ninja", found)
     monkeypatch.setenv("CUDA_HOME", str(toolkit(tmp_path / "cuda")))
     monkeypatch.setenv("CXX", value)
-    assert toolchain.find_nvcc().host_compiler == str(folder / found)
+    assert toolchain.host_compiler() == found
+    assert toolchain.find_nvcc().path == str(tmp_path / "cuda" / "bin" / "nvcc")
+
+
+def test_a_cxx_that_is_no_command_is_named(monkeypatch, tmp_path):
+    tools(monkeypatch, tmp_path, "c++", "ninja")
+    monkeypatch.setenv("CUDA_HOME", str(toolkit(tmp_path / "cuda")))
+    monkeypatch.setenv("CXX", "g++ '-DX")
+    reason = 'CXX: expected a command, got "g++ \'-DX" (No closing quotation)'
+    assert engines.why_not(NVCC).reason == reason
+    assert doctor.examine()["host_compiler"] == {"missing": reason, "mend": "set CXX to a C++ compiler"}
+
+
+def test_an_nvcc_that_speaks_no_utf8(monkeypatch, tmp_path):
+    tools(monkeypatch, tmp_path, "c++", "ninja")
+    root = toolkit(tmp_path / "cuda")
+    (root / "bin" / "nvcc").write_bytes(b"#!/bin/sh\necho '\xff release 13.0, V13.0.88'\n")
+    monkeypatch.setenv("CUDA_HOME", str(root))
+    assert toolchain.find_nvcc().build == "13.0.88"
 
 
 def test_a_broken_nvrtc_is_a_reason(monkeypatch, tmp_path):
     library = tmp_path / "libnvrtc.so.13"
     library.write_text("no library")
     monkeypatch.setattr(toolchain, "locate_nvrtc", lambda: (str(library), "site-packages"))
-    assert engines.why_not(NVRTC, ARCH).reason.startswith("NVRTC cannot be loaded: OSError: ")
+    assert engines.why_not(NVRTC).reason.startswith("NVRTC cannot be loaded: OSError: ")
 
 
 def test_a_module_of_the_user_named_cuda(monkeypatch, tmp_path):
@@ -285,7 +302,7 @@ def test_a_module_of_the_user_named_cuda(monkeypatch, tmp_path):
     monkeypatch.setattr(sys, "path", [str(tmp_path), *sys.path])
     for name in [name for name in sys.modules if name.partition(".")[0] == "cuda"]:
         monkeypatch.delitem(sys.modules, name)
-    assert engines.why_not(NVRTC, ARCH).reason == "the package cuda.pathfinder is not installed"
+    assert engines.why_not(NVRTC).reason == "the package cuda.pathfinder is not installed"
 
 
 @pytest.mark.parametrize(
@@ -298,7 +315,7 @@ def test_a_module_of_the_user_named_cuda(monkeypatch, tmp_path):
 def test_what_nvcc_needs_beside_it(monkeypatch, tmp_path, present, reason, mend):
     tools(monkeypatch, tmp_path, *present)
     monkeypatch.setenv("CUDA_HOME", str(toolkit(tmp_path / "cuda")))
-    error = engines.why_not(NVCC, ARCH)
+    error = engines.why_not(NVCC)
     assert (error.reason, error.mend) == (reason, mend)
 
 
@@ -318,7 +335,7 @@ def test_versions_of_nvcc(monkeypatch, tmp_path, nvcc, built_for, driver, reason
     monkeypatch.setenv("CUDA_HOME", str(toolkit(tmp_path / "cuda", nvcc, f"V{nvcc}.1")))
     monkeypatch.setattr(torch.version, "cuda", built_for)
     fake_driver(monkeypatch, driver)
-    error = engines.why_not(NVCC, ARCH)
+    error = engines.why_not(NVCC)
     assert (error and error.reason) == reason
 
 
@@ -327,10 +344,10 @@ def test_an_nvcc_that_does_not_run(monkeypatch, tmp_path):
     root = toolkit(tmp_path / "cuda")
     (root / "bin" / "nvcc").write_text("#!/bin/sh\nexit 3\n")
     monkeypatch.setenv("CUDA_HOME", str(root))
-    assert "does not run: " in engines.why_not(NVCC, ARCH).reason
+    assert "does not run: " in engines.why_not(NVCC).reason
     toolchain.find_nvcc.cache_clear()
     (root / "bin" / "nvcc").write_text("#!/bin/sh\necho nothing\n")
-    assert "does not tell a version" in engines.why_not(NVCC, ARCH).reason
+    assert "does not tell a version" in engines.why_not(NVCC).reason
 
 
 def test_ninja_of_this_environment_is_found_though_it_is_not_activated(monkeypatch):
@@ -342,7 +359,7 @@ def only(monkeypatch, *runs):
     """Engines of which only these would run."""
 
     def check(engine):
-        def checked(arch):
+        def checked():
             if engine.name not in runs:
                 raise Unavailable(f"no {engine.name}", f"install {engine.name}")
 

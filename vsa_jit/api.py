@@ -245,7 +245,8 @@ def warmup(
     Raises:
         TypeError, ValueError: an argument is wrong; the message names it and lists what is allowed.
         vsa_jit.CompileError: a kernel does not compile.
-        RuntimeError: there is nothing to compile with, or no folder to keep the result in; the message says why.
+        RuntimeError: there is nothing to compile with, or the result is for another machine and there is no folder to
+            keep it in; the message says why. Where the GPU is here, the kernels are ready for this process in any case.
     """
     from vsa_jit import precompile
 

@@ -14,7 +14,7 @@ from vsa_jit.backends import choose
 from vsa_jit.jit import cache, engines, toolchain
 from vsa_jit.jit.cache import BadEntry, open_store
 from vsa_jit.jit.errors import JitError, Unavailable
-from vsa_jit.jit.toolchain import ARCHS, dotted
+from vsa_jit.jit.toolchain import dotted
 from vsa_jit.names import check_name
 from vsa_jit.problem import Problem
 
@@ -37,7 +37,7 @@ def examine() -> dict[str, Any]:
         "nvrtc": _or_missing(_nvrtc),
         "headers": _or_missing(_headers),
         "nvcc": _or_missing(_nvcc),
-        "host_compiler": _tool(toolchain.host_compiler(), "apt install g++, or set CXX"),
+        "host_compiler": _or_missing(lambda: _tool(toolchain.host_compiler(), "apt install g++, or set CXX")),
         "ninja": _tool("ninja", "pip install ninja"),
         "cache": _or_missing(_cache),
         "settings": {
@@ -45,9 +45,7 @@ def examine() -> dict[str, Any]:
             engines.ENVIRONMENT_VARIABLE: _setting(engines.ENVIRONMENT_VARIABLE, _one_of(engines.NAMES)),
             cache.ENVIRONMENT_VARIABLE: _setting(cache.ENVIRONMENT_VARIABLE, lambda name, value: open_store()),
         },
-        "engines": {
-            engine.name: _verdict(engines.why_not(engine, arch)) for engine in engines.ENGINES for arch in ARCHS
-        },
+        "engines": {engine.name: _verdict(engines.why_not(engine)) for engine in engines.ENGINES},
         "backends": {str(device): _backends(device) for device in _devices()},
     }
 

@@ -39,12 +39,15 @@ def warmup(arch: str | None, dtype: Any, head_dim: Any, block_size: Any, engine:
     if arch == here:
         module.load(kernels, torch.cuda.current_device(), chosen.name)
     else:
-        store = open_store()
-        if not store.kept or not all(entry.folder.is_relative_to(store.root) for entry in entries):
-            raise CacheError(
-                f"the kernels cannot be kept: {store.root} cannot be written to, or ends with this process"
-            )
+        check_kept([entry.folder for entry in entries])
     return [entry.folder for entry in entries]
+
+
+def check_kept(folders: Sequence[Path]) -> None:
+    """Raises ``CacheError`` where kernels in these folders end with this process."""
+    store = open_store()
+    if not store.kept or not all(folder.is_relative_to(store.root) for folder in folders):
+        raise CacheError(f"the kernels cannot be kept: {store.root} cannot be written to, or ends with this process")
 
 
 def _arch_here() -> str | None:

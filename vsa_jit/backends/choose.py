@@ -18,7 +18,7 @@ from typing import Protocol, cast
 import torch
 from torch import Tensor
 
-from vsa_jit.jit.errors import JitError, NotWarmError
+from vsa_jit.jit.errors import JitError, NotWarmError, SettingError
 from vsa_jit.names import check_name
 from vsa_jit.problem import Gradients, Operands, Problem
 
@@ -30,8 +30,8 @@ HOPPER_CAPABILITY = (9, 0)
 
 _logger = logging.getLogger("vsa_jit")
 _logged: set[tuple[str, ...]] = set()
-# Backends that turned out not to run in this process, and why.
-_failed: dict[str, str] = {}
+# What turned out not to run in this process, by backend, device, dtype and head dimension, and why.
+_failed: dict[tuple[str, torch.device, torch.dtype, int], str] = {}
 # What was chosen for a call, so that a call like it asks nothing again.
 _chosen: dict[tuple, Backend] = {}
 
@@ -189,12 +189,15 @@ def choose(problem: Problem, device: torch.device, dtype: torch.dtype, tensors: 
 
     Raises:
         RuntimeError: the backend asked for by name cannot run the call; the message says why.
+        SettingError, ValueError: an environment variable has a wrong value.
     """
     source, name = _requested(problem)
     reasons: dict[str, str] = {}
-    chosen = None
+    chosen = engine = None
     for entry in ENTRIES:
-        reason = _failed.get(entry.name) or entry.why_not(problem, device, dtype, tensors)
+        # Who asks for a backend by name gets its own error each time.
+        failed = _failed.get((entry.name, device, dtype, problem.head_dim)) if name == "auto" else None
+        reason = failed or entry.why_not(problem, device, dtype, tensors)
         if reason is not None:
             reasons[entry.name] = reason
         elif name == "auto" and not entry.made_for(device):
@@ -202,12 +205,18 @@ def choose(problem: Problem, device: torch.device, dtype: torch.dtype, tensors: 
         elif chosen is not None:
             reasons[entry.name] = f"slower than {chosen.name}"
         elif name in ("auto", entry.name):
-            chosen = entry
+            try:
+                engine = entry.engine(problem, dtype)
+                chosen = entry
+            except SettingError:
+                raise
+            except JitError as error:
+                reasons[entry.name] = str(error)
         else:
             reasons[entry.name] = f"{name} was asked for"
     if chosen is None:
         raise RuntimeError(f"{source}={name!r} cannot run this call: {reasons[name]}")
-    return Choice(chosen.name, chosen.engine(problem, dtype), reasons)
+    return Choice(chosen.name, engine, reasons)
 
 
 def backend_for(problem: Problem, *tensors: Tensor) -> Backend:
@@ -237,12 +246,12 @@ def _choose_and_prepare(
     if entry.prepare is not None:
         try:
             entry.prepare(problem, device, dtype)
-        except NotWarmError:
+        except (NotWarmError, SettingError):
             raise
         except JitError as error:
             if _requested(problem)[1] != "auto":
                 raise
-            _failed[entry.name] = str(error)
+            _failed[entry.name, device, dtype, problem.head_dim] = str(error)
             return _choose_and_prepare(problem, device, dtype, tensors)
     _log_once(choice, problem, device)
     return cast(Backend, importlib.import_module(entry.module))

@@ -9,9 +9,8 @@ import torch
 import vsa_jit
 from vsa_jit.bench import parse
 from vsa_jit.jit import engines
-from vsa_jit.jit.cache import open_store
-from vsa_jit.jit.errors import CacheError
 from vsa_jit.jit.toolchain import ARCHS
+from vsa_jit.precompile import check_kept
 
 SUMMARY = "compile kernels ahead of time, on any machine"
 DESCRIPTION = """\
@@ -48,9 +47,7 @@ def run(args: argparse.Namespace) -> int:
         )
     except ValueError as error:
         raise argparse.ArgumentError(None, str(error)) from None
-    store = open_store()
-    if not store.kept or not all(folder.is_relative_to(store.root) for folder in folders):
-        raise CacheError(f"the kernels cannot be kept: {store.root} cannot be written to, or ends with this process")
+    check_kept(folders)
     for folder in folders:
         print(folder)
     print(f"{len(folders)} kernels are ready")

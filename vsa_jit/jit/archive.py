@@ -64,8 +64,8 @@ def import_entries(store: Store, file: Path) -> tuple[int, int]:
     Raises:
         CacheError: the file is no archive, or an entry in it is bad, or the store cannot be written to.
     """
-    if not store.writable:
-        raise CacheError(f"{store.root} cannot be written to")
+    if not (store.writable and store.kept):
+        raise CacheError(f"{store.root} cannot be written to, or ends with this process")
     new = present = 0
     for recipe, artefact in _read(file):
         made = False
@@ -95,7 +95,7 @@ def _read(file: Path) -> list[tuple[Recipe, bytes]]:
         with tarfile.open(fileobj=io.BytesIO(unpacked), mode="r:") as archive:
             for member in archive:
                 name = _NAME.fullmatch(member.name)
-                if name is None or not member.isreg() or name[1] not in ARCHS.values():
+                if name is None or not member.isreg() or member.issparse() or name[1] not in ARCHS.values():
                     raise CacheError(f"{expected}, and {member.name!r} is not part of one")
                 entry = contents.setdefault((name[1], name[2]), {})
                 opened = archive.extractfile(member)

@@ -21,6 +21,7 @@ import hashlib
 import json
 import logging
 import os
+import platform
 import shutil
 import stat
 import tempfile
@@ -30,23 +31,22 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from vsa_jit.jit.errors import CacheError, CompileError
+from vsa_jit.jit.errors import CacheError, CompileError, SettingError
 
 ENVIRONMENT_VARIABLE = "VSA_JIT_CACHE_DIR"
 MANIFEST = "manifest.json"
 FORMAT = 1
 # Longer than a compile may take: who waits so long waits for a process that was stopped.
 LOCK_LIMIT_S = 360.0
-_KEY_LENGTH = 64
-_OVERFLOW_USER = 65534
 LOCK_POLL_S = 0.02
 _KEY_LENGTH = 64
 _OVERFLOW_USER = 65534
-LOCK_POLL_S = 0.02
 # A variable that names such a place was set wrong; any other failure is the machine's state, and no error.
 _WRONG_PATH = (errno.ENOTDIR, errno.EEXIST, errno.ELOOP, errno.ENAMETOOLONG)
 
 _logger = logging.getLogger("vsa_jit")
+# By process: a forked child makes its own.
+_private_stores: dict[int, Store] = {}
 
 
 @dataclass(frozen=True)
@@ -112,13 +112,15 @@ def check_entry(key: str, manifest: bytes, artefact_of: Callable[[str], bytes]) 
     try:
         record = json.loads(manifest)
         fields = record["recipe"]
-        recipe = Recipe(**{**fields, "flags": tuple(fields["flags"])})
+        flags = tuple(fields["flags"])
+        texts = [*flags, *(value for name, value in fields.items() if name != "flags")]
+        recipe = Recipe(**{**fields, "flags": flags})
         size, digest = record["size"], record["sha256"]
         said_format, said_key = record["format"], record["key"]
-    except (ValueError, TypeError, KeyError, RecursionError):
+    except (ValueError, TypeError, KeyError, AttributeError, RecursionError):
         raise BadEntry(f"{MANIFEST} is not a manifest") from None
-    if not isinstance(recipe.label, str) or not recipe.label.isprintable():
-        raise BadEntry("its label is not printable")
+    if not all(isinstance(text, str) and text.isprintable() for text in texts):
+        raise BadEntry("its recipe is not of printable text")
     if said_format != FORMAT:
         raise BadEntry(f"its format is {said_format!r}, not {FORMAT}")
     if not (said_key == key == recipe.key):
@@ -241,9 +243,12 @@ class Store:
 
     def _compile(self, recipe: Recipe, make: Callable[[Path], bytes]) -> Entry:
         arch = self.root / recipe.arch
+        prefix = f"{recipe.key}-{_host()}-"
         for left in (arch / "build").glob(f"{recipe.key}-*"):
-            _remove(left)
-        private = Path(tempfile.mkdtemp(prefix=f"{recipe.key}-", dir=arch / "build"))
+            # Locks do not reach every host that shares a folder: another one may still be compiling.
+            if left.name.startswith(prefix) or _age_s(left) > LOCK_LIMIT_S:
+                _remove(left)
+        private = Path(tempfile.mkdtemp(prefix=prefix, dir=arch / "build"))
         try:
             artefact = make(private)
             return self.publish(recipe, manifest_of(recipe, artefact).encode(), artefact, private)
@@ -307,6 +312,19 @@ class Store:
         return count
 
 
+def _host() -> str:
+    """This host's name as part of a file's."""
+    return hashlib.sha256(platform.node().encode()).hexdigest()[:8]
+
+
+def _age_s(path: Path) -> float:
+    """Seconds since a file or folder was changed; 0 where it is gone."""
+    try:
+        return time.time() - path.lstat().st_mtime
+    except FileNotFoundError:
+        return 0.0
+
+
 def _children(folder: Path) -> list[Path]:
     return list(folder.iterdir()) if folder.is_dir() and not folder.is_symlink() else []
 
@@ -329,13 +347,13 @@ def user_folder() -> Path:
     """Where this user's kernels are kept.
 
     Raises:
-        CacheError: VSA_JIT_CACHE_DIR is not an absolute path; the message says what it is.
+        SettingError: VSA_JIT_CACHE_DIR is not an absolute path; the message says what it is.
         _NoHomeError: there is no home folder.
     """
     named = os.environ.get(ENVIRONMENT_VARIABLE)
     if named:
         if not os.path.isabs(named):
-            raise CacheError(f"{ENVIRONMENT_VARIABLE}: expected an absolute path of a folder, got {named!r}")
+            raise SettingError(f"{ENVIRONMENT_VARIABLE}: expected an absolute path of a folder, got {named!r}")
         return Path(named)
     xdg = os.environ.get("XDG_CACHE_HOME")
     # The XDG specification ignores paths that are not absolute.
@@ -354,13 +372,15 @@ def open_store() -> Store:
     """The user's store, or, where that cannot be used, a private one that ends with the process.
 
     Raises:
-        CacheError: VSA_JIT_CACHE_DIR names what is not a folder, or one that somebody else could write to.
+        SettingError: VSA_JIT_CACHE_DIR names what is not a folder, or one that somebody else could write to.
+        CacheError: nowhere can anything be written.
     """
-    return _open_store(os.environ.get(ENVIRONMENT_VARIABLE), os.environ.get("XDG_CACHE_HOME"), os.environ.get("HOME"))
+    variables = (ENVIRONMENT_VARIABLE, "XDG_CACHE_HOME", "HOME")
+    return _open_store(os.getpid(), *map(os.environ.get, variables))
 
 
 @functools.cache
-def _open_store(named: str | None, xdg: str | None, home: str | None) -> Store:
+def _open_store(pid: int, named: str | None, xdg: str | None, home: str | None) -> Store:
     try:
         folder = user_folder()
     except _NoHomeError as error:
@@ -378,7 +398,7 @@ def _open_store(named: str | None, xdg: str | None, home: str | None) -> Store:
     if unsafe is None:
         return Store(place, writable=os.access(existing, os.W_OK | os.X_OK), kept=True)
     if named:
-        raise CacheError(f"{ENVIRONMENT_VARIABLE}: expected a folder that nobody else can write to, but {unsafe}")
+        raise SettingError(f"{ENVIRONMENT_VARIABLE}: expected a folder that nobody else can write to, but {unsafe}")
     return _fall_back(unsafe)
 
 
@@ -388,11 +408,9 @@ def private_store() -> Store:
     Raises:
         CacheError: nowhere can anything be written.
     """
-    return _private_store(os.getpid())
-
-
-@functools.cache
-def _private_store(pid: int) -> Store:
+    pid = os.getpid()
+    if pid in _private_stores:
+        return _private_stores[pid]
     try:
         folder = Path(tempfile.mkdtemp(prefix="vsa_jit-"))
     except OSError as error:
@@ -404,7 +422,7 @@ def _private_store(pid: int) -> Store:
             _remove(folder)
 
     atexit.register(remove)
-    return Store(folder, writable=True, kept=False)
+    return _private_stores.setdefault(pid, Store(folder, writable=True, kept=False))
 
 
 def _fall_back(reason: str) -> Store:
@@ -480,6 +498,8 @@ def _is_locked(path: Path) -> bool:
     try:
         with _locked(path, cancelled):
             return False
+    except FileNotFoundError:
+        return False
     except OSError:
         return True
 
@@ -500,6 +520,10 @@ def find_or_build(recipe: Recipe, make: Callable[[Path], bytes], cancelled: thre
         except OSError as error:
             if cancelled.is_set():
                 raise CompileError(recipe.label, "cancelled") from None
+            # Another host that locks do not reach may have been faster.
+            entry = find(recipe)
+            if entry is not None:
+                return entry
             warn_not_kept(f"{error.strerror}: {store.root}")
     else:
         warn_not_kept(f"{store.root} cannot be written to")
@@ -512,8 +536,8 @@ def find_or_build(recipe: Recipe, make: Callable[[Path], bytes], cancelled: thre
 def _stores() -> list[Store]:
     store = open_store()
     # A private store is made only when something must be written to it.
-    private = [private_store()] if _private_store.cache_info().currsize else []
-    return [store, *(other for other in private if other is not store)]
+    private = _private_stores.get(os.getpid(), store)
+    return [store] if private is store else [store, private]
 
 
 def _is_key(name: str) -> bool:

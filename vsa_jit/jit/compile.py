@@ -23,15 +23,10 @@ from vsa_jit.jit.worker.compile import kill_session
 
 WORKER = Path(__file__).parent / "worker" / "compile.py"
 TIME_LIMIT_S = 300.0
-POLL_S = 0.1
+POLL_S = 0.01
 ROOM_BYTES = 1 << 20
-# "a.cu(3): error: ...", "ptxas fatal : ...", "OSError: ..."; not PyTorch's "Error building extension".
-# What nvcc and the compilers under it take from the environment: an entry must be what its key says.
-CODE_CHANGING_VARIABLES = {
-    *("NVCC_PREPEND_FLAGS", "NVCC_APPEND_FLAGS", "NVCC_CCBIN", "PYTORCH_NVCC", "TORCH_CUDA_ARCH_LIST"),
-    *("CPATH", "C_INCLUDE_PATH", "CPLUS_INCLUDE_PATH", "CFLAGS", "CXXFLAGS", "CPPFLAGS", "LDFLAGS"),
-}
 _SIGNALS = frozenset(signal.Signals)
+# "a.cu(3): error: ...", "ptxas fatal : ...", "OSError: ..."; not PyTorch's "Error building extension".
 _ERROR = re.compile(r"(error|fatal)\s*:", re.IGNORECASE)
 
 
@@ -48,17 +43,19 @@ def entries_of(kernels: Sequence[Kernel], arch: str, engine: Engine, *, target: 
     found = {recipe: cache.find(recipe) for recipe in recipes}
     missing = {recipe: kernel for recipe, kernel in zip(recipes, kernels, strict=True) if found[recipe] is None}
     if missing:
-        where = cache.open_store().root / ARCHS[arch]
+        store = cache.open_store()
+        where = store.root / ARCHS[arch] if store.kept and store.writable else None
         cancelled = threading.Event()
         labels = [recipe.label for recipe in missing]
         with (
             progress.Compiling(labels, f"{target} ({ARCHS[arch]})", engine.compiler(), engine.seconds, where) as shown,
             ThreadPoolExecutor(at_once(len(missing), engine.gigabytes)) as pool,
         ):
-            pending = {
-                pool.submit(_entry_of, kernel, recipe, engine, cancelled): recipe for recipe, kernel in missing.items()
-            }
             try:
+                pending = {
+                    pool.submit(_entry_of, kernel, recipe, engine, cancelled): recipe
+                    for recipe, kernel in missing.items()
+                }
                 for done in as_completed(pending):
                     found[pending[done]] = done.result()
                     shown.advance()
@@ -101,7 +98,7 @@ def run_worker(label: str, folder: Path, cancelled: threading.Event) -> None:
     """Runs the compiler on the job in a folder, in a process that ends with this one, or after ``TIME_LIMIT_S``.
 
     Raises:
-        CompileError: it failed, or was cancelled.
+        CompileError: it failed, did not end in time, does not start, or was cancelled.
         OSError: the folder has no room.
     """
     # Where Python is part of another program, that program would start itself.
@@ -109,7 +106,6 @@ def run_worker(label: str, folder: Path, cancelled: threading.Event) -> None:
         raise CompileError(label, f"this Python does not know its own program (sys.executable is {sys.executable!r})")
     # Without Python's own variables, which can make an interpreter do anything.
     program = [sys.executable, "-E", str(WORKER)]
-    environment = {name: value for name, value in os.environ.items() if name not in CODE_CHANGING_VARIABLES}
     with (folder / CompileError.LOG).open("wb") as output:
         try:
             worker = subprocess.Popen(
@@ -118,21 +114,25 @@ def run_worker(label: str, folder: Path, cancelled: threading.Event) -> None:
                 stdout=output,
                 stderr=subprocess.STDOUT,
                 cwd=folder,
-                env=environment,
                 start_new_session=True,
             )
         except OSError as error:
             raise CompileError(label, f"{sys.executable} does not start: {error}") from None
+        code = None
         try:
-            code = _wait(worker, cancelled)
+            code = _exit_code(worker, cancelled)
         finally:
-            if worker.poll() is None:
+            if code != 0:
+                # One that crashed leaves those that it started; its number is its own until it is waited for.
                 kill_session(worker.pid)
-                worker.wait()
+                worker.kill()
+            worker.wait()
             if worker.stdin is not None:
                 worker.stdin.close()
     if code == 0:
         return
+    if cancelled.is_set():
+        raise CompileError(label, "cancelled")
     # A compiler that could not write its output is not to blame.
     probe = folder / "probe"
     probe.write_bytes(bytes(ROOM_BYTES))
@@ -146,14 +146,17 @@ def run_worker(label: str, folder: Path, cancelled: threading.Event) -> None:
     raise CompileError(label, first_error, program, folder)
 
 
-def _wait(worker: subprocess.Popen, cancelled: threading.Event) -> int | None:
-    """The exit code of a worker, or None where it took too long or was cancelled."""
+def _exit_code(worker: subprocess.Popen, cancelled: threading.Event) -> int | None:
+    """The exit code of a worker, still to be waited for, or None where it took too long or was cancelled."""
     deadline = time.monotonic() + TIME_LIMIT_S
-    while time.monotonic() < deadline and not cancelled.is_set():
+    while time.monotonic() < deadline and not cancelled.wait(POLL_S):
         try:
-            return worker.wait(POLL_S)
-        except subprocess.TimeoutExpired:
-            continue
+            ended = os.waitid(os.P_PID, worker.pid, os.WEXITED | os.WNOWAIT | os.WNOHANG)
+        except ChildProcessError:
+            # Somebody else in this process waits for every child: what it wrote will tell.
+            return 0
+        if ended is not None:
+            return ended.si_status if ended.si_code == os.CLD_EXITED else -ended.si_status
     return None
 
 

@@ -59,6 +59,10 @@ class CacheError(JitError):
     """The folder of compiled kernels, or an archive of them, cannot be used; the message says which and why."""
 
 
+class SettingError(CacheError):
+    """An environment variable names a folder that cannot be used: a mistake to mend, never a reason to fall back."""
+
+
 class LoadError(JitError):
     """A compiled kernel could not be loaded."""
 

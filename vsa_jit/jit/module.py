@@ -10,7 +10,7 @@ import torch
 from vsa_jit.jit import engines
 from vsa_jit.jit.compile import entries_of
 from vsa_jit.jit.driver import Launcher, make_context_current
-from vsa_jit.jit.errors import LoadError, NotWarmError
+from vsa_jit.jit.errors import JitError, LoadError, NotWarmError
 from vsa_jit.jit.kernel import Kernel
 from vsa_jit.jit.toolchain import CAPABILITIES
 
@@ -28,7 +28,7 @@ def load(kernels: Sequence[Kernel], device: int, engine: str = "auto") -> None:
 
     Raises:
         CompileError: one does not compile.
-        LoadError: one does not load.
+        LoadError: one does not load, or the system has no thread or memory left to compile it.
         NotWarmError: one is not loaded, and a CUDA graph is being captured.
         Unavailable: there is nothing to compile with.
     """
@@ -49,15 +49,22 @@ def _load(kernels: Sequence[Kernel], device: int, engine_name: str) -> None:
     arch = CAPABILITIES[torch.cuda.get_device_capability(device)]
     engine = engines.choose(kernels, arch, engine_name)
     target = torch.cuda.get_device_name(device)
-    entries = entries_of(kernels, arch, engine, target=target)
-    if not all(entry.artefact.exists() for entry in entries):
-        # Somebody cleared the cache this very moment.
+    try:
         entries = entries_of(kernels, arch, engine, target=target)
-    with torch.cuda.device(device):
-        make_context_current(device)
-        for kernel, entry in zip(kernels, entries, strict=True):
-            try:
+        if not all(entry.artefact.exists() for entry in entries):
+            # Somebody cleared the cache this very moment.
+            entries = entries_of(kernels, arch, engine, target=target)
+        with torch.cuda.device(device):
+            make_context_current(device)
+            for kernel, entry in zip(kernels, entries, strict=True):
                 function = engine.function(entry, kernel)
-            except Exception as error:  # of CuPy, of the system's loader, of the driver
-                raise LoadError(f"{kernel.label} could not be loaded: {type(error).__name__}: {error}") from error
-            _launchers[kernel, device] = Launcher(kernel.label, function, device, kernel.threads, kernel.smem_bytes)
+                launcher = Launcher(kernel.label, function, device, kernel.threads, kernel.smem_bytes)
+                _launchers[kernel, device] = launcher
+    except JitError:
+        raise
+    except Exception as error:  # of CuPy, of the system's loader, of the driver, of a system without threads
+        labels = ", ".join(kernel.label for kernel in kernels)
+        raise LoadError(
+            f"{labels} could not be loaded: {type(error).__name__}: {error} "
+            "(`vsa-jit cache clear` makes the next call compile again)"
+        ) from error

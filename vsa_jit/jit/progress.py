@@ -36,11 +36,10 @@ def _show(text: str) -> None:
 class Compiling:
     """Says what is compiled, then shows a bar on standard error until it ends; logs at INFO where nobody looks on."""
 
-    def __init__(self, labels: Sequence[str], target: str, compiler: str, seconds: int, where: Path) -> None:
+    def __init__(self, labels: Sequence[str], target: str, compiler: str, seconds: int, where: Path | None) -> None:
         count = f"{len(labels)} kernel{'' if len(labels) == 1 else 's'}"
-        self._line = (
-            f"compiling {count} ({', '.join(labels)}) for {target} with {compiler}, about {seconds} s, kept in {where}"
-        )
+        kept = "not kept" if where is None else f"kept in {where}"
+        self._line = f"compiling {count} ({', '.join(labels)}) for {target} with {compiler}, about {seconds} s, {kept}"
         self._total = len(labels)
         self._done = 0
         self._start = 0.0

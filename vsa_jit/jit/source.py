@@ -7,6 +7,8 @@ import re
 from dataclasses import dataclass
 from pathlib import Path
 
+from vsa_jit.jit.errors import Unavailable
+
 _INCLUDE = re.compile(r'^[ \t]*#[ \t]*include[ \t]*(?:"([^"]+)"|<([^>]+)>)', re.MULTILINE)
 # Only nvcc sees it: NVRTC has no C++ standard library.
 _HOST_ONLY = ("cstdint",)
@@ -16,7 +18,6 @@ _HOST_ONLY = ("cstdint",)
 class Source:
     """A source file with all that it includes, by path below the folder of sources; no other path is part of it."""
 
-    main: str
     files: dict[str, str]
     needs_cuda_headers: bool
 
@@ -35,21 +36,23 @@ def kernels_dir() -> Path:
     """The folder ``kernels_src``: inside the installed package, or beside it in a checkout.
 
     Raises:
-        FileNotFoundError: it is in neither place; the message names both.
+        Unavailable: it is in neither place; the reason names both.
     """
     package = Path(__file__).resolve().parent.parent
     places = (package / "kernels_src", package.parent / "kernels_src")
     for place in places:
         if place.is_dir():
             return place
-    raise FileNotFoundError(f"kernels_src: expected at {places[0]} or {places[1]}, found at neither; reinstall vsa-jit")
+    raise Unavailable(
+        f"the CUDA sources were expected at {places[0]} or {places[1]}, and are at neither", "install vsa-jit again"
+    )
 
 
 def read_source(main: str, root: Path) -> Source:
     """Reads a file below ``root`` and, in turn, all that it includes in quotes, each named from ``root``.
 
     Raises:
-        FileNotFoundError: a file is missing; the message names it and who includes it.
+        Unavailable: a file is missing; the reason names it and who includes it.
     """
     files: dict[str, str] = {}
     needs_cuda_headers = False
@@ -60,13 +63,14 @@ def read_source(main: str, root: Path) -> Source:
             continue
         try:
             files[name] = (root / name).read_text()
-        except FileNotFoundError:
-            raise FileNotFoundError(
-                f"{name}: expected below {root}{includer and f', included by {includer}'}, not found"
+        except OSError as error:
+            raise Unavailable(
+                f"{name}: expected below {root}{includer and f', included by {includer}'}: {error.strerror}",
+                "install vsa-jit again",
             ) from None
         for quoted, angled in _INCLUDE.findall(files[name]):
             if quoted:
                 pending.append((quoted, name))
             elif angled not in _HOST_ONLY:
                 needs_cuda_headers = True
-    return Source(main, files, needs_cuda_headers)
+    return Source(files, needs_cuda_headers)

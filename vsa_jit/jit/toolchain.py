@@ -47,8 +47,6 @@ class Nvcc:
     home: str
     version: Version
     build: str
-    host_compiler: str
-    ninja: str
 
 
 def dotted(version: Version) -> str:
@@ -194,11 +192,9 @@ def find_nvcc() -> Nvcc:
     release = re.search(r"release (\d+)\.(\d+)", text)
     if release is None:
         raise Unavailable(f"{nvcc} --version does not tell a version", "install the CUDA toolkit again")
-    compiler = shutil.which(host_compiler())
-    if compiler is None:
+    if shutil.which(host_compiler()) is None:
         raise Unavailable("no C++ compiler on PATH, which nvcc needs", "apt install g++, or set CXX")
-    ninja = shutil.which("ninja", path=tool_path())
-    if ninja is None:
+    if shutil.which("ninja", path=tool_path()) is None:
         raise Unavailable("ninja is not installed", "pip install ninja")
     build = re.search(r"V(\d+\.\d+\.\d+)", text)
     return Nvcc(
@@ -206,8 +202,6 @@ def find_nvcc() -> Nvcc:
         home=str(home),
         version=(int(release[1]), int(release[2])),
         build=build[1] if build else dotted((int(release[1]), int(release[2]))),
-        host_compiler=compiler,
-        ninja=ninja,
     )
 
 
@@ -229,9 +223,17 @@ def find_cuda_home() -> Path | None:
 
 
 def host_compiler() -> str:
-    """The program that compiles C++: what CXX starts with, as in "ccache g++", or c++."""
-    named = shlex.split(os.environ.get("CXX", ""))
-    return named[0] if named else "c++"
+    """The program that compiles C++: what CXX starts with, as in "ccache g++", or c++.
+
+    Raises:
+        Unavailable: CXX is no command.
+    """
+    named = os.environ.get("CXX", "")
+    try:
+        words = shlex.split(named)
+    except ValueError as error:
+        raise Unavailable(f"CXX: expected a command, got {named!r} ({error})", "set CXX to a C++ compiler") from None
+    return words[0] if words else "c++"
 
 
 def tool_path() -> str:
@@ -278,6 +280,6 @@ def _of_number(number: int) -> Version:
 
 def _output(*command: str) -> str:
     try:
-        return subprocess.run(command, capture_output=True, text=True, timeout=30, check=True).stdout
+        return subprocess.run(command, capture_output=True, text=True, errors="replace", timeout=30, check=True).stdout
     except (OSError, subprocess.SubprocessError) as error:
         raise Unavailable(f"{command[0]} does not run: {error}") from None

@@ -71,11 +71,13 @@ def why_not_tma(x: Tensor, grid: tuple[int, int, int] | None) -> str | None:
         return f"TMA needs an address that is a multiple of {ALIGNMENT_BYTES} bytes"
     strides = [stride for extent, stride in zip(x.shape[:3], x.stride()[:3], strict=True) if extent > 1]
     size = x.element_size()
-    if any(stride * size % ALIGNMENT_BYTES != 0 for stride in strides):
-        return f"TMA needs strides that are multiples of {ALIGNMENT_BYTES} bytes, got {tuple(x.stride())}"
+    odd = [stride * size for stride in strides if stride * size % ALIGNMENT_BYTES != 0]
+    if odd:
+        return f"TMA needs strides that are multiples of {ALIGNMENT_BYTES} bytes, got {min(odd)}"
     frame = 1 if grid is None else grid[1] * grid[2]
-    if max([stride * size for stride in strides] + [x.stride(2) * size * frame]) >= STRIDE_LIMIT_BYTES:
-        return f"TMA needs strides below 2^40 bytes, got {tuple(x.stride())}"
+    longest = max([stride * size for stride in strides] + [x.stride(2) * size * frame])
+    if longest >= STRIDE_LIMIT_BYTES:
+        return f"TMA needs strides below 2^40 bytes, got {longest}"
     batch, heads, _, head_dim = x.shape
     if heads_of(batch, heads, head_dim, x.stride(0), x.stride(1)).channels > INT32_MAX:
         return "neither heads nor batches lie close enough together for TMA"

@@ -23,10 +23,10 @@ def requested() -> str:
     return check_name(ENVIRONMENT_VARIABLE, os.environ.get(ENVIRONMENT_VARIABLE) or "auto", NAMES)
 
 
-def why_not(engine: Engine, arch: str) -> Unavailable | None:
-    """What keeps an engine from compiling for an architecture. None: nothing does."""
+def why_not(engine: Engine) -> Unavailable | None:
+    """What keeps an engine from compiling. None: nothing does."""
     try:
-        engine.check(arch)
+        engine.check()
     except Unavailable as error:
         return error
     return None
@@ -46,7 +46,7 @@ def choose(kernels: Iterable[Kernel], arch: str, name: str = "auto") -> Engine:
     for engine in ENGINES:
         if name not in ("auto", engine.name):
             continue
-        reason = why_not(engine, arch)
+        reason = why_not(engine)
         if reason is not None:
             reasons.append(Unavailable(f"{engine.name}: {reason.reason}", reason.mend))
         elif all(cache.find(engine.recipe(kernel, arch)) for kernel in kernels):

@@ -25,8 +25,8 @@ class Engine(Protocol):
     seconds: int
     gigabytes: float
 
-    def check(self, arch: str) -> None:
-        """Raises ``Unavailable`` where it cannot compile for this architecture, or load here what it compiled."""
+    def check(self) -> None:
+        """Raises ``Unavailable`` where it cannot compile, or what it compiles does not load here."""
 
     def compiler(self) -> str:
         """The compiler's name and version, for people."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import platform
 from pathlib import Path
 
 import torch
@@ -24,7 +25,7 @@ ENTRY_FILE = Path(__file__).parent.parent / "worker" / "nvcc_entry.cu"
 
 
 def with_entry_file(source: Source) -> Source:
-    return Source(ENTRY_FILE.name, {**source.files, ENTRY_FILE.name: ENTRY_FILE.read_text()}, source.needs_cuda_headers)
+    return Source({**source.files, ENTRY_FILE.name: ENTRY_FILE.read_text()}, source.needs_cuda_headers)
 
 
 class NvccEngine:
@@ -32,7 +33,7 @@ class NvccEngine:
     seconds = 10
     gigabytes = 2.0
 
-    def check(self, arch: str) -> None:
+    def check(self) -> None:
         nvcc = find_nvcc()
         mend = "install a newer CUDA toolkit and set CUDA_HOME to it"
         check_version("nvcc", nvcc.version, mend)
@@ -55,8 +56,8 @@ class NvccEngine:
         return Recipe(
             label=kernel.label,
             engine=self.name,
-            # PyTorch adds options of its own.
-            compiler=f"{self.compiler()}, PyTorch {torch.__version__}",
+            # PyTorch adds options of its own, and the artefact holds code for the host.
+            compiler=f"{self.compiler()}, PyTorch {torch.__version__}, {platform.machine()}",
             arch=real,
             flags=(
                 f"-gencode=arch={virtual},code={real}",

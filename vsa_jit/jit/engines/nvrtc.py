@@ -37,7 +37,7 @@ class NvrtcEngine:
         # CuPy unloads a module's code when the module goes.
         self._modules: list[Any] = []
 
-    def check(self, arch: str) -> None:
+    def check(self) -> None:
         nvrtc = find_nvrtc()
         check_version("NVRTC", nvrtc.version, cuda_extra())
         check_runs("NVRTC", nvrtc.version)

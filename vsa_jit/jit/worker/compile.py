@@ -5,6 +5,7 @@ the artefact is written to the folder, by a rename. With ``--with-parent`` the p
 soon as standard input does: when the process that wanted the kernel is no more.
 """
 
+import contextlib
 import ctypes
 import json
 import os
@@ -13,6 +14,12 @@ import signal
 import sys
 import threading
 from pathlib import Path
+
+# What nvcc and the compilers under it take from the environment: an artefact must be what its key says.
+CODE_CHANGING_VARIABLES = {
+    *("NVCC_PREPEND_FLAGS", "NVCC_APPEND_FLAGS", "NVCC_CCBIN", "PYTORCH_NVCC", "TORCH_CUDA_ARCH_LIST"),
+    *("CPATH", "C_INCLUDE_PATH", "CPLUS_INCLUDE_PATH", "CFLAGS", "CXXFLAGS", "CPPFLAGS", "LDFLAGS"),
+}
 
 
 def compile_nvrtc(folder: Path, job: dict) -> None:
@@ -67,28 +74,46 @@ def compile_nvcc(folder: Path, job: dict) -> None:
 def end_with_parent() -> None:
     # Not by sys.stdin, whose lock an interpreter that ends would wait for.
     os.read(0, 1)
-    kill_session(os.getsid(0))
+    # Started by hand it shares the session of a shell.
+    if os.getsid(0) == os.getpid():
+        kill_session(os.getpid())
+    os._exit(1)
 
 
 def kill_session(session: int) -> None:
-    """Kills every process of a session. Process groups do not do: ninja gives each compiler one of its own."""
-    for process in Path("/proc").iterdir():
-        if not process.name.isdecimal():
-            continue
-        try:
+    """Kills every other process of a session. Process groups do not do: ninja gives each compiler one of its own."""
+    killed = {os.getpid()}
+    # What one has started before it was killed, the next pass finds.
+    while found := processes_of(session) - killed:
+        for process in found:
+            with contextlib.suppress(OSError):
+                os.kill(process, signal.SIGKILL)
+        killed |= found
+
+
+def processes_of(session: int) -> set[int]:
+    found: set[int] = set()
+    try:
+        # A /proc of another namespace of processes counts them by other numbers.
+        if os.readlink("/proc/self") != str(os.getpid()):
+            return found
+        processes = [name for name in os.listdir("/proc") if name.isdecimal()]
+    except OSError:
+        return found
+    for process in processes:
+        with contextlib.suppress(OSError, IndexError):
             # Fields after the name in parentheses: state, parent, group, session.
-            fields = (process / "stat").read_text().rpartition(")")[2].split()
-            if int(fields[3]) == session and int(process.name) != os.getpid():
-                os.kill(int(process.name), signal.SIGKILL)
-        except (OSError, IndexError):
-            continue
-    if os.getsid(0) == session:
-        os.kill(os.getpid(), signal.SIGKILL)
+            fields = Path(f"/proc/{process}/stat").read_text(errors="replace").rpartition(")")[2].split()
+            if int(fields[3]) == session:
+                found.add(int(process))
+    return found
 
 
 def main(folder: Path, *options: str) -> int:
     if "--with-parent" in options:
         threading.Thread(target=end_with_parent, daemon=True).start()
+    for variable in CODE_CHANGING_VARIABLES:
+        os.environ.pop(variable, None)
     job = json.loads((folder / "job.json").read_text())
     # The packages of the process that asked, after this interpreter's own.
     sys.path.extend(path for path in job["packages"] if path not in sys.path)
