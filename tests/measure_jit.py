@@ -35,6 +35,7 @@ VIDEO = (24, 32, 52)
 BORDERED_VIDEO = (21, 30, 52)
 COPY_BYTES = 1 << 30
 CALLS = 1000
+ROUNDS = 21
 
 FIRST_CALL = """
 import json, sys, time
@@ -87,15 +88,17 @@ def measure_first_calls() -> None:
 def measure_host_time() -> None:
     q, k, v = torch.randn(3, 1, 2, 256, 128, device=DEVICE).bfloat16()
     problem = problem_of(q, k, v)
-    for _ in range(CALLS):
-        backend.block_means(problem, q, k, v, None, None)
-    torch.cuda.synchronize()
-    start = time.perf_counter()
-    for _ in range(CALLS):
-        backend.block_means(problem, q, k, v, None, None)
-    elapsed = time.perf_counter() - start
-    torch.cuda.synchronize()
-    print(f"host time of a launch, with its three outputs: {elapsed / CALLS * 1e6:.1f} us")
+    rounds = []
+    for _ in range(ROUNDS):
+        torch.cuda.synchronize()
+        start = time.perf_counter()
+        for _ in range(CALLS):
+            backend.block_means(problem, q, k, v, None, None)
+        rounds.append((time.perf_counter() - start) / CALLS * 1e6)
+    print(
+        f"host time of a launch, with its three outputs: {statistics.median(rounds):.1f} us "
+        f"({min(rounds):.1f} to {max(rounds):.1f} in {ROUNDS} rounds)"
+    )
 
 
 def problem_of(q, k, v, **others):

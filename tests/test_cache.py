@@ -8,6 +8,7 @@ import logging
 import multiprocessing
 import os
 import platform
+import re
 import shutil
 import signal
 import stat
@@ -392,6 +393,34 @@ def test_cupy_is_imported_in_a_home_that_cannot_be_written_to(monkeypatch, tmp_p
     assert (run.returncode, run.stdout.strip()) == (0, "cupy"), run.stderr
 
 
+def refusing(monkeypatch, folder: Path) -> None:
+    """Looking into a folder is refused, as by a home whose ticket has expired."""
+    stat_of = os.stat
+
+    def refuse(path, *args, **kwargs):
+        if isinstance(path, (str, os.PathLike)) and Path(path).is_relative_to(folder):
+            raise PermissionError(errno.EACCES, "Permission denied", str(path))
+        return stat_of(path, *args, **kwargs)
+
+    monkeypatch.setattr(os, "stat", refuse)
+    monkeypatch.setattr(os, "lstat", refuse)
+
+
+@pytest.mark.parametrize("variable", ["HOME", "XDG_CACHE_HOME", "VSA_JIT_CACHE_DIR"])
+def test_a_folder_that_cannot_be_reached(monkeypatch, tmp_path, caplog, variable):
+    for other in ("XDG_CACHE_HOME", "VSA_JIT_CACHE_DIR"):
+        monkeypatch.delenv(other, raising=False)
+    locked = tmp_path / "locked"
+    locked.mkdir()
+    monkeypatch.setenv(variable, str(locked / "mine"))
+    with monkeypatch.context() as patched:
+        refusing(patched, locked)
+        store = open_store()
+    assert not store.kept
+    assert re.search(r"cannot be reached", only_warning(caplog))
+    assert list(locked.iterdir()) == []
+
+
 @pytest.mark.parametrize("home", [None, "nowhere", "relative"])
 def test_no_home(monkeypatch, tmp_path, caplog, home):
     monkeypatch.delenv("VSA_JIT_CACHE_DIR", raising=False)
@@ -445,10 +474,10 @@ def test_a_disk_that_fills_up_while_compiling(folder, caplog, monkeypatch):
     run = compiling.run_worker
     with mounted(folder, "size=400k"):
 
-        def full(label, private, cancelled):
+        def full(label, private, *others):
             if private.is_relative_to(folder):
                 fill(folder)
-            run(label, private, cancelled)
+            run(label, private, *others)
 
         monkeypatch.setattr(compiling, "run_worker", full)
         assert not get().folder.is_relative_to(folder)
@@ -683,7 +712,7 @@ def test_a_fork_during_a_failed_compile_leaves_no_lock(folder, monkeypatch, tmp_
     """A child that another thread forks meanwhile has the lock's file open."""
     children = []
 
-    def fork_and_fail(label, private, cancelled):
+    def fork_and_fail(label, *others):
         child = fork.Process(target=time.sleep, args=(60,))
         child.start()
         children.append(child)
@@ -719,6 +748,7 @@ print(root.exists())
 
 def test_a_forked_child_makes_its_own_private_folder(monkeypatch, tmp_path):
     """That of its parent ends with the parent."""
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
     monkeypatch.setenv("HOME", str(tmp_path / "nowhere"))
     monkeypatch.delenv("VSA_JIT_CACHE_DIR", raising=False)
     monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
@@ -734,6 +764,13 @@ def test_a_forked_child_makes_its_own_private_folder(monkeypatch, tmp_path):
     assert root != open_store().root
     assert folder.is_relative_to(root)
     assert mine.artefact.exists()
+
+
+def test_a_compiler_whose_artefact_is_no_code(folder, monkeypatch):
+    monkeypatch.setattr(compiling, "run_worker", lambda label, private, artefact, cancelled: artefact.touch())
+    with pytest.raises(CompileError, match=r"toy could not be compiled: kernel\.cubin is no compiled code"):
+        get()
+    assert list(open_store().entries()) == []
 
 
 def test_nowhere_to_write_is_an_error_with_a_name(monkeypatch, tmp_path):
@@ -765,8 +802,7 @@ def test_what_another_host_is_compiling_is_left_alone(folder, monkeypatch):
     running, ended, ours = (folder / "sm_90a" / "build" / f"{key}-{name}-x" for name in ("a", "b", cache._host()))
     for private in (running, ended, ours):
         private.mkdir()
-    long_ago = time.time() - cache.LOCK_LIMIT_S - 60
-    os.utime(ended, (long_ago, long_ago))
+    make_old(ended)
     get()
     assert [private.exists() for private in (running, ended, ours)] == [True, False, False]
 
@@ -821,19 +857,28 @@ def test_clear_removes_only_what_the_cache_made(folder, tmp_path):
 def test_clear_leaves_running_compiles_alone(folder):
     get(toy(7))
     key = NVRTC.recipe(toy(), ARCH).key
-    running, ended = (folder / "sm_90a" / "build" / f"{name}-abc" for name in (key, "f" * 64))
-    running.mkdir()
-    ended.mkdir()
+    build = folder / "sm_90a" / "build"
+    running, ended, elsewhere = (
+        build / f"{name}-x" for name in (f"{key}-{cache._host()}", f"{'f' * 64}-{cache._host()}", f"{'e' * 64}-another")
+    )
+    for private in (running, ended, elsewhere):
+        private.mkdir()
     with cache._locked(folder / "sm_90a" / "locks" / f"{key}.lock", threading.Event()):
         assert open_store().clear() == 1
-        assert running.exists()
-        assert not ended.exists()
+        assert [private.exists() for private in (running, ended, elsewhere)] == [True, False, True]
+    make_old(elsewhere)
     open_store().clear()
-    assert not running.exists()
+    assert [private.exists() for private in (running, elsewhere)] == [False, False]
+
+
+def make_old(private: Path) -> None:
+    """Older than any compile that could still run."""
+    then = time.time() - cache.LOCK_LIMIT_S - 60
+    os.utime(private, (then, then))
 
 
 def test_clear_where_no_lock_was_ever_made(folder):
-    left = folder / "sm_90a" / "build" / f"{'f' * 64}-abc"
+    left = folder / "sm_90a" / "build" / f"{'f' * 64}-{cache._host()}-x"
     left.mkdir(parents=True)
     open_store().clear()
     assert not left.exists()

@@ -127,6 +127,17 @@ def test_warmup_on_a_gpu_without_kernels_of_ours(monkeypatch):
     assert vsa_jit.warmup() == []
 
 
+def test_the_command_on_a_gpu_without_kernels_of_ours(monkeypatch, tmp_path, capsys):
+    """There is nothing to keep, so that no folder is needed either."""
+    monkeypatch.delenv("VSA_JIT_CACHE_DIR")
+    monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
+    monkeypatch.setenv("HOME", str(tmp_path / "nowhere"))
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: (8, 0))
+    assert command("warmup") == 0
+    assert capsys.readouterr().out == "0 kernels are ready\n"
+
+
 def test_warmup_loads_on_the_gpu_that_is_here(monkeypatch):
     loaded = []
     monkeypatch.setattr(precompile, "_arch_here", lambda: ARCH)
@@ -239,6 +250,12 @@ def a_sparse_file(name: str) -> tarfile.TarInfo:
     return member
 
 
+def a_huge_file(name: str) -> tarfile.TarInfo:
+    member = tarfile.TarInfo(name)
+    member.size = 1 << 63
+    return member
+
+
 def spoiled(good: dict[str, bytes], part: str, change) -> dict[str, bytes]:
     return {name: change(content) if name.endswith(part) else content for name, content in good.items()}
 
@@ -262,6 +279,7 @@ BROKEN = {
         files, ".json", lambda text: text.replace(b'"toy.cu"', b"[" * 900 + b"]" * 900)
     ),
     "a recipe that is none": lambda files: spoiled(files, ".json", lambda text: b'{"recipe": {"flags": 1}}'),
+    "a size beyond all": lambda files: {**files, "huge": a_huge_file(f"sm_90a/{'0' * 64}/kernel.cubin")},
     "a sparse file": lambda files: {**files, "sparse": a_sparse_file(f"sm_90a/{'0' * 64}/kernel.cubin")},
     "another artefact": lambda files: {**files, f"{next(iter(files)).rpartition('/')[0]}/kernel.so": b"x"},
     "an unknown architecture": lambda files: {**files, f"sm_{'9' * 300}/{'0' * 64}/kernel.cubin": b"x"},
@@ -417,6 +435,22 @@ def test_doctor_on_a_hopper_gpu_whose_driver_is_old(hopper, monkeypatch, capsys)
     reason = "the NVIDIA driver is of CUDA 12.2, older than 12.4 (install a newer NVIDIA driver)"
     assert f"sm90 on cuda:0        would not: {reason}\n" in out
     assert "triton on cuda:0      would run\n" in out
+
+
+def test_doctor_shows_what_keeps_a_call_from_its_engine(hopper, monkeypatch, capsys):
+    support.why_no_engine.cache_clear()
+    monkeypatch.setattr(toolchain, "driver_version", lambda: (13, 0))
+
+    def missing():
+        raise Unavailable("the CUDA sources were expected elsewhere", "install vsa-jit again")
+
+    monkeypatch.setattr("vsa_jit.jit.engines.base.kernels_dir", missing)
+    try:
+        assert command("doctor") == 1
+    finally:
+        support.why_no_engine.cache_clear()
+    shown = "sm90 on cuda:0        would not: the CUDA sources were expected elsewhere (install vsa-jit again)\n"
+    assert shown in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(

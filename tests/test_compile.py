@@ -5,6 +5,7 @@ import logging
 import os
 import pty
 import re
+import shlex
 import signal
 import subprocess
 import sys
@@ -199,26 +200,50 @@ def test_a_worker_that_crashes_takes_its_compiler_along(ninja_like):
     assert wait_until(lambda: not alive(pid_in(ninja_like)), 5)
 
 
-def test_a_worker_that_shares_a_session_ends_alone(tmp_path):
+def test_a_worker_that_shares_a_session_ends_alone():
     """Started by hand, it must not take the shell along."""
     code = (
-        f"import sys, time\nsys.path.insert(0, {str(compiling.WORKER.parent)!r})\nimport compile as worker\n"
+        f"import sys\nsys.path.insert(0, {str(compiling.WORKER.parent)!r})\nimport compile as worker\n"
         "worker.end_with_parent()"
     )
-    run = subprocess.run([sys.executable, "-c", code], stdin=subprocess.DEVNULL)
-    assert run.returncode == 1
+    shell = shlex.join([sys.executable, "-c", code]) + " < /dev/null; echo $?"
+    run = subprocess.run(shell, shell=True, start_new_session=True, capture_output=True, text=True)
+    assert run.stdout == "1\n"
 
 
-def test_a_process_whose_children_somebody_else_waits_for(monkeypatch):
+@pytest.mark.parametrize("compiles", [True, False])
+def test_a_process_whose_children_somebody_else_waits_for(sources, compiles):
+    if not compiles:
+        write_sources(sources, main=MAIN.replace("value()", "missing()"))
     child = os.fork()
     if child == 0:
         signal.signal(signal.SIGCHLD, signal.SIG_IGN)
+        code = 1
         try:
-            os._exit(7 if get().size > 0 else 1)
+            code = 7 if get().size > 0 else 1
+        except CompileError as error:
+            code = 8 if error.log is not None and 'identifier "missing" is undefined' in error.first_error else 1
         finally:
-            os._exit(1)
+            os._exit(code)
     _, status = os.waitpid(child, 0)
-    assert os.waitstatus_to_exitcode(status) == 7
+    assert os.waitstatus_to_exitcode(status) == (7 if compiles else 8)
+
+
+def test_the_worker_is_killed_where_processes_cannot_be_listed(monkeypatch, ninja_like):
+    monkeypatch.setattr(compiling, "TIME_LIMIT_S", 2.0)
+    monkeypatch.setattr(worker_module, "processes_of", lambda session: set())
+    with pytest.raises(CompileError, match="did not finish"):
+        get()
+    os.kill(pid_in(ninja_like), signal.SIGKILL)
+
+
+def test_what_starts_while_a_session_is_killed_is_killed_too(monkeypatch):
+    passes = [{11, 12, os.getpid()}, {12, 13, os.getpid()}, {os.getpid()}]
+    killed = []
+    monkeypatch.setattr(worker_module, "processes_of", lambda session: passes.pop(0))
+    monkeypatch.setattr(worker_module.os, "kill", lambda process, signal: killed.append(process))
+    worker_module.kill_session(11)
+    assert (sorted(killed), passes) == ([11, 12, 13], [])
 
 
 @pytest.mark.parametrize("readable", [True, False])
@@ -592,5 +617,5 @@ def test_whatever_fails_while_loading_is_a_load_error(monkeypatch, broken):
     if broken == "thread":
         monkeypatch.setattr(threading.Thread, "start", fail)
     monkeypatch.setattr(NVRTC.__class__, "function", fail)
-    with pytest.raises(LoadError, match=rf"toy could not be loaded: RuntimeError: no {broken} \(`vsa-jit cache clear`"):
+    with pytest.raises(LoadError, match=rf"toy could not be loaded: RuntimeError: no {broken}$"):
         module.load([toy()], 0, "nvrtc")

@@ -339,6 +339,19 @@ def test_versions_of_nvcc(monkeypatch, tmp_path, nvcc, built_for, driver, reason
     assert (error and error.reason) == reason
 
 
+def test_a_toolkit_that_cannot_be_entered(monkeypatch, tmp_path):
+    tools(monkeypatch, tmp_path, "c++", "ninja")
+    monkeypatch.setenv("CUDA_HOME", str(tmp_path / "cuda"))
+
+    def refuse(path):
+        raise PermissionError(13, "Permission denied", str(path))
+
+    monkeypatch.setattr(os, "stat", refuse)
+    reason = engines.why_not(NVCC).reason
+    monkeypatch.undo()
+    assert reason == f"no CUDA toolkit (bin/nvcc and libcudart.so) in {tmp_path / 'cuda'}"
+
+
 def test_an_nvcc_that_does_not_run(monkeypatch, tmp_path):
     tools(monkeypatch, tmp_path, "c++", "ninja")
     root = toolkit(tmp_path / "cuda")

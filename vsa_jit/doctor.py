@@ -164,7 +164,9 @@ def _backends(device: torch.device) -> dict[str, Any]:
     for entry in choose.ENTRIES:
         try:
             reason = entry.why_not(problem, device, DTYPE, ())
-        except (ValueError, JitError) as error:
+            if reason is None:
+                entry.engine(problem, DTYPE)
+        except (ValueError, JitError, OSError) as error:
             reason = str(error)
         verdicts[entry.name] = {"would_run": reason is None, "reason": reason, "made_for": entry.made_for(device)}
     return verdicts

@@ -210,7 +210,7 @@ def choose(problem: Problem, device: torch.device, dtype: torch.dtype, tensors: 
                 chosen = entry
             except SettingError:
                 raise
-            except JitError as error:
+            except (JitError, OSError) as error:
                 reasons[entry.name] = str(error)
         else:
             reasons[entry.name] = f"{name} was asked for"
@@ -246,7 +246,7 @@ def _choose_and_prepare(
     if entry.prepare is not None:
         try:
             entry.prepare(problem, device, dtype)
-        except (NotWarmError, SettingError):
+        except NotWarmError:
             raise
         except JitError as error:
             if _requested(problem)[1] != "auto":

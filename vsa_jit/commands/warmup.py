@@ -47,7 +47,8 @@ def run(args: argparse.Namespace) -> int:
         )
     except ValueError as error:
         raise argparse.ArgumentError(None, str(error)) from None
-    check_kept(folders)
+    if folders:
+        check_kept(folders)
     for folder in folders:
         print(folder)
     print(f"{len(folders)} kernels are ready")

@@ -102,7 +102,7 @@ def _read(file: Path) -> list[tuple[Recipe, bytes]]:
                 if name[3] in entry or opened is None:
                     raise CacheError(f"{expected}, and {member.name!r} is in it twice")
                 entry[name[3]] = opened.read()
-    except (tarfile.TarError, EOFError, zlib.error, ValueError, OSError) as error:
+    except (tarfile.TarError, EOFError, zlib.error, ValueError, OverflowError, OSError) as error:
         raise CacheError(f"{expected}: {getattr(error, 'strerror', None) or error}") from None
     checked = []
     for (arch, key), files in contents.items():

@@ -243,12 +243,10 @@ class Store:
 
     def _compile(self, recipe: Recipe, make: Callable[[Path], bytes]) -> Entry:
         arch = self.root / recipe.arch
-        prefix = f"{recipe.key}-{_host()}-"
-        for left in (arch / "build").glob(f"{recipe.key}-*"):
-            # Locks do not reach every host that shares a folder: another one may still be compiling.
-            if left.name.startswith(prefix) or _age_s(left) > LOCK_LIMIT_S:
-                _remove(left)
-        private = Path(tempfile.mkdtemp(prefix=prefix, dir=arch / "build"))
+        for private in (arch / "build").glob(f"{recipe.key}-*"):
+            if _is_left(private):
+                _remove(private)
+        private = _make_private(arch, recipe.key)
         try:
             artefact = make(private)
             return self.publish(recipe, manifest_of(recipe, artefact).encode(), artefact, private)
@@ -264,13 +262,21 @@ class Store:
             _remove(private)
 
     def publish(self, recipe: Recipe, manifest: bytes, artefact: bytes, private: Path) -> Entry:
-        """Writes an entry in a private folder, checks it and moves it to its place."""
+        """Writes an entry in a private folder, checks it and moves it to its place.
+
+        Raises:
+            CompileError: what was written is not what should be.
+            OSError: this folder cannot be written.
+        """
         made = private / "entry"
         made.mkdir(mode=0o755)
         for name, content in ((recipe.artefact, artefact), (MANIFEST, manifest)):
             with open(os.open(made / name, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o644), "wb") as file:
                 file.write(content)
-        check_entry(recipe.key, (made / MANIFEST).read_bytes(), lambda name: (made / name).read_bytes())
+        try:
+            check_entry(recipe.key, (made / MANIFEST).read_bytes(), lambda name: (made / name).read_bytes())
+        except BadEntry as bad:
+            raise CompileError(recipe.label, str(bad)) from None
         place = self.root / recipe.arch / recipe.key
         try:
             os.rename(made, place)
@@ -285,7 +291,7 @@ class Store:
     def _drop(self, folder: Path, bad: BadEntry) -> None:
         """Removes a bad entry, with a warning."""
         _logger.warning("dropped the compiled kernel at %s: %s", folder, bad)
-        grave = Path(tempfile.mkdtemp(prefix=f"{folder.name}-", dir=folder.parent / "build"))
+        grave = _make_private(folder.parent, folder.name)
         try:
             os.rename(folder, grave / "dropped")
         finally:
@@ -305,24 +311,37 @@ class Store:
                 continue
             for folder in (*arch.iterdir(), *_children(arch / "failed"), *_children(arch / "build")):
                 key = folder.name[:_KEY_LENGTH]
-                if not _is_key(key) or (folder.parent.name == "build" and _is_locked(arch / "locks" / f"{key}.lock")):
+                in_use = folder.parent.name == "build" and (
+                    not _is_left(folder) or _is_locked(arch / "locks" / f"{key}.lock")
+                )
+                if not _is_key(key) or in_use:
                     continue
                 _remove(folder)
                 count += folder.parent == arch and not os.path.lexists(folder)
         return count
 
 
+def _make_private(arch: Path, key: str) -> Path:
+    """A folder for the files of one compile on this host."""
+    return Path(tempfile.mkdtemp(prefix=f"{key}-{_host()}-", dir=arch / "build"))
+
+
+def _is_left(private: Path) -> bool:
+    """Whether whoever holds the lock of its key may remove a private folder.
+
+    Locks do not reach every host that shares a cache: what another one made may be in use as long as a compile lasts.
+    """
+    if private.name[_KEY_LENGTH:].startswith(f"-{_host()}-"):
+        return True
+    try:
+        return time.time() - private.lstat().st_mtime > LOCK_LIMIT_S
+    except FileNotFoundError:
+        return False
+
+
 def _host() -> str:
     """This host's name as part of a file's."""
     return hashlib.sha256(platform.node().encode()).hexdigest()[:8]
-
-
-def _age_s(path: Path) -> float:
-    """Seconds since a file or folder was changed; 0 where it is gone."""
-    try:
-        return time.time() - path.lstat().st_mtime
-    except FileNotFoundError:
-        return 0.0
 
 
 def _children(folder: Path) -> list[Path]:
@@ -363,8 +382,9 @@ def user_folder() -> Path:
         home = Path.home()
     except RuntimeError:
         raise _NoHomeError("there is no home folder") from None
-    if not home.is_absolute() or not home.is_dir():
-        raise _NoHomeError(f"the home folder {home} does not exist")
+    # Unlike pathlib's, this one answers for a folder behind what cannot be entered.
+    if not home.is_absolute() or not os.path.isdir(home):
+        raise _NoHomeError(f"the home folder {home} does not exist or cannot be reached")
     return home / ".cache" / "vsa_jit"
 
 
@@ -372,7 +392,7 @@ def open_store() -> Store:
     """The user's store, or, where that cannot be used, a private one that ends with the process.
 
     Raises:
-        SettingError: VSA_JIT_CACHE_DIR names what is not a folder, or one that somebody else could write to.
+        SettingError: VSA_JIT_CACHE_DIR names what cannot be a folder, or one that somebody else could write to.
         CacheError: nowhere can anything be written.
     """
     variables = (ENVIRONMENT_VARIABLE, "XDG_CACHE_HOME", "HOME")
@@ -395,6 +415,9 @@ def _open_store(pid: int, named: str | None, xdg: str | None, home: str | None) 
         unsafe = unsafe or why_replaceable(place)
     except (OSError, RuntimeError) as error:
         unsafe = f"{folder} cannot be reached: {error}"
+        # pathlib says of a loop of links that it is a RuntimeError.
+        if getattr(error, "errno", errno.ELOOP) not in _WRONG_PATH:
+            return _fall_back(unsafe)
     if unsafe is None:
         return Store(place, writable=os.access(existing, os.W_OK | os.X_OK), kept=True)
     if named:

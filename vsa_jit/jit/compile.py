@@ -88,14 +88,15 @@ def _entry_of(kernel: Kernel, recipe: Recipe, engine: Engine, cancelled: threadi
             engine.write_job(folder, kernel, recipe)
         except Unavailable as error:
             raise CompileError(kernel.label, str(error)) from None
-        run_worker(kernel.label, folder, cancelled)
-        return (folder / recipe.artefact).read_bytes()
+        artefact = folder / recipe.artefact
+        run_worker(kernel.label, folder, artefact, cancelled)
+        return artefact.read_bytes()
 
     return cache.find_or_build(recipe, make, cancelled)
 
 
-def run_worker(label: str, folder: Path, cancelled: threading.Event) -> None:
-    """Runs the compiler on the job in a folder, in a process that ends with this one, or after ``TIME_LIMIT_S``.
+def run_worker(label: str, folder: Path, artefact: Path, cancelled: threading.Event) -> None:
+    """Makes the artefact of the job in a folder, in a process that ends with this one, or after ``TIME_LIMIT_S``.
 
     Raises:
         CompileError: it failed, did not end in time, does not start, or was cancelled.
@@ -129,7 +130,7 @@ def run_worker(label: str, folder: Path, cancelled: threading.Event) -> None:
             worker.wait()
             if worker.stdin is not None:
                 worker.stdin.close()
-    if code == 0:
+    if code == 0 and artefact.exists():
         return
     if cancelled.is_set():
         raise CompileError(label, "cancelled")
@@ -153,7 +154,7 @@ def _exit_code(worker: subprocess.Popen, cancelled: threading.Event) -> int | No
         try:
             ended = os.waitid(os.P_PID, worker.pid, os.WEXITED | os.WNOWAIT | os.WNOHANG)
         except ChildProcessError:
-            # Somebody else in this process waits for every child: what it wrote will tell.
+            # Somebody else in this process waits for every child: whether there is an artefact will tell.
             return 0
         if ended is not None:
             return ended.si_status if ended.si_code == os.CLD_EXITED else -ended.si_status

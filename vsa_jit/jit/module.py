@@ -47,9 +47,9 @@ def load(kernels: Sequence[Kernel], device: int, engine: str = "auto") -> None:
 
 def _load(kernels: Sequence[Kernel], device: int, engine_name: str) -> None:
     arch = CAPABILITIES[torch.cuda.get_device_capability(device)]
-    engine = engines.choose(kernels, arch, engine_name)
     target = torch.cuda.get_device_name(device)
     try:
+        engine = engines.choose(kernels, arch, engine_name)
         entries = entries_of(kernels, arch, engine, target=target)
         if not all(entry.artefact.exists() for entry in entries):
             # Somebody cleared the cache this very moment.
@@ -64,7 +64,4 @@ def _load(kernels: Sequence[Kernel], device: int, engine_name: str) -> None:
         raise
     except Exception as error:  # of CuPy, of the system's loader, of the driver, of a system without threads
         labels = ", ".join(kernel.label for kernel in kernels)
-        raise LoadError(
-            f"{labels} could not be loaded: {type(error).__name__}: {error} "
-            "(`vsa-jit cache clear` makes the next call compile again)"
-        ) from error
+        raise LoadError(f"{labels} could not be loaded: {type(error).__name__}: {error}") from error

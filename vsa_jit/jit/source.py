@@ -48,6 +48,18 @@ def kernels_dir() -> Path:
     )
 
 
+def read(file: Path, expected: str) -> str:
+    """The text of a file of this package.
+
+    Raises:
+        Unavailable: it cannot be read; the reason starts with what was expected.
+    """
+    try:
+        return file.read_text()
+    except OSError as error:
+        raise Unavailable(f"{expected}: {error.strerror}", "install vsa-jit again") from None
+
+
 def read_source(main: str, root: Path) -> Source:
     """Reads a file below ``root`` and, in turn, all that it includes in quotes, each named from ``root``.
 
@@ -61,13 +73,7 @@ def read_source(main: str, root: Path) -> Source:
         name, includer = pending.pop()
         if name in files:
             continue
-        try:
-            files[name] = (root / name).read_text()
-        except OSError as error:
-            raise Unavailable(
-                f"{name}: expected below {root}{includer and f', included by {includer}'}: {error.strerror}",
-                "install vsa-jit again",
-            ) from None
+        files[name] = read(root / name, f"{name}: expected below {root}{includer and f', included by {includer}'}")
         for quoted, angled in _INCLUDE.findall(files[name]):
             if quoted:
                 pending.append((quoted, name))

@@ -215,8 +215,9 @@ def find_cuda_home() -> Path | None:
         around = [Path(on_path).resolve().parent.parent] if on_path else []
         guesses = [*around, Path("/usr/local/cuda")]
     for home in guesses:
-        if (home / "bin" / "nvcc").is_file() and any(
-            (home / lib / "libcudart.so").exists() for lib in ("lib64", "lib")
+        # Unlike pathlib's, these answer for a folder that cannot be entered.
+        if os.path.isfile(home / "bin" / "nvcc") and any(
+            os.path.exists(home / lib / "libcudart.so") for lib in ("lib64", "lib")
         ):
             return home
     return None

@@ -51,7 +51,7 @@ def why_no_engine(name: str) -> str | None:
     try:
         toolchain.check_driver()
         engines.choose((), ARCH, name)
-    except Unavailable as error:
+    except (Unavailable, OSError) as error:
         return str(error)
     return None
 

@@ -13,7 +13,7 @@ from vsa_jit.jit.cache import Entry, Recipe
 from vsa_jit.jit.engines.base import source_of, write_job
 from vsa_jit.jit.errors import Unavailable
 from vsa_jit.jit.kernel import Kernel
-from vsa_jit.jit.source import Source
+from vsa_jit.jit.source import Source, read
 from vsa_jit.jit.toolchain import ARCHS, check_runs, check_version, find_nvcc
 
 # The same optimisation as NVRTC's default; ptxas tells registers and spills.
@@ -25,7 +25,8 @@ ENTRY_FILE = Path(__file__).parent.parent / "worker" / "nvcc_entry.cu"
 
 
 def with_entry_file(source: Source) -> Source:
-    return Source({**source.files, ENTRY_FILE.name: ENTRY_FILE.read_text()}, source.needs_cuda_headers)
+    entry = read(ENTRY_FILE, f"{ENTRY_FILE} expected")
+    return Source({**source.files, ENTRY_FILE.name: entry}, source.needs_cuda_headers)
 
 
 class NvccEngine:
