@@ -126,12 +126,20 @@ def test_a_driver_that_does_not_do(hopper, monkeypatch, driver, reason):
     assert (choice.backend, choice.reasons["sm90"]) == ("triton", reason)
 
 
-def test_nothing_to_compile_with(hopper, monkeypatch):
+@pytest.mark.parametrize(
+    "error",
+    [
+        Unavailable("no compiler: nvrtc: the package cupy is not installed (pip install cupy)"),
+        PermissionError(13, "Permission denied", "/opt/cuda"),
+    ],
+)
+def test_nothing_to_compile_with(hopper, monkeypatch, error):
     def choose_engine(kernels, arch, name="auto"):
-        raise Unavailable("no compiler: nvrtc: the package cupy is not installed (pip install cupy)")
+        raise error
 
     monkeypatch.setattr(engines, "choose", choose_engine)
-    with pytest.raises(RuntimeError, match="backend='sm90' cannot run this call: no compiler: nvrtc: the package cupy"):
+    assert choose(problem(head_dim=64), CUDA, torch.float16).backend == "triton"
+    with pytest.raises(RuntimeError, match=re.escape(f"backend='sm90' cannot run this call: {error}")):
         choose(problem("sm90", head_dim=64), CUDA, torch.float16)
 
 

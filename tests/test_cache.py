@@ -21,6 +21,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from processes import alive, pid_in, wait_until
 from toys import ARCH, HEADER, MAIN, NVRTC, toy, use_sources, write_sources
 
 from vsa_jit.jit import cache, toolchain
@@ -192,18 +193,10 @@ def test_the_compiler_ends_with_the_process_that_wanted_it(folder, sources, monk
     monkeypatch.setattr(compiling, "WORKER", worker)
     child = fork.Process(target=get)
     child.start()
-    deadline = time.monotonic() + 30
-    while not (pid_file.exists() and pid_file.read_text()) and time.monotonic() < deadline:
-        time.sleep(0.05)
-    pid = int(pid_file.read_text())
+    pid = pid_in(pid_file)
     child.kill()
     child.join()
-    while time.monotonic() < deadline and Path(f"/proc/{pid}").exists():
-        if Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] == "Z":
-            break
-        time.sleep(0.05)
-    else:
-        assert not Path(f"/proc/{pid}").exists()
+    assert wait_until(lambda: not alive(pid))
 
 
 def truncated(entry, other):

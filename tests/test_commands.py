@@ -437,20 +437,23 @@ def test_doctor_on_a_hopper_gpu_whose_driver_is_old(hopper, monkeypatch, capsys)
     assert "triton on cuda:0      would run\n" in out
 
 
-def test_doctor_shows_what_keeps_a_call_from_its_engine(hopper, monkeypatch, capsys):
+@pytest.mark.parametrize(
+    "error",
+    [Unavailable("the CUDA sources were expected elsewhere", "install vsa-jit again"), PermissionError(13, "no entry")],
+)
+def test_doctor_shows_what_keeps_a_call_from_its_engine(hopper, monkeypatch, capsys, error):
     support.why_no_engine.cache_clear()
     monkeypatch.setattr(toolchain, "driver_version", lambda: (13, 0))
 
     def missing():
-        raise Unavailable("the CUDA sources were expected elsewhere", "install vsa-jit again")
+        raise error
 
     monkeypatch.setattr("vsa_jit.jit.engines.base.kernels_dir", missing)
     try:
         assert command("doctor") == 1
     finally:
         support.why_no_engine.cache_clear()
-    shown = "sm90 on cuda:0        would not: the CUDA sources were expected elsewhere (install vsa-jit again)\n"
-    assert shown in capsys.readouterr().out
+    assert f"sm90 on cuda:0        would not: {error}\n" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(

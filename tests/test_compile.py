@@ -16,6 +16,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from processes import alive, pid_in, wait_until
 from toys import ARCH, HEADER, MAIN, NVRTC, toy, write_sources
 
 from vsa_jit.jit import cache, engines, module, progress, toolchain
@@ -131,22 +132,6 @@ def worker_that(monkeypatch, tmp_path, does: str) -> None:
     monkeypatch.setattr(compiling, "WORKER", worker)
 
 
-def alive(pid: int) -> bool:
-    try:
-        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
-    except FileNotFoundError:
-        return False
-
-
-def wait_until(condition, seconds: float = 30) -> bool:
-    deadline = time.monotonic() + seconds
-    while time.monotonic() < deadline:
-        if condition():
-            return True
-        time.sleep(0.05)
-    return False
-
-
 @pytest.fixture(params=["sleeper.wait()"])
 def ninja_like(request, monkeypatch, tmp_path):
     """A worker that, like ninja, starts a compiler in a process group of its own; gives the file with its number.
@@ -164,11 +149,6 @@ def ninja_like(request, monkeypatch, tmp_path):
     )
     monkeypatch.setattr(compiling, "WORKER", worker)
     return pid_file
-
-
-def pid_in(file: Path) -> int:
-    assert wait_until(lambda: file.exists() and file.read_text() != "")
-    return int(file.read_text())
 
 
 def forked_get() -> int:
@@ -604,7 +584,7 @@ def test_a_missing_kernel_in_a_capture_asks_for_a_warmup(monkeypatch):
         module.load([toy()], 0)
 
 
-@pytest.mark.parametrize("broken", ["thread", "context", "cubin"])
+@pytest.mark.parametrize("broken", ["engine", "thread", "context", "cubin"])
 def test_whatever_fails_while_loading_is_a_load_error(monkeypatch, broken):
     def fail(*args, **kwargs):
         raise RuntimeError(f"no {broken}")
@@ -614,6 +594,8 @@ def test_whatever_fails_while_loading_is_a_load_error(monkeypatch, broken):
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "a GPU")
     monkeypatch.setattr(torch.cuda, "device", lambda device: contextlib.nullcontext())
     monkeypatch.setattr(module, "make_context_current", fail if broken == "context" else lambda device: None)
+    if broken == "engine":
+        monkeypatch.setattr(engines, "choose", fail)
     if broken == "thread":
         monkeypatch.setattr(threading.Thread, "start", fail)
     monkeypatch.setattr(NVRTC.__class__, "function", fail)

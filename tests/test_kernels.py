@@ -43,7 +43,7 @@ def test_nvrtc(label, tmp_path):
     kernel, engine = KERNELS[label], NvrtcEngine()
     recipe = engine.recipe(kernel, ARCH)
     engine.write_job(tmp_path, kernel, recipe)
-    run_worker(label, tmp_path, threading.Event())
+    run_worker(label, tmp_path, tmp_path / recipe.artefact, threading.Event())
     assert (tmp_path / recipe.artefact).read_bytes().startswith(b"\x7fELF")
     check_resources((tmp_path / "log.txt").read_text(), kernel)
 

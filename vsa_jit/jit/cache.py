@@ -153,15 +153,28 @@ def why_replaceable(folder: Path) -> str | None:
     # By convention a group of the user's own number is the user's alone.
     own_group = os.getgid() if os.getgid() == os.getuid() else None
     for parent in folder.parents:
-        if not parent.exists():
+        if not _exists(parent):
             continue
-        status = parent.stat()
+        status = os.stat(parent)
         if status.st_uid not in trusted:
             return f"{parent} belongs to user {status.st_uid}"
         by_group = status.st_mode & 0o020 and status.st_gid != own_group
         if not status.st_mode & stat.S_ISVTX and (status.st_mode & 0o002 or by_group):
             return f"{parent} can be written to by others (mode {stat.S_IMODE(status.st_mode):o})"
     return None
+
+
+def _exists(path: Path) -> bool:
+    """Whether something is there.
+
+    Raises:
+        OSError: it cannot be told; pathlib's own answers differ from one Python to the next.
+    """
+    try:
+        os.stat(path)
+    except (FileNotFoundError, NotADirectoryError):
+        return False
+    return True
 
 
 def _in_user_namespace() -> bool:
@@ -409,7 +422,7 @@ def _open_store(pid: int, named: str | None, xdg: str | None, home: str | None) 
         unsafe = why_unsafe(folder) if os.path.lexists(folder) else None
         # A link on the way is followed once, here.
         place = folder.resolve()
-        existing = next(path for path in (place, *place.parents) if path.exists())
+        existing = next(path for path in (place, *place.parents) if _exists(path))
         if unsafe is None and not existing.is_dir():
             unsafe = f"{existing} is not a folder"
         unsafe = unsafe or why_replaceable(place)

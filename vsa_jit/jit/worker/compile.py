@@ -74,9 +74,8 @@ def compile_nvcc(folder: Path, job: dict) -> None:
 def end_with_parent() -> None:
     # Not by sys.stdin, whose lock an interpreter that ends would wait for.
     os.read(0, 1)
-    # Started by hand it shares the session of a shell.
-    if os.getsid(0) == os.getpid():
-        kill_session(os.getpid())
+    # Its own session: started by hand it leads none, and that of the shell is left alone.
+    kill_session(os.getpid())
     os._exit(1)
 
 
