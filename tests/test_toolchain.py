@@ -72,8 +72,12 @@ LAYOUTS = {
     "conda": ("root/lib/libnvrtc.so.12", "root/targets/x86_64-linux/include", 12060, "CONDA_PREFIX"),
     "toolkit": ("root/lib64/libnvrtc.so.12", "root/include", 12060, "CUDA_HOME"),
 }
-FIND = """
-import json
+# Without PyTorch, which brings an NVRTC of its own where it is built for CUDA.
+FIND = f"""
+import json, sys, types
+sys.modules["torch"] = types.ModuleType("torch")
+sys.modules["vsa_jit"] = types.ModuleType("vsa_jit")
+sys.modules["vsa_jit"].__path__ = [{str(ROOT / "vsa_jit")!r}]
 from vsa_jit.jit import toolchain
 found = toolchain.find_nvrtc()
 print(json.dumps([found.library, found.version, found.include]))
@@ -104,7 +108,7 @@ def test_every_layout_is_found(tmp_path, layout):
     subprocess.run(["cc", "-shared", "-fPIC", f"-Wl,-soname,{place.name}", "-o", place, source], check=True)
     headers(tmp_path / include, number)
 
-    variables = {"PATH": os.environ["PATH"], "HOME": str(tmp_path), "PYTHONPATH": f"{packages}:{ROOT}"}
+    variables = {"PATH": os.environ["PATH"], "HOME": str(tmp_path), "PYTHONPATH": str(packages)}
     if variable is not None:
         variables[variable] = str(tmp_path / "root")
     command = [str(environment / "bin" / "python"), "-c", FIND]
