@@ -223,7 +223,10 @@ def packed(path: Path, members: dict[str, bytes | tarfile.TarInfo]) -> Path:
     with tarfile.open(path, "w:gz") as archive:
         for name, content in members.items():
             if isinstance(content, tarfile.TarInfo):
-                archive.addfile(content)
+                # A header alone, whatever it says of contents.
+                header = content.tobuf(tarfile.PAX_FORMAT if content.pax_headers else tarfile.GNU_FORMAT)
+                archive.fileobj.write(header)
+                archive.offset += len(header)
                 continue
             member = tarfile.TarInfo(name)
             member.size = len(content)
