@@ -5,6 +5,7 @@ import os
 import random
 import shutil
 import tempfile
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -25,6 +26,18 @@ def sources(tmp_path, monkeypatch) -> Path:
     root = toys.write_sources(tmp_path / "src")
     toys.use_sources(monkeypatch, root)
     return root
+
+
+@pytest.fixture
+def lose_home(tmp_path, monkeypatch) -> Callable[[], None]:
+    """Leaves the user no folder to keep kernels in."""
+
+    def lose():
+        for variable in ("VSA_JIT_CACHE_DIR", "XDG_CACHE_HOME"):
+            monkeypatch.delenv(variable, raising=False)
+        monkeypatch.setenv("HOME", str(tmp_path / "nowhere"))
+
+    return lose
 
 
 @pytest.fixture(autouse=True)

@@ -3,12 +3,19 @@
 import math
 from dataclasses import dataclass
 
+import pytest
 import reference as ref
 import torch
 from torch import Tensor
 
 import vsa_jit
 
+GPU = torch.cuda.is_available()
+HOPPER = GPU and torch.cuda.get_device_capability() == (9, 0)
+ON_HOPPER = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(GPU and not HOPPER, reason="needs a Hopper GPU (compute capability 9.0)"),
+]
 TILE_OF_TOKENS = {64: (4, 4, 4), 128: (2, 8, 8), 256: (4, 8, 8)}
 
 

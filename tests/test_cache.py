@@ -435,10 +435,8 @@ def test_no_home(monkeypatch, tmp_path, caplog, home):
     assert "not kept for the next process" in only_warning(caplog)
 
 
-def test_the_private_folder_ends_with_its_process(monkeypatch, tmp_path):
-    monkeypatch.setenv("HOME", str(tmp_path / "nowhere"))
-    monkeypatch.delenv("VSA_JIT_CACHE_DIR", raising=False)
-    monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
+def test_the_private_folder_ends_with_its_process(lose_home):
+    lose_home()
     code = "from vsa_jit.jit.cache import open_store; print(open_store().root)"
     run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=ROOT)
     path = Path(run.stdout.strip())
@@ -739,12 +737,10 @@ print(root.exists())
     assert run.stdout.strip() == "True"
 
 
-def test_a_forked_child_makes_its_own_private_folder(monkeypatch, tmp_path):
+def test_a_forked_child_makes_its_own_private_folder(monkeypatch, tmp_path, lose_home):
     """That of its parent ends with the parent."""
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
-    monkeypatch.setenv("HOME", str(tmp_path / "nowhere"))
-    monkeypatch.delenv("VSA_JIT_CACHE_DIR", raising=False)
-    monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
+    lose_home()
     mine = get()
     roots = fork.Queue()
 
@@ -766,24 +762,28 @@ def test_a_compiler_whose_artefact_is_no_code(folder, monkeypatch):
     assert list(open_store().entries()) == []
 
 
-def test_nowhere_to_write_is_an_error_with_a_name(monkeypatch, tmp_path):
+def test_nowhere_to_write_is_an_error_with_a_name(monkeypatch, lose_home):
     def nowhere(**kwargs):
         raise FileNotFoundError("No usable temporary directory found")
 
-    monkeypatch.setenv("HOME", str(tmp_path / "nowhere"))
-    monkeypatch.delenv("VSA_JIT_CACHE_DIR", raising=False)
-    monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
+    lose_home()
     monkeypatch.setattr(tempfile, "mkdtemp", nowhere)
     with pytest.raises(CacheError, match="no folder for compiled kernels: No usable temporary directory found"):
         get()
 
 
-def test_another_host_that_published_first(folder, monkeypatch):
-    """Locks that do not reach it: both compile, and the second finds the entry in its place."""
-    entry = get()
+def misses(monkeypatch) -> list[None]:
+    """The first two looks into the cache find nothing; gives those that are left."""
     load = cache.Store.load
     answers = [None, None]
     monkeypatch.setattr(cache.Store, "load", lambda store, recipe: answers.pop() if answers else load(store, recipe))
+    return answers
+
+
+def test_another_host_that_published_first(folder, monkeypatch):
+    """Locks that do not reach it: both compile, and the second finds the entry in its place."""
+    entry = get()
+    answers = misses(monkeypatch)
     assert get() == entry
     assert not answers
 
@@ -802,9 +802,7 @@ def test_what_another_host_is_compiling_is_left_alone(folder, monkeypatch):
 
 def test_another_host_that_published_while_this_one_could_not(folder, monkeypatch, caplog):
     entry = get()
-    load = cache.Store.load
-    answers = [None, None]
-    monkeypatch.setattr(cache.Store, "load", lambda store, recipe: answers.pop() if answers else load(store, recipe))
+    misses(monkeypatch)
 
     def swept(*arguments):
         raise FileNotFoundError(errno.ENOENT, "No such file or directory", "kernel.cubin")

@@ -74,10 +74,8 @@ def test_warmup_refuses(no_gpu, capsys, arguments, error):
     assert f"vsa-jit: error: {error}" in capsys.readouterr().err
 
 
-def test_warmup_where_nothing_can_be_kept(no_gpu, capsys, monkeypatch, tmp_path):
-    monkeypatch.delenv("VSA_JIT_CACHE_DIR")
-    monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
-    monkeypatch.setenv("HOME", str(tmp_path / "nowhere"))
+def test_warmup_where_nothing_can_be_kept(no_gpu, capsys, lose_home):
+    lose_home()
     assert command("warmup", "--arch", "9.0a", "--dtype", "bf16", "--head-dim", "128") == 1
     assert "the kernels cannot be kept" in capsys.readouterr().err
     with pytest.raises(CacheError, match="the kernels cannot be kept"):
@@ -127,11 +125,9 @@ def test_warmup_on_a_gpu_without_kernels_of_ours(monkeypatch):
     assert vsa_jit.warmup() == []
 
 
-def test_the_command_on_a_gpu_without_kernels_of_ours(monkeypatch, tmp_path, capsys):
+def test_the_command_on_a_gpu_without_kernels_of_ours(monkeypatch, capsys, lose_home):
     """There is nothing to keep, so that no folder is needed either."""
-    monkeypatch.delenv("VSA_JIT_CACHE_DIR")
-    monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
-    monkeypatch.setenv("HOME", str(tmp_path / "nowhere"))
+    lose_home()
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: (8, 0))
     assert command("warmup") == 0
@@ -340,12 +336,10 @@ def test_import_into_a_folder_that_does_not_take_it(entries, tmp_path, folder):
         import_entries(cache.open_store(), archive)
 
 
-def test_import_where_nothing_is_kept(entries, tmp_path, monkeypatch, capsys):
+def test_import_where_nothing_is_kept(entries, tmp_path, capsys, lose_home):
     archive = tmp_path / "kernels.tar.gz"
     export_entries(cache.open_store(), archive)
-    monkeypatch.delenv("VSA_JIT_CACHE_DIR")
-    monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
-    monkeypatch.setenv("HOME", str(tmp_path / "nowhere"))
+    lose_home()
     assert command("cache", "import", str(archive)) == 1
     assert "ends with this process" in capsys.readouterr().err
 

@@ -50,6 +50,11 @@ def get(engine=NVRTC, **kwargs):
     return entry
 
 
+def compile_again(error: CompileError) -> subprocess.CompletedProcess:
+    """Runs the command that an error names, without a terminal."""
+    return subprocess.run(error.command, shell=True, capture_output=True, text=True, stdin=subprocess.DEVNULL)
+
+
 def test_nvrtc_gives_code_for_a_gpu():
     artefact = get().artefact.read_bytes()
     assert artefact[:4] == b"\x7fELF"
@@ -108,7 +113,7 @@ def test_an_error_carries_the_first_error_a_command_and_the_log(folder, sources,
     assert error.first_error in error.log.read_text()
     for part in ("toy could not be compiled", error.first_error, error.command, str(error.log)):
         assert part in str(error)
-    again = subprocess.run(error.command, shell=True, capture_output=True, text=True, stdin=subprocess.DEVNULL)
+    again = compile_again(error)
     assert again.returncode == 1
     assert error.first_error in again.stdout
     write_sources(sources)
@@ -122,7 +127,7 @@ def test_the_command_needs_no_terminal_and_makes_what_was_asked_for(folder, sour
     kept = caught.value.log.parent
     mended = kept / "src" / "toy.cu"
     mended.write_text(MAIN)
-    subprocess.run(caught.value.command, shell=True, check=True, stdin=subprocess.DEVNULL, capture_output=True)
+    assert compile_again(caught.value).returncode == 0
     assert (kept / "kernel.cubin").read_bytes().startswith(b"\x7fELF")
 
 
@@ -276,7 +281,7 @@ def test_odd_names_of_folders(monkeypatch, tmp_path, sources, name):
     write_sources(sources, main=MAIN.replace("value()", "missing()"))
     with pytest.raises(CompileError) as caught:
         get()
-    again = subprocess.run(caught.value.command, shell=True, capture_output=True, text=True, stdin=subprocess.DEVNULL)
+    again = compile_again(caught.value)
     assert caught.value.first_error in again.stdout
 
 
@@ -308,7 +313,7 @@ def test_variables_that_change_the_code_reach_no_compiler(monkeypatch, tmp_path)
     monkeypatch.setenv("NVCC_APPEND_FLAGS", "-G")
     with pytest.raises(CompileError, match="flags: None") as caught:
         get()
-    again = subprocess.run(caught.value.command, shell=True, capture_output=True, text=True, stdin=subprocess.DEVNULL)
+    again = compile_again(caught.value)
     assert again.stdout == "flags: None\n"
 
 
@@ -426,10 +431,8 @@ def test_information_is_logged_where_it_is_asked_for(capfd, caplog):
     assert capfd.readouterr().err == ""
 
 
-def test_the_line_says_where_nothing_is_kept(monkeypatch, tmp_path, caplog):
-    monkeypatch.delenv("VSA_JIT_CACHE_DIR")
-    monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
-    monkeypatch.setenv("HOME", str(tmp_path / "nowhere"))
+def test_the_line_says_where_nothing_is_kept(caplog, lose_home):
+    lose_home()
     with caplog.at_level(logging.INFO, logger="vsa_jit"):
         get()
     (line,) = [record.getMessage() for record in caplog.records if record.getMessage().startswith("compiling")]
@@ -551,10 +554,7 @@ def test_an_error_of_nvcc(linkable, sources):
     assert 'error: identifier "missing" is undefined' in caught.value.first_error
     assert "toy.cu(6)" in caught.value.first_error
     assert caught.value.first_error in caught.value.log.read_text()
-    environment = {**os.environ, "LIBRARY_PATH": os.environ.get("LIBRARY_PATH", "")}
-    again = subprocess.run(
-        caught.value.command, shell=True, capture_output=True, text=True, stdin=subprocess.DEVNULL, env=environment
-    )
+    again = compile_again(caught.value)
     assert again.returncode == 1
     assert caught.value.first_error in again.stdout
 

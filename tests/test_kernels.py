@@ -9,14 +9,13 @@ import pytest
 import torch
 
 from vsa_jit.backends.sm90.means import DTYPES, HEAD_DIMS
-from vsa_jit.backends.sm90.support import kernels_of
+from vsa_jit.backends.sm90.support import ARCH, kernels_of
 from vsa_jit.jit import toolchain
 from vsa_jit.jit.compile import run_worker
 from vsa_jit.jit.engines.nvcc import LINK_OPTIONS, NvccEngine
 from vsa_jit.jit.engines.nvrtc import NvrtcEngine
 from vsa_jit.problem import TILE_OF_TOKENS
 
-ARCH = "9.0a"
 # Of a thread block on sm_90, from the CUDA programming guide's table of compute capabilities.
 MOST_SHARED_MEMORY = 227 * 1024
 KERNELS = {

@@ -3,6 +3,7 @@
 import pytest
 import torch
 from problems import Case, Inputs
+from torch import library
 
 import vsa_jit
 from vsa_jit import ops
@@ -48,19 +49,19 @@ def test_opcheck_attend(device, layout, gate):
         0.2,
         "auto",
     )
-    torch.library.opcheck(ops.attend, arguments)
+    library.opcheck(ops.attend, arguments)
 
 
 @pytest.mark.parametrize("device", DEVICES)
 def test_opcheck_pool_and_select_and_compact(device):
     q, k, v = leaf(1, 210, 4, 32, device=device), leaf(1, 210, 2, 32, device=device), leaf(1, 210, 2, 32, device=device)
     static = ([4, 4, 4], [5, 6, 7], "bshd", 0.2, "auto")
-    torch.library.opcheck(ops.pool_and_select, (q, k, v, None, None, 2, *static))
-    torch.library.opcheck(ops.pool_and_select, (q, k, None, None, None, 2, *static))
+    library.opcheck(ops.pool_and_select, (q, k, v, None, None, 2, *static))
+    library.opcheck(ops.pool_and_select, (q, k, None, None, None, 2, *static))
     block_map = torch.rand(1, 4, 8, 8, device=device) < 0.5
-    torch.library.opcheck(ops.compact, (block_map, q, k, *static))
+    library.opcheck(ops.compact, (block_map, q, k, *static))
     means = torch.randn(1, 4, 8, 32, device=device)
-    torch.library.opcheck(ops.block_mean_backward, (means, q.detach(), None, *static))
+    library.opcheck(ops.block_mean_backward, (means, q.detach(), None, *static))
 
 
 @pytest.mark.parametrize("device", DEVICES)

@@ -5,11 +5,10 @@ from dataclasses import replace
 import pytest
 import reference as ref
 import torch
-from problems import CASES, Case, Inputs
+from problems import CASES, GPU, ON_HOPPER, Case, Inputs
 
 import vsa_jit
 
-GPU = torch.cuda.is_available()
 CPU_RUNS = [("torch", "cpu", dtype) for dtype in (torch.bfloat16, torch.float16, torch.float32)]
 # Triton's interpreter computes products of bf16 wrongly.
 INTERPRETER_RUNS = [] if GPU else [("triton", "cpu", dtype) for dtype in (torch.float16, torch.float32)]
@@ -18,10 +17,6 @@ GPU_RUNS = [
     for backend in ("triton", "torch")
     for dtype in (torch.bfloat16, torch.float16, torch.float32)
 ]
-
-
-HOPPER = GPU and torch.cuda.get_device_capability() == (9, 0)
-ON_HOPPER = [pytest.mark.gpu, pytest.mark.skipif(GPU and not HOPPER, reason="needs a Hopper GPU")]
 SM90_RUNS = [pytest.param(("sm90", "cuda", dtype), marks=ON_HOPPER) for dtype in (torch.bfloat16, torch.float16)]
 # Its kernels are for heads of 64 and 128.
 SM90_CASES = [

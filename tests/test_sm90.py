@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from problems import Case, Inputs
+from problems import ON_HOPPER, Case, Inputs
 from torch import Tensor
 
 import vsa_jit
@@ -23,8 +23,7 @@ from vsa_jit.jit.driver import tensor_map
 from vsa_jit.jit.errors import NotWarmError
 from vsa_jit.problem import Problem, bhsd, check_problem
 
-HOPPER = torch.cuda.is_available() and torch.cuda.get_device_capability() == (9, 0)
-pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not HOPPER, reason="needs a Hopper GPU (compute capability 9.0)")]
+pytestmark = ON_HOPPER
 HALF = [torch.bfloat16, torch.float16]
 HEAD_DIMS = [64, 128]
 ROOT = Path(__file__).parent.parent

@@ -11,6 +11,7 @@ import pytest
 import torch
 
 from vsa_jit import doctor
+from vsa_jit.backends.sm90.support import ARCH
 from vsa_jit.jit import engines, toolchain
 from vsa_jit.jit.errors import Unavailable
 from vsa_jit.jit.source import kernels_dir, read_source
@@ -18,7 +19,6 @@ from vsa_jit.jit.toolchain import Nvcc, Nvrtc
 from vsa_jit.names import check_name
 
 NVRTC, NVCC = engines.ENGINES
-ARCH = "9.0a"
 ROOT = Path(__file__).parent.parent
 
 
@@ -80,7 +80,7 @@ sys.modules["vsa_jit"] = types.ModuleType("vsa_jit")
 sys.modules["vsa_jit"].__path__ = [{str(ROOT / "vsa_jit")!r}]
 from vsa_jit.jit import toolchain
 found = toolchain.find_nvrtc()
-print(json.dumps([found.library, found.version, found.include]))
+print(json.dumps([found.path, found.version, found.include]))
 """
 
 

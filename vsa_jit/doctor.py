@@ -111,7 +111,7 @@ def _tool(name: str, mend: str) -> dict[str, Any]:
 
 def _nvrtc() -> dict[str, Any]:
     nvrtc = toolchain.find_nvrtc()
-    return {"cuda": dotted(nvrtc.version), "path": nvrtc.library, "found_via": nvrtc.found_via}
+    return {"cuda": dotted(nvrtc.version), "path": nvrtc.path, "found_via": nvrtc.found_via}
 
 
 def _headers() -> dict[str, Any]:

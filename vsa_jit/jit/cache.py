@@ -324,10 +324,10 @@ class Store:
                 continue
             for folder in (*arch.iterdir(), *_children(arch / "failed"), *_children(arch / "build")):
                 key = folder.name[:_KEY_LENGTH]
-                in_use = folder.parent.name == "build" and (
-                    not _is_left(folder) or _is_locked(arch / "locks" / f"{key}.lock")
-                )
-                if not _is_key(key) or in_use:
+                if not _is_key(key):
+                    continue
+                is_build = folder.parent.name == "build"
+                if is_build and (not _is_left(folder) or _is_locked(arch / "locks" / f"{key}.lock")):
                     continue
                 _remove(folder)
                 count += folder.parent == arch and not os.path.lexists(folder)
@@ -367,7 +367,7 @@ def _make_folder(folder: Path) -> None:
     Raises:
         OSError: it cannot be made, or it is there and somebody else could write to it.
     """
-    for missing in reversed([parent for parent in folder.parents if not parent.exists()]):
+    for missing in reversed([parent for parent in folder.parents if not _exists(parent)]):
         missing.mkdir(mode=0o755, exist_ok=True)
     folder.mkdir(mode=0o755, exist_ok=True)
     unsafe = why_unsafe(folder)
@@ -412,6 +412,7 @@ def open_store() -> Store:
     return _open_store(os.getpid(), *map(os.environ.get, variables))
 
 
+# All that the answer depends on is an argument, so that it is looked for again when that changes.
 @functools.cache
 def _open_store(pid: int, named: str | None, xdg: str | None, home: str | None) -> Store:
     try:

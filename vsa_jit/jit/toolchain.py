@@ -29,9 +29,9 @@ CAPABILITIES = {(9, 0): "9.0a"}
 
 @dataclass(frozen=True)
 class Nvrtc:
-    """NVRTC and, where there are headers of the same version, their folder."""
+    """NVRTC's library and, where there are headers of the same version, their folder."""
 
-    library: str
+    path: str
     version: Version
     build: str
     found_via: str

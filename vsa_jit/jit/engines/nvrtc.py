@@ -70,7 +70,7 @@ class NvrtcEngine:
             include = [f"--include-path={nvrtc.include}"]
         job = {
             "engine": self.name,
-            "library": nvrtc.library,
+            "library": nvrtc.path,
             "version": nvrtc.version,
             "main": kernel.source,
             "options": [*recipe.flags, *include],
