@@ -158,6 +158,17 @@ class Inputs:
         k_c = k_c.repeat_interleave(q_c.shape[1] // k_c.shape[1], 1)
         return ref.select(q_c @ k_c.mT, self.case.topk, self.kv_nonempty)
 
+    def uneven_indices(self) -> tuple[Tensor, Tensor, Tensor]:
+        """``q2k_idx`` and ``q2k_num`` of rows of 0 … n_k key blocks in any order, junk past a row's number; their map."""
+        rows = (self.case.batch, self.case.heads, self.num_q_blocks)
+        num = torch.randint(0, self.num_kv_blocks + 1, rows, generator=self.generator, dtype=torch.int32)
+        num.view(-1)[0] = 0
+        idx = torch.rand((*rows, self.num_kv_blocks), generator=self.generator).argsort(-1).int()
+        used = torch.arange(self.num_kv_blocks) < num[..., None]
+        block_map = torch.zeros(idx.shape, dtype=torch.bool).scatter(-1, idx.long(), used)
+        idx = idx.masked_fill(~used, 2**31 - 1)
+        return idx.to(self.device), num.to(self.device), block_map
+
     def expected(self, dtype: torch.dtype, block_map: Tensor) -> dict[str, Tensor]:
         """Output and gradients of ``video_sparse_attn`` with this map, computed densely in a dtype."""
         tensors = self.clean(dtype)

@@ -4,9 +4,11 @@ more shared memory than a thread block can have."""
 import re
 import subprocess
 import threading
+from pathlib import Path
 
 import pytest
 import torch
+import triton
 
 from vsa_jit.backends.sm90.means import DTYPES, HEAD_DIMS
 from vsa_jit.backends.sm90.support import ARCH, kernels_of
@@ -35,6 +37,32 @@ def check_resources(log: str, kernel) -> None:
     assert kernel.smem_bytes + (int(static[1]) if static else 0) <= MOST_SHARED_MEMORY, log
     assert re.search(r"Used \d+ registers", log), log
     assert "warning" not in log, log
+    # What ptxas says where it takes products one at a time.
+    assert "Potential Performance Loss" not in log, log
+
+
+def check_queries_stay(cubin: Path) -> None:
+    """Checks that nothing writes the registers that hold Q while a loop multiplies by them.
+
+    ptxas 13.0 does that to some loops: it gives the probabilities the same registers.
+    """
+    tool = Path(triton.__file__).parent / "backends/nvidia/bin/nvdisasm"
+    # CuPy gives NVRTC's code without its last byte, as if it were text.
+    whole = cubin.with_suffix(".whole")
+    whole.write_bytes(cubin.read_bytes() + b"\0")
+    sass = subprocess.run([tool, whole], capture_output=True, text=True, check=True).stdout
+    code = [re.sub(r"^@!?U?P\w+\s+", "", line) for line in re.findall(r"/\*[0-9a-f]{4,}\*/\s+(.*?);", sass)]
+    loads = [i for i, line in enumerate(code) if line.startswith("LDSM")]
+    products = [i for i, line in enumerate(code) if line.startswith("HGMMA")]
+    held = {int(re.search(r" R(\d+)", code[i])[1]) + step for i in loads for step in range(4)}
+    taken = {int(match[1]) for i in products if (match := re.match(r"HGMMA\S+ R\d+, R(\d+),", code[i]))}
+    assert held & taken
+    # The last products that take Q end the loop.
+    last = max(i for i in products if (match := re.match(r"HGMMA\S+ R\d+, R(\d+),", code[i])) and int(match[1]) in held)
+    for line in code[loads[-1] + 1 : last]:
+        written = re.match(r"(\S+) (?:P\d, )?R(\d+)\b", line)
+        if written and not written[1].startswith(("ST", "SYNCS", "BAR", "RED", "ATOMS")):
+            assert int(written[2]) not in held, line
 
 
 @pytest.mark.parametrize("label", KERNELS)
@@ -45,6 +73,8 @@ def test_nvrtc(label, tmp_path):
     run_worker(label, tmp_path, tmp_path / recipe.artefact, threading.Event())
     assert (tmp_path / recipe.artefact).read_bytes().startswith(b"\x7fELF")
     check_resources((tmp_path / "log.txt").read_text(), kernel)
+    if kernel.entry == "attend_forward":
+        check_queries_stay(tmp_path / recipe.artefact)
 
 
 @pytest.mark.parametrize("label", KERNELS)
@@ -65,6 +95,9 @@ def test_nvcc(label, tmp_path):
 
 
 def test_every_dtype_and_head_dim_is_here():
-    assert len(KERNELS) == 4
+    # Of each dtype and head dimension the block means and two forwards, and two plans.
+    assert len(KERNELS) == 4 * 3 + 2
+    for block in (192, 320, 512, 1024):
+        assert {kernel.label for kernel in kernels_of(torch.bfloat16, 128, block)} <= set(KERNELS)
     assert set(DTYPES) == {torch.bfloat16, torch.float16}
     assert HEAD_DIMS == (64, 128)

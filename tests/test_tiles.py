@@ -9,11 +9,11 @@ import pytest
 import torch
 from torch import Tensor
 
-from vsa_jit.backends.sm90 import means
-from vsa_jit.backends.sm90.tiles import BOX_TOKENS, box_of, why_not_tma
+from vsa_jit.backends.sm90 import forward, means, tiles
+from vsa_jit.backends.sm90.tiles import BOX_TOKENS, box_of, place_of, why_not_tma
 from vsa_jit.grid import block_tokens
 from vsa_jit.jit.driver import TensorMap
-from vsa_jit.problem import Problem, bhsd
+from vsa_jit.problem import Problem
 
 # How tensors lie in memory: the order of their dimensions, outermost first, where "3" is q, k and v of a projection.
 MEMORY = ["bhsd", "bshd", "sbhd", "hbsd", "hsbd", "bs3hd", "bsh3d", "bhs3d"]
@@ -46,10 +46,9 @@ def launched(monkeypatch, problem: Problem, x: Tensor):
         maps.append(arguments)
         return TensorMap()
 
-    monkeypatch.setattr(means, "tensor_map", tensor_map)
+    monkeypatch.setattr(tiles, "tensor_map", tensor_map)
     monkeypatch.setattr(means.module, "launcher", lambda kernel, device: None)
-    place = (x.data_ptr(), bhsd(x, problem.layout).stride() if problem.layout == "bhsd" else x.stride())
-    prepared = means._prepared.__wrapped__(problem, x.dtype, 0, place, place, place, None, None)
+    prepared = means._prepared.__wrapped__(problem, x.dtype, 0, *[place_of(x)] * 3, None, None)
     return prepared, maps
 
 
@@ -64,7 +63,7 @@ def test_coordinates_reach_the_tokens_of_each_block(monkeypatch, memory, batch, 
     assert why_not_tma(x, grid) is None
     problem = Problem(batch, heads, heads, length, length, 64, tile, grid, "bhsd", 0.1, "auto")
     prepared, maps = launched(monkeypatch, problem, x)
-    _, address, dtype, extents, strides, box = maps[0]
+    _, address, dtype, extents, strides, box, _ = maps[0]
     assert (address, dtype) == (x.data_ptr(), torch.float16)
     assert all(0 < side <= 256 for side in box)
     assert all(stride * 2 % 16 == 0 and stride < 2**39 for stride in strides)
@@ -103,6 +102,68 @@ def test_where_heads_are_neighbours_they_come_first(monkeypatch):
         assert prepared.params.heads_first == expected
 
 
+def quotient(divisor, x: int) -> int:
+    return x * divisor.inverse >> forward.DIVISOR_SHIFT
+
+
+def origin(order, block: int, box: int) -> tuple[int, int, int]:
+    """``origin_of_box`` of ``kernels_src/vsa/tokens.cuh``."""
+
+    def position(width, height, index):
+        row = quotient(width, index)
+        t = quotient(height, row)
+        return t, row - t * height.value, index - row * width.value
+
+    corner = position(order.tiles_w, order.tiles_h, block)
+    inside = position(order.boxes_w, order.boxes_h, box)
+    return tuple(
+        at * getattr(order.tile, axis) + by * getattr(order.box, axis)
+        for axis, at, by in zip("thw", corner, inside, strict=True)
+    )
+
+
+@pytest.mark.parametrize(
+    ("grid", "tile", "length", "padded"),
+    [
+        ((5, 6, 7), (4, 4, 4), 210, False),
+        ((3, 9, 10), (2, 8, 8), 270, False),
+        ((5, 9, 9), (4, 8, 8), 405, False),
+        ((5, 7, 25), (4, 6, 8), 875, False),
+        (None, (1, 1, 192), 700, False),
+        (None, (2, 8, 8), 384, True),
+    ],
+)
+def test_boxes_of_the_forward_reach_the_tokens_of_each_block(grid, tile, length, padded):
+    problem = Problem(1, 1, 1, length, length, 64, tile, grid, "bhsd", 0.1, "auto")
+    order = forward._order(problem, length, None, padded=padded)
+    assert 1 << order.box_w_log2 == order.box.w
+    assert 1 << order.box_hw_log2 == order.box.h * order.box.w
+    extent = [getattr(order.extent, axis) for axis in "thw"]
+    assert math.prod(extent) == length
+    tokens = block_tokens(problem, length, None, torch.device("cpu"))
+    for block in range(problem.num_q_blocks):
+        found = []
+        for box in range(order.boxes):
+            first = origin(order, block, box)
+            for token in range(BOX_TOKENS):
+                inside = (
+                    token >> order.box_hw_log2,
+                    token >> order.box_w_log2 & (order.box.h - 1),
+                    token & (order.box.w - 1),
+                )
+                at = [start + by for start, by in zip(first, inside, strict=True)]
+                if all(position < side for position, side in zip(at, extent, strict=True)):
+                    found.append((at[0] * extent[1] + at[1]) * extent[2] + at[2])
+        assert sorted(found) == sorted(tokens[block][tokens[block] >= 0].tolist())
+
+
+@pytest.mark.parametrize("divisor", [1, 2, 3, 7, 13, 208, 1440, 65535])
+def test_divisors_divide(divisor):
+    record = forward._divisor(divisor)
+    for x in {0, 1, divisor - 1, divisor, 7 * divisor - 1, 7 * divisor, 2**40 // divisor - 1, 12345}:
+        assert quotient(record, x) == x // divisor
+
+
 def view(shape, strides, address=0, size=2):
     return SimpleNamespace(
         shape=shape,
@@ -133,3 +194,5 @@ def test_what_tma_cannot_read(shape, strides, address, grid, reason):
 
 def test_the_parameters_fit_a_launch():
     assert ctypes.sizeof(means.Params) == 640 <= 4096
+    assert ctypes.sizeof(forward.PlanParams) <= 4096
+    assert ctypes.sizeof(forward.Params) == 1408 <= 4096

@@ -31,4 +31,23 @@ __device__ __forceinline__ void wait(semaphore& sem, int phase) {
         : "memory");
 }
 
+// Whether a phase has ended.
+__device__ __forceinline__ bool test(semaphore& sem, int phase) {
+    uint32_t done;
+    asm volatile(
+        "{\n"
+        " .reg .pred done;\n"
+        " mbarrier.test_wait.parity.shared::cta.b64 done, [%1], %2;\n"
+        " selp.u32 %0, 1, 0, done;\n"
+        "}"
+        : "=r"(done)
+        : "r"(shared_address(&sem)), "r"(phase)
+        : "memory");
+    return done;
+}
+
+__device__ __forceinline__ void arrive(semaphore& sem, int count = 1) {
+    asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0], %1;" ::"r"(shared_address(&sem)), "r"(count) : "memory");
+}
+
 }  // namespace kittens

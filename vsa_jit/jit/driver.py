@@ -15,10 +15,14 @@ _ELEMENT_TYPES = {torch.float16: 6, torch.bfloat16: 9}
 _MAX_DYNAMIC_SHARED_SIZE_BYTES = 8
 _ERROR_INVALID_CONTEXT = 201
 _L2_PROMOTION_256B = 3
+SWIZZLE_NONE, SWIZZLE_128B = 0, 3
 _TENSOR_MAP_BYTES = 128
 _TENSOR_MAP_ALIGNMENT = 64
 
-TensorMap = ctypes.c_uint64 * (_TENSOR_MAP_BYTES // 8)
+
+class TensorMap(ctypes.Array[ctypes.c_uint64]):
+    _type_ = ctypes.c_uint64
+    _length_ = _TENSOR_MAP_BYTES // 8
 
 
 def check(status: int, what: str) -> None:
@@ -53,7 +57,8 @@ def tensor_map(
     extents: Sequence[int],
     strides: Sequence[int],
     box: Sequence[int],
-) -> ctypes.Array[ctypes.c_uint64]:
+    swizzle: int = SWIZZLE_NONE,
+) -> TensorMap:
     """What TMA must know of a tensor to copy boxes of it; elements outside it are read as zeros.
 
     Args:
@@ -62,6 +67,7 @@ def tensor_map(
         extents: innermost dimension first.
         strides: of all dimensions but the innermost, in elements; multiples of 16 bytes.
         box: elements copied at a time, along each dimension at most 256.
+        swizzle: how rows of a box lie in shared memory; with ``SWIZZLE_128B`` they are 128 bytes long.
 
     Raises:
         RuntimeError: the driver refuses it.
@@ -83,7 +89,7 @@ def tensor_map(
         (ctypes.c_uint32 * rank)(*box),
         (ctypes.c_uint32 * rank)(*(1,) * rank),
         0,
-        0,
+        swizzle,
         _L2_PROMOTION_256B,
         0,
     )

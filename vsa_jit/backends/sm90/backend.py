@@ -1,6 +1,7 @@
 """The backend's functions. What has no CUDA kernel yet, Triton's kernels do."""
 
+from vsa_jit.backends.sm90.forward import forward
 from vsa_jit.backends.sm90.means import block_means
-from vsa_jit.backends.triton import backward, block_mean_backward, compact, forward, select
+from vsa_jit.backends.triton import backward, block_mean_backward, compact, select
 
 __all__ = ["backward", "block_mean_backward", "block_means", "compact", "forward", "select"]

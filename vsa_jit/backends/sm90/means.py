@@ -9,9 +9,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from vsa_jit.backends.sm90.tiles import BOX_TOKENS, box_of, heads_of, tile_of, video_of
+from vsa_jit.backends.sm90.tiles import BOX_TOKENS, Place, box_of, map_of, place_of, tile_of, video_of
 from vsa_jit.jit import module
-from vsa_jit.jit.driver import Launcher, TensorMap, tensor_map
+from vsa_jit.jit.driver import Launcher, TensorMap
 from vsa_jit.jit.kernel import Kernel
 from vsa_jit.problem import Problem, axes
 
@@ -80,7 +80,7 @@ def block_means(
         problem,
         q.dtype,
         q.get_device(),
-        *(None if x is None else (x.data_ptr(), x.stride()) for x in (q, k, v)),
+        *(None if x is None else place_of(x) for x in (q, k, v)),
         *(None if sizes is None else (sizes.data_ptr(), sizes.dtype) for sizes in (q_sizes, kv_sizes)),
     )
     params = Params.from_buffer_copy(prepared.params)
@@ -98,7 +98,6 @@ class _Prepared(NamedTuple):
     launch: Launcher
 
 
-_Place = tuple[int, tuple[int, ...]]
 _Sizes = tuple[int, torch.dtype]
 
 
@@ -107,9 +106,9 @@ def _prepared(
     problem: Problem,
     dtype: torch.dtype,
     device: int,
-    q: _Place,
-    k: _Place,
-    v: _Place | None,
+    q: Place,
+    k: Place,
+    v: Place | None,
     q_sizes: _Sizes | None,
     kv_sizes: _Sizes | None,
 ) -> _Prepared:
@@ -126,7 +125,7 @@ def _prepared(
     params.frames, params.height, params.tiles_h = frames, height, -(-height // tile[1])
     params.tile[:], params.box[:] = tile, box
     _, head_axis, token_axis, _ = axes(problem.layout)
-    params.heads_first = q[1][head_axis] < q[1][token_axis]
+    params.heads_first = q.strides[head_axis] < q.strides[token_axis]
     blocks = sum(operand.num_items for operand in params.operands)
     return _Prepared(params, blocks, module.launcher(block_means_kernel(dtype, problem.head_dim), device))
 
@@ -137,35 +136,22 @@ def _set_operand(
     problem: Problem,
     dtype: torch.dtype,
     device: int,
-    place: _Place,
+    place: Place,
     heads: int,
     length: int,
     sizes: _Sizes | None,
     tile: tuple[int, int, int],
     box: tuple[int, int, int],
 ) -> None:
-    address, strides = place
-    batch_stride, head_stride, token_stride, _ = (strides[axis] for axis in axes(problem.layout))
-    in_map = heads_of(problem.batch, heads, problem.head_dim, batch_stride, head_stride)
-    frames, height, width = video_of(problem, length)
-    extents = (width, height, frames, in_map.outer)
-    steps = (token_stride, token_stride * width, token_stride * width * height, in_map.outer_stride)
-    params.maps[i] = tensor_map(
-        device,
-        address,
-        dtype,
-        (in_map.channels, *extents),
-        # What is one long is never stepped along, and any stride that TMA takes does.
-        tuple(step if extent > 1 else problem.head_dim for extent, step in zip(extents, steps, strict=True)),
-        (problem.head_dim, box[2], box[1], box[0], 1),
-    )
+    video = video_of(problem, length)
+    params.maps[i], in_map = map_of(problem, dtype, device, place, heads, video, box, problem.head_dim)
     operand = params.operands[i]
     if sizes is not None:
         operand.sizes, operand.sizes_are_64_bit = sizes[0], sizes[1] == torch.int64
     operand.num_blocks = problem.num_blocks(length)
     operand.num_items = problem.batch * heads * operand.num_blocks
     operand.heads = heads
-    operand.width = width
-    operand.tiles_w = -(-width // tile[2])
+    operand.width = video[2]
+    operand.tiles_w = -(-video[2] // tile[2])
     operand.head_channel, operand.head_outer = in_map.head_channel, in_map.head_outer
     operand.batch_channel, operand.batch_outer = in_map.batch_channel, in_map.batch_outer

@@ -5,15 +5,28 @@ from __future__ import annotations
 import math
 from typing import NamedTuple
 
+import torch
 from torch import Tensor
 
-from vsa_jit.problem import Problem
+from vsa_jit.jit.driver import SWIZZLE_NONE, TensorMap, tensor_map
+from vsa_jit.problem import Problem, axes
 
 BOX_TOKENS = 64
 INT32_MAX = 2**31 - 1
 # TMA's rules: addresses and strides are multiples of 16 bytes, and strides less than 2^40 bytes.
 ALIGNMENT_BYTES = 16
 STRIDE_LIMIT_BYTES = 2**40
+
+
+class Place(NamedTuple):
+    """Where a tensor is, in elements."""
+
+    address: int
+    strides: tuple[int, ...]
+
+
+def place_of(x: Tensor) -> Place:
+    return Place(x.data_ptr(), x.stride())
 
 
 class Heads(NamedTuple):
@@ -63,6 +76,41 @@ def box_of(tile: tuple[int, int, int]) -> tuple[int, int, int]:
         sides.append(part)
         left //= part
     return sides[2], sides[1], sides[0]
+
+
+def map_of(
+    problem: Problem,
+    dtype: torch.dtype,
+    device: int,
+    place: Place,
+    heads: int,
+    video: tuple[int, int, int],
+    box: tuple[int, int, int],
+    channels: int,
+    swizzle: int = SWIZZLE_NONE,
+) -> tuple[TensorMap, Heads]:
+    """The tensor map of q, k, v or a tensor like them, for boxes of so many channels, and where in it its heads are.
+
+    Args:
+        video: the sequence as (frames, height, width), see ``video_of``.
+        box: tokens of a box along (t, h, w).
+    """
+    batch_stride, head_stride, token_stride, _ = (place.strides[axis] for axis in axes(problem.layout))
+    in_map = heads_of(problem.batch, heads, problem.head_dim, batch_stride, head_stride)
+    frames, height, width = video
+    extents = (width, height, frames, in_map.outer)
+    steps = (token_stride, token_stride * width, token_stride * width * height, in_map.outer_stride)
+    encoded = tensor_map(
+        device,
+        place.address,
+        dtype,
+        (in_map.channels, *extents),
+        # What is one long is never stepped along, and any stride that TMA takes does.
+        tuple(step if extent > 1 else problem.head_dim for extent, step in zip(extents, steps, strict=True)),
+        (channels, box[2], box[1], box[0], 1),
+        swizzle,
+    )
+    return encoded, in_map
 
 
 def why_not_tma(x: Tensor, grid: tuple[int, int, int] | None) -> str | None:

@@ -1,0 +1,117 @@
+// Tiles in the registers of a warp, in the layout in which the matrix units leave a product and take a left operand:
+// lane l holds, of rows l / 4 and l / 4 + 8, the columns 2 (l % 4) and the next of every eight.
+#pragma once
+
+#include "kittens/types.cuh"
+
+namespace kittens {
+
+// fp32: of every eight columns four values, two of the first row and two of the second.
+template <int rows_, int cols_>
+struct rt_fl {
+    static constexpr int rows = rows_;
+    static constexpr int cols = cols_;
+    static_assert(rows == 16, "a warp holds 16 rows");
+    float data[cols / 2];
+};
+
+// 16-bit elements in pairs: of every sixteen columns four words, in the order of a left operand.
+template <typename T, int rows_, int cols_>
+struct rt {
+    using element = T;
+    static constexpr int rows = rows_;
+    static constexpr int cols = cols_;
+    static_assert(rows == 16, "a warp holds 16 rows");
+    uint32_t data[cols / 4];
+};
+
+template <int rows, int cols>
+using rt_bf = rt<bf16, rows, cols>;
+template <int rows, int cols>
+using rt_hf = rt<half, rows, cols>;
+
+// A value for each row of a register tile: a lane holds those of its two rows.
+struct col_vec {
+    float data[2];
+    __device__ __forceinline__ float& operator[](int i) { return data[i]; }
+    __device__ __forceinline__ const float& operator[](int i) const { return data[i]; }
+};
+
+// Which of a lane's two rows a value of an fp32 tile belongs to.
+__device__ __forceinline__ constexpr int row_of(int index) { return index / 2 % 2; }
+
+template <typename RT>
+__device__ __forceinline__ void zero(RT& tile) {
+#pragma unroll
+    for (float& x : tile.data) x = 0.0f;
+}
+
+template <typename T, int cols>
+__device__ __forceinline__ void copy(rt<T, 16, cols>& destination, const rt_fl<16, cols>& source) {
+#pragma unroll
+    for (int i = 0; i < cols / 4; ++i) destination.data[i] = pack<T>(source.data[2 * i], source.data[2 * i + 1]);
+}
+
+// Combines the values of each of a lane's two rows, in two chains a row: they are as long as the latency allows.
+template <int cols, typename Combine>
+__device__ __forceinline__ void reduce_lane(col_vec& destination, const rt_fl<16, cols>& source, Combine combine) {
+    col_vec second = {source.data[1], source.data[3]};
+#pragma unroll
+    for (int i = 0; i < cols / 2; i += 2) {
+        float& first = destination[row_of(i)];
+        first = combine(first, source.data[i]);
+        if (i >= 4) second[row_of(i)] = combine(second[row_of(i)], source.data[i + 1]);
+    }
+#pragma unroll
+    for (int i = 0; i < 2; ++i) destination[i] = combine(destination[i], second[i]);
+}
+
+// The largest value of each row among a lane's own columns and what is given; NaN does not count.
+template <int cols>
+__device__ __forceinline__ void row_max_of_lane(col_vec& destination, const rt_fl<16, cols>& source, const col_vec& given) {
+    destination = given;
+    reduce_lane(destination, source, [](float a, float b) { return fmaxf(a, b); });
+}
+
+__device__ __forceinline__ void max_over_lanes(col_vec& vec) {
+#pragma unroll
+    for (int lanes = 1; lanes < 4; lanes *= 2) {
+#pragma unroll
+        for (float& x : vec.data) x = fmaxf(x, __shfl_xor_sync(kAllLanes, x, lanes));
+    }
+}
+
+// Adds the sum of a lane's own columns; sum_over_lanes makes it that of the rows.
+template <int cols>
+__device__ __forceinline__ void add_row_sum_of_lane(col_vec& destination, const rt_fl<16, cols>& source) {
+    reduce_lane(destination, source, [](float a, float b) { return a + b; });
+}
+
+__device__ __forceinline__ void sum_over_lanes(col_vec& vec) {
+#pragma unroll
+    for (int lanes = 1; lanes < 4; lanes *= 2) {
+#pragma unroll
+        for (float& x : vec.data) x += __shfl_xor_sync(kAllLanes, x, lanes);
+    }
+}
+
+template <int cols>
+__device__ __forceinline__ void mul_row(rt_fl<16, cols>& tile, const col_vec& vec) {
+#pragma unroll
+    for (int i = 0; i < cols / 2; ++i) tile.data[i] *= vec[row_of(i)];
+}
+
+__device__ __forceinline__ float exp2(float x) {
+    float y;
+    asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+    return y;
+}
+
+// 2 ^ (scale x - shift of the row)
+template <int cols>
+__device__ __forceinline__ void exp2_scaled(rt_fl<16, cols>& tile, float scale, const col_vec& shift) {
+#pragma unroll
+    for (int i = 0; i < cols / 2; ++i) tile.data[i] = kittens::exp2(fmaf(tile.data[i], scale, -shift[row_of(i)]));
+}
+
+}  // namespace kittens

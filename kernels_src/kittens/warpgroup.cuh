@@ -1,0 +1,200 @@
+// What a warpgroup of four warps does together: matrix products whose left operand and result are in registers, 16 rows a
+// warp, and whose right operand is a tile in shared memory; and tiles between registers and shared memory.
+#pragma once
+
+#include "kittens/register_tile.cuh"
+#include "kittens/shared_tile.cuh"
+
+namespace kittens {
+namespace warpgroup {
+
+template <int registers>
+__device__ __forceinline__ void increase_registers() {
+    asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" ::"n"(registers));
+}
+
+template <int registers>
+__device__ __forceinline__ void decrease_registers() {
+    asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;" ::"n"(registers));
+}
+
+// Waits for all threads of a warpgroup. Barrier 0 is that of the thread block.
+__device__ __forceinline__ void sync(int barrier) {
+    asm volatile("bar.sync %0, %1;" ::"r"(barrier), "n"(kWarpgroupThreads) : "memory");
+}
+
+// Keeps the compiler from moving what writes or reads a tile's registers across this point.
+template <int cols>
+__device__ __forceinline__ void pin(rt_fl<16, cols>& tile) {
+#pragma unroll
+    for (float& x : tile.data) asm volatile("" : "+f"(x)::"memory");
+}
+template <typename T, int cols>
+__device__ __forceinline__ void pin(rt<T, 16, cols>& tile) {
+#pragma unroll
+    for (uint32_t& x : tile.data) asm volatile("" : "+r"(x)::"memory");
+}
+
+// Before products that take tiles which other instructions wrote.
+template <typename... Tiles>
+__device__ __forceinline__ void mma_fence(Tiles&... tiles) {
+    (pin(tiles), ...);
+    asm volatile("wgmma.fence.sync.aligned;" ::: "memory");
+}
+
+__device__ __forceinline__ void mma_commit_group() { asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory"); }
+
+// Waits until at most so many groups of products are pending: these tiles can then be read, or written, again.
+template <int pending, typename... Tiles>
+__device__ __forceinline__ void mma_async_wait(Tiles&... tiles) {
+    asm volatile("wgmma.wait_group.sync.aligned %0;" ::"n"(pending) : "memory");
+    (pin(tiles), ...);
+}
+
+// Addresses in matrix descriptors count in words of 16 bytes.
+constexpr int kDescriptorBytes = 16;
+
+// The matrix descriptor of PTX for a tile with 128-byte swizzle.
+__device__ __forceinline__ uint64_t descriptor(const void* start, int leading_bytes, int stride_bytes) {
+    constexpr uint64_t kSwizzle128 = uint64_t(1) << 62;
+    return kSwizzle128 | uint64_t(stride_bytes / kDescriptorBytes) << 32 |
+           uint64_t(leading_bytes / kDescriptorBytes) << 16 | shared_address(start) / kDescriptorBytes;
+}
+
+// One wgmma instruction, d = a b or d += a b with 16 columns of a; the operands' numbers have to be spelt out.
+#define KITTENS_D4(i) "+f"(d[i]), "+f"(d[i + 1]), "+f"(d[i + 2]), "+f"(d[i + 3])
+#define KITTENS_D16(i) KITTENS_D4(i), KITTENS_D4(i + 4), KITTENS_D4(i + 8), KITTENS_D4(i + 12)
+#define KITTENS_D32(i) KITTENS_D16(i), KITTENS_D16(i + 16)
+#define KITTENS_WGMMA_64(TYPE) \
+    asm volatile( \
+        "{\n .reg .pred add;\n setp.ne.b32 add, %37, 0;\n" \
+        "wgmma.mma_async.sync.aligned.m64n64k16.f32." TYPE "." TYPE " {" \
+        "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, " \
+        "%16, %17, %18, %19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31" \
+        "}, {%32, %33, %34, %35}, %36, add, 1, 1, %38;\n}" \
+        : KITTENS_D32(0) \
+        : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "r"(int(accumulate)), "n"(transposed))
+#define KITTENS_WGMMA_128(TYPE) \
+    asm volatile( \
+        "{\n .reg .pred add;\n setp.ne.b32 add, %69, 0;\n" \
+        "wgmma.mma_async.sync.aligned.m64n128k16.f32." TYPE "." TYPE " {" \
+        "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, " \
+        "%16, %17, %18, %19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31, " \
+        "%32, %33, %34, %35, %36, %37, %38, %39, %40, %41, %42, %43, %44, %45, %46, %47, " \
+        "%48, %49, %50, %51, %52, %53, %54, %55, %56, %57, %58, %59, %60, %61, %62, %63" \
+        "}, {%64, %65, %66, %67}, %68, add, 1, 1, %70;\n}" \
+        : KITTENS_D32(0), KITTENS_D32(32) \
+        : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "r"(int(accumulate)), "n"(transposed))
+
+#define KITTENS_WGMMA_SHARED_64(TYPE) \
+    asm volatile( \
+        "{\n .reg .pred add;\n setp.ne.b32 add, %34, 0;\n" \
+        "wgmma.mma_async.sync.aligned.m64n64k16.f32." TYPE "." TYPE " {" \
+        "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, " \
+        "%16, %17, %18, %19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31" \
+        "}, %32, %33, add, 1, 1, 0, %35;\n}" \
+        : KITTENS_D32(0) \
+        : "l"(a), "l"(b), "r"(int(accumulate)), "n"(transposed))
+#define KITTENS_WGMMA_SHARED_128(TYPE) \
+    asm volatile( \
+        "{\n .reg .pred add;\n setp.ne.b32 add, %66, 0;\n" \
+        "wgmma.mma_async.sync.aligned.m64n128k16.f32." TYPE "." TYPE " {" \
+        "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, " \
+        "%16, %17, %18, %19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31, " \
+        "%32, %33, %34, %35, %36, %37, %38, %39, %40, %41, %42, %43, %44, %45, %46, %47, " \
+        "%48, %49, %50, %51, %52, %53, %54, %55, %56, %57, %58, %59, %60, %61, %62, %63" \
+        "}, %64, %65, add, 1, 1, 0, %67;\n}" \
+        : KITTENS_D32(0), KITTENS_D32(32) \
+        : "l"(a), "l"(b), "r"(int(accumulate)), "n"(transposed))
+
+template <typename T, int N, int transposed>
+__device__ __forceinline__ void mma_step(float (&d)[N / 2], const uint32_t* a, uint64_t b, bool accumulate) {
+    constexpr bool kIsBf16 = is_same<T, bf16>;
+    static_assert((kIsBf16 || is_same<T, half>) && (N == 64 || N == 128));
+    if constexpr (N == 64 && kIsBf16) KITTENS_WGMMA_64("bf16");
+    if constexpr (N == 64 && !kIsBf16) KITTENS_WGMMA_64("f16");
+    if constexpr (N == 128 && kIsBf16) KITTENS_WGMMA_128("bf16");
+    if constexpr (N == 128 && !kIsBf16) KITTENS_WGMMA_128("f16");
+}
+
+template <typename T, int N, int transposed>
+__device__ __forceinline__ void mma_step(float (&d)[N / 2], uint64_t a, uint64_t b, bool accumulate) {
+    constexpr bool kIsBf16 = is_same<T, bf16>;
+    if constexpr (N == 64 && kIsBf16) KITTENS_WGMMA_SHARED_64("bf16");
+    if constexpr (N == 64 && !kIsBf16) KITTENS_WGMMA_SHARED_64("f16");
+    if constexpr (N == 128 && kIsBf16) KITTENS_WGMMA_SHARED_128("bf16");
+    if constexpr (N == 128 && !kIsBf16) KITTENS_WGMMA_SHARED_128("f16");
+}
+
+#undef KITTENS_D4
+#undef KITTENS_D16
+#undef KITTENS_D32
+#undef KITTENS_WGMMA_64
+#undef KITTENS_WGMMA_128
+
+constexpr int kStepCols = 16;
+
+// d = a bᵀ, asynchronously: b's rows are the columns of d. The first columns of a are in registers; the rest, if any, are in
+// shared memory.
+template <typename T, int N, int K, int in_registers>
+__device__ __forceinline__ void mm_ABt(rt_fl<16, N>& d, const rt<T, 16, in_registers>& a, const st<T, 64, K>& a_shared,
+                                       const st<T, N, K>& b) {
+    using A = st<T, 64, K>;
+    using B = st<T, N, K>;
+    const uint64_t start = descriptor(&b, 0, kSwizzleAtomBytes), a_start = descriptor(&a_shared, 0, kSwizzleAtomBytes);
+#pragma unroll
+    for (int k = 0; k < K; k += kStepCols) {
+        const int in_panel = k % B::panel_cols * sizeof(T);
+        const uint64_t b_step = start + (k / B::panel_cols * B::panel_bytes + in_panel) / kDescriptorBytes;
+        if (k < in_registers) {
+            mma_step<T, N, 0>(d.data, a.data + k / 4, b_step, k > 0);
+        } else {
+            mma_step<T, N, 0>(d.data, a_start + (k / A::panel_cols * A::panel_bytes + in_panel) / kDescriptorBytes, b_step, k > 0);
+        }
+    }
+}
+
+// d += a b, asynchronously.
+template <typename T, int N, int K>
+__device__ __forceinline__ void mma_AB(rt_fl<16, N>& d, const rt<T, 16, K>& a, const st<T, K, N>& b) {
+    const uint64_t start = descriptor(&b, st<T, K, N>::panel_bytes, kSwizzleAtomBytes);
+#pragma unroll
+    for (int k = 0; k < K; k += kStepCols) {
+        mma_step<T, N, 1>(d.data, a.data + k / 4, start + k * kSwizzleBytes / kDescriptorBytes, true);
+    }
+}
+
+// Where a lane's part of a matrix of 16 x 16 lies, as ldmatrix and stmatrix take it for a register tile.
+template <typename ST>
+__device__ __forceinline__ uint32_t address_of_lane(const ST& tile, int col) {
+    const int row = threadIdx.x % kWarpgroupThreads / kWarpThreads * 16 + threadIdx.x % 16;
+    return address_of(tile, row, col + threadIdx.x % kWarpThreads / 16 * 8);
+}
+
+// The first columns of a tile.
+template <typename T, int K, int cols>
+__device__ __forceinline__ void load(rt<T, 16, K>& destination, const st<T, 64, cols>& source) {
+#pragma unroll
+    for (int k = 0; k < K; k += kStepCols) {
+        uint32_t* words = destination.data + k / 4;
+        asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];"
+                     : "=r"(words[0]), "=r"(words[1]), "=r"(words[2]), "=r"(words[3])
+                     : "r"(address_of_lane(source, k))
+                     : "memory");
+    }
+}
+
+template <typename T, int K>
+__device__ __forceinline__ void store(st<T, 64, K>& destination, const rt<T, 16, K>& source) {
+#pragma unroll
+    for (int k = 0; k < K; k += kStepCols) {
+        const uint32_t* words = source.data + k / 4;
+        asm volatile("stmatrix.sync.aligned.m8n8.x4.shared.b16 [%0], {%1, %2, %3, %4};" ::"r"(
+                         address_of_lane(destination, k)),
+                     "r"(words[0]), "r"(words[1]), "r"(words[2]), "r"(words[3])
+                     : "memory");
+    }
+}
+
+}  // namespace warpgroup
+}  // namespace kittens

@@ -1,0 +1,533 @@
+// The forward of the fine branch: every query block attends the keys of its key blocks, online softmax, and the coarse
+// output added before the store.
+//
+// A thread block stays on its multiprocessor and takes one item of work after the other: 64 rows for each of its consumer
+// warpgroups. One warp schedules, one loads the tiles of K and one those of V by TMA into rings of stages, and the consumers
+// attend them; a tile that several consumers need is loaded once. A stage is free when every consumer has arrived, and for
+// those that have no use for its tile the loader arrives itself, so that a consumer never meets a tile that is not its own.
+//
+// Specialised at compile time: VSA_DTYPE (bf16, half), VSA_HEAD_DIM (64, 128), VSA_CONSUMERS, VSA_TILE_BOXES (boxes of 64
+// keys in a tile), VSA_Q_COLS (of Q that are kept in registers), VSA_K_STAGES and VSA_V_STAGES.
+#include "kittens/tma.cuh"
+#include "kittens/warpgroup.cuh"
+#include "vsa/groups.cuh"
+#include "vsa/softmax.cuh"
+
+using namespace kittens;
+
+namespace {
+
+using element = VSA_DTYPE;
+constexpr int kHeadDim = VSA_HEAD_DIM;
+constexpr int kConsumers = VSA_CONSUMERS;
+constexpr int kTileBoxes = VSA_TILE_BOXES;
+constexpr int kKStages = VSA_K_STAGES;
+constexpr int kVStages = VSA_V_STAGES;
+constexpr int kRows = 64;
+constexpr int kTileTokens = kTileBoxes * kBoxTokens;
+constexpr int kThreads = (kConsumers + 1) * kWarpgroupThreads;
+
+// Registers for each thread: the launch gives all of them as many, and then the consumers take from the others.
+constexpr int kProducerRegisters = 56;
+constexpr int kConsumerRegisters = kConsumers == 2 ? 224 : 152;
+constexpr int kRegisters = 65536 / kThreads / 8 * 8;
+static_assert(kProducerRegisters + kConsumers * kConsumerRegisters <= (kConsumers + 1) * kRegisters);
+
+using q_tile = st<element, kRows, kHeadDim>;
+using kv_tile = st<element, kTileTokens, kHeadDim>;
+using q_fragment = rt<element, 16, VSA_Q_COLS>;
+using s_fragment = rt_fl<16, kTileTokens>;
+using p_fragment = rt<element, 16, kTileTokens>;
+using o_fragment = rt_fl<16, kHeadDim>;
+
+// A tensor of tokens. Its map has five dimensions: channels, w, h, t and an outer one. A step of head or batch moves the
+// first or the outer coordinate, by these factors.
+struct Tensor {
+    tensor_map map;
+    int head_channel, batch_channel;
+    int head_outer, batch_outer;
+};
+
+struct Params {
+    Tensor q, k, v, out, out_s;
+    Order queries, keys;
+    const Group* groups;
+    const TileBox* tiles;  // those of group i start at i * boxes_per_group
+    int64_t boxes_per_group;
+    int* next;           // the next item of work
+    float* lse;          // [batch, heads, q_len]
+    const float* out_c;  // [batch, heads, num_q_blocks, kHeadDim], or null
+    const void* gate;    // of q's shape, or null
+    int64_t gate_strides[4];
+    float gate_value;
+    int gate_is_fp32;
+    int keep_out_s;
+    int num_items;
+    int parts;  // items of a group
+    int groups_per_head;
+    int heads, kv_group;  // query heads, and those that share a key/value head
+    int num_q_blocks, q_len;
+    float scale, scale_log2;
+};
+static_assert(sizeof(Params) == VSA_PARAMS_BYTES, "the host's description of the parameters differs");
+
+// An item of work.
+struct Item {
+    int q_block[kConsumers];   // whose rows each consumer attends, or -1
+    int box[kConsumers];       // of the query block
+    int tiles_of[kConsumers];  // how many tiles each attends
+    int batch, head, kv_head;
+    int group, num_tiles;
+    int poisoned;  // bit i: the rows of consumer i get NaN
+    int last;      // there is no more work
+};
+constexpr int kItems = 2;
+
+// A tile for one consumer: where its K and V are. Consumers skip stages that hold no tile of theirs, so that the phase of a
+// stage alone does not tell them whether their tile is on its way: the queue does. It is longer than the rings.
+struct Ticket {
+    int k_stage, v_stage;
+    int k_phase, v_phase;
+    bool is_partial;    // not every key is valid
+    bool next_is_near;  // the consumer's next tile of the item is at most kNear tiles later
+};
+// A consumer may wait for a tile that is so near while it holds another: the oldest one that is held is never in the way of
+// its holder's next.
+constexpr int kNear = kKStages < kVStages ? kKStages : kVStages - 1;
+
+// As it lies in the queue: five bits of the stages, above them the phases, and for K the rest.
+struct PackedTicket {
+    static constexpr int kStageMask = 31, kPhaseShift = 5, kPartialShift = 6, kNearShift = 7;
+    uint8_t k, v;
+};
+constexpr int kQueue = kVStages <= 6 ? 8 : 16;
+static_assert(kKStages <= kVStages && kVStages + 1 < kQueue);
+
+struct SharedStorage {
+    kv_tile k[kKStages], v[kVStages];
+    q_tile q[kConsumers];  // later the output on its way to memory
+    Item items[kItems];
+    PackedTicket queue[kConsumers][kQueue];
+    uint32_t valid[kVStages][kTileBoxes];  // tokens of the tile whose V is in the stage, see TileBox
+    semaphore k_full[kKStages], k_empty[kKStages];
+    semaphore v_full[kVStages], v_empty[kVStages];
+    semaphore queue_full[kConsumers][kQueue];
+    semaphore q_full[kConsumers];
+    semaphore item_full[kItems], item_empty[kItems];
+};
+static_assert(sizeof(SharedStorage) <= VSA_SMEM_BYTES, "the host launches with less shared memory");
+
+// The place of something in a ring of N: which entry, and in which phase of its semaphores.
+template <int N>
+struct Place {
+    uint32_t index, phase;
+    __device__ __forceinline__ explicit Place(uint32_t count) : index(count % N), phase(count / N % 2) {}
+};
+
+__device__ __forceinline__ void release(semaphore& empty) {
+    if (threadIdx.x % kWarpThreads == 0) arrive(empty);
+}
+
+__device__ __forceinline__ coordinates coordinates_of(const Tensor& tensor, int batch, int head, const Video& at) {
+    return {{head * tensor.head_channel + batch * tensor.batch_channel, at.w, at.h, at.t,
+             head * tensor.head_outer + batch * tensor.batch_outer}};
+}
+
+__device__ void schedule(const Params& params, SharedStorage& shared) {
+    const int lane = threadIdx.x % kWarpThreads;
+    // A group is several query blocks of one box, or one of several.
+    const bool several = params.queries.boxes == 1;
+    for (int round = 0, last = 0; !last; ++round) {
+        const Place<kItems> at(round);
+        Item& item = shared.items[at.index];
+        const int number = uniform(lane == 0 ? atomicAdd(params.next, 1) : 0);
+        last = number >= params.num_items;
+        const int index = last ? 0 : number / params.parts;
+        const Group& group = params.groups[index];
+        wait(shared.item_empty[at.index], at.phase ^ 1);
+        if (lane < kConsumers) {
+            const int box = several ? 0 : number % params.parts * kConsumers + lane;
+            item.q_block[lane] = box < params.queries.boxes ? group.q_block[several ? lane : 0] : -1;
+            item.box[lane] = box;
+            item.tiles_of[lane] = group.tiles_of[several ? lane : 0];
+        }
+        if (lane == 0) {
+            const int bh = index / params.groups_per_head;
+            item.batch = bh / params.heads;
+            item.head = bh % params.heads;
+            item.kv_head = item.head / params.kv_group;
+            item.group = index;
+            item.num_tiles = group.num_tiles;
+            item.poisoned = several ? group.poisoned : -group.poisoned;
+            item.last = last;
+        }
+        __syncwarp();
+        if (lane == 0) arrive(shared.item_full[at.index]);
+    }
+}
+
+enum class Operand { kK, kV };
+
+// Loads the tiles of K, or of V.
+template <Operand operand>
+__device__ void load(const Params& params, SharedStorage& shared) {
+    constexpr bool kIsK = operand == Operand::kK;
+    constexpr int kStages = kIsK ? kKStages : kVStages;
+    const int lane = threadIdx.x % kWarpThreads;
+    const Tensor& tensor = kIsK ? params.k : params.v;
+    int loaded = 0;       // tiles of all items so far
+    uint32_t queued = 0;  // by each consumer, modulo the queue, a byte each
+    for (int round = 0;; ++round) {
+        const Place<kItems> from(round);
+        const Item& item = shared.items[from.index];
+        wait(shared.item_full[from.index], from.phase);
+        const coordinates start = coordinates_of(tensor, item.batch, item.kv_head, {});
+        const TileBox* tiles = params.tiles + item.group * params.boxes_per_group;
+        const int num_tiles = item.num_tiles, last = item.last;
+        int active = 0;
+#pragma unroll
+        for (int i = 0; i < kConsumers; ++i) active |= (item.q_block[i] >= 0) << i;
+        __syncwarp();
+        release(shared.item_empty[from.index]);
+        if (last) return;
+
+#pragma unroll 1
+        for (int first = 0; first < num_tiles; first += kWarpThreads) {
+            // Each lane takes a tile, and finds its place in the queues of the consumers and whether their next is near.
+            const int count = min(kWarpThreads, num_tiles - first), next = first + kWarpThreads + lane;
+            TileBox boxes[kTileBoxes];
+#pragma unroll
+            for (int i = 0; i < kTileBoxes; ++i) boxes[i] = tiles[(first + min(lane, count - 1)) * kTileBoxes + i];
+            const int members = lane < count ? boxes[0].members() & active : 0;
+            const int next_members = kIsK && next < num_tiles ? tiles[next * kTileBoxes].members() & active : 0;
+            uint32_t place = queued;
+#pragma unroll
+            for (int i = 0; i < kConsumers; ++i) {
+                const uint32_t attended = __ballot_sync(kAllLanes, members >> i & 1);
+                if (kIsK) {
+                    const uint64_t later = __ballot_sync(kAllLanes, next_members >> i & 1);
+                    const bool is_near = (later << 32 | attended) >> lane & ((uint64_t(2) << kNear) - 2);
+                    place |= uint32_t(is_near) << (8 * i + PackedTicket::kNearShift);
+                }
+                place += __popc(attended & ((1u << lane) - 1)) << 8 * i;
+                queued += __popc(attended) << 8 * i;
+            }
+            queued &= 0x01010101u * (kQueue - 1);
+
+            // Then they load theirs in turn.
+            const Place<kStages> at(loaded + lane);
+            semaphore &full = (kIsK ? shared.k_full : shared.v_full)[at.index];
+            semaphore &empty = (kIsK ? shared.k_empty : shared.v_empty)[at.index];
+            kv_tile& stage = (kIsK ? shared.k : shared.v)[at.index];
+            uint8_t code = at.index | at.phase << PackedTicket::kPhaseShift;
+#pragma unroll
+            for (const TileBox& box : boxes) {
+                if (kIsK) code |= (box.valid != TileBox::kWhole) << PackedTicket::kPartialShift;
+            }
+#pragma unroll 1
+            for (int i = 0; i < count; ++i) {
+                if (lane == i) {
+                    const int absent = kConsumers - __popc(members);
+                    wait(empty, at.phase ^ 1);
+                    if (absent > 0) arrive(empty, absent * kWarpgroupWarps);
+                    tma::expect_bytes(full, kv_tile::bytes);
+#pragma unroll
+                    for (int box = 0; box < kTileBoxes; ++box) {
+                        if (!kIsK) shared.valid[at.index][box] = boxes[box].valid;
+#pragma unroll
+                        for (int panel = 0; panel < kv_tile::panels; ++panel) {
+                            const coordinates at_box = {{start.x[0] + panel * kv_tile::panel_cols, boxes[box].w, boxes[box].h,
+                                                         boxes[box].t(), start.x[4]}};
+                            tma::load_async(stage.panel(panel, box * kBoxTokens), tensor.map, at_box, full);
+                        }
+                    }
+#pragma unroll
+                    for (int j = 0; j < kConsumers; ++j) {
+                        if (!(members >> j & 1)) continue;
+                        const int entry = place >> 8 * j & (kQueue - 1);
+                        PackedTicket& ticket = shared.queue[j][entry];
+                        if (kIsK) ticket.k = code | (place >> 8 * j & 1 << PackedTicket::kNearShift);
+                        if (!kIsK) ticket.v = code;
+                        arrive(shared.queue_full[j][entry]);
+                    }
+                }
+                __syncwarp();
+            }
+            loaded += count;
+        }
+    }
+}
+
+// The tiles of one consumer, in order.
+struct TileQueue {
+    static constexpr int kNone = -1;
+
+    SharedStorage& shared;
+    const int consumer;
+    uint32_t taken = 0;  // of all items so far
+    int seen = kNone;    // the next one, packed, if it was looked at already
+
+    __device__ __forceinline__ int read() const {
+        const PackedTicket& packed = shared.queue[consumer][taken % kQueue];
+        return uniform(packed.k | packed.v << 8);
+    }
+
+    // Looks whether the next tile is on its way, and does not wait.
+    __device__ __forceinline__ void peek() {
+        const Place<kQueue> at(taken);
+        // Only a test that has succeeded makes the ticket readable: the branch keeps the order.
+        if (__all_sync(kAllLanes, test(shared.queue_full[consumer][at.index], at.phase))) seen = read();
+    }
+
+    // Waits until the next tile is on its way, and takes it.
+    __device__ __forceinline__ Ticket next() {
+        if (seen == kNone) {
+            const Place<kQueue> at(taken);
+            wait(shared.queue_full[consumer][at.index], at.phase);
+            seen = read();
+        }
+        const int k = seen & 255, v = seen >> 8;
+        ++taken;
+        seen = kNone;
+        return {k & PackedTicket::kStageMask,
+                v & PackedTicket::kStageMask,
+                k >> PackedTicket::kPhaseShift & 1,
+                v >> PackedTicket::kPhaseShift & 1,
+                (k >> PackedTicket::kPartialShift & 1) != 0,
+                (k >> PackedTicket::kNearShift & 1) != 0};
+    }
+};
+
+// Scores of keys that are not valid become -inf.
+__device__ __forceinline__ void mask(const Order& keys, const uint32_t (&valid)[kTileBoxes], s_fragment& scores) {
+    const int lane = threadIdx.x % kWarpThreads;
+#pragma unroll
+    for (int box = 0; box < kTileBoxes; ++box) {
+        if (valid[box] == TileBox::kWhole) continue;
+#pragma unroll
+        for (int first = 0; first < kBoxTokens; first += kWarpThreads) {
+            const uint32_t bits = __ballot_sync(kAllLanes, TileBox::is_valid(keys, valid[box], first + lane));
+#pragma unroll
+            for (int i = 0; i < kWarpThreads / 2; ++i) {
+                float& score = scores.data[(box * kBoxTokens + first) / 2 + i];
+                if (!(bits >> (i / 4 * 8 + i % 2 + lane % 4 * 2) & 1)) score = -infinity();
+            }
+        }
+    }
+}
+
+// Attends the tiles of an item, the scores of one under way while the output of the one before is. Where the next is far, the
+// run ends, and what is held is given back before the next is waited for.
+__device__ __forceinline__ void attend(const Params& params, SharedStorage& shared, TileQueue& tiles, int num_tiles,
+                                       const q_fragment& q, const q_tile& q_shared, Softmax& softmax, o_fragment& out) {
+    s_fragment scores;
+    p_fragment p;
+    col_vec correction;
+    for (int left = num_tiles; left > 0; --left) {
+        Ticket before = tiles.next();
+        wait(shared.k_full[before.k_stage], before.k_phase);
+        warpgroup::mma_fence();
+        warpgroup::mm_ABt(scores, q, q_shared, shared.k[before.k_stage]);
+        warpgroup::mma_commit_group();
+        tiles.peek();
+        warpgroup::mma_async_wait<0>(scores);
+        release(shared.k_empty[before.k_stage]);
+        if (before.is_partial) mask(params.keys, shared.valid[before.v_stage], scores);
+        if (softmax(scores, correction, params.scale_log2)) mul_row(out, correction);
+        copy(p, scores);
+        for (; before.next_is_near; --left) {
+            const Ticket tile = tiles.next();
+            wait(shared.k_full[tile.k_stage], tile.k_phase);
+            wait(shared.v_full[before.v_stage], before.v_phase);
+            warpgroup::mma_fence(p);
+            warpgroup::mm_ABt(scores, q, q_shared, shared.k[tile.k_stage]);
+            warpgroup::mma_commit_group();
+            warpgroup::mma_AB(out, p, shared.v[before.v_stage]);
+            warpgroup::mma_commit_group();
+            tiles.peek();
+            warpgroup::mma_async_wait<1>(scores);
+            release(shared.k_empty[tile.k_stage]);
+            if (tile.is_partial) mask(params.keys, shared.valid[tile.v_stage], scores);
+            const bool grew = softmax(scores, correction, params.scale_log2);
+            warpgroup::mma_async_wait<0>(out);
+            release(shared.v_empty[before.v_stage]);
+            if (grew) mul_row(out, correction);
+            copy(p, scores);
+            before = tile;
+        }
+        wait(shared.v_full[before.v_stage], before.v_phase);
+        warpgroup::mma_fence(p);
+        warpgroup::mma_AB(out, p, shared.v[before.v_stage]);
+        warpgroup::mma_commit_group();
+        warpgroup::mma_async_wait<0>(out);
+        release(shared.v_empty[before.v_stage]);
+    }
+}
+
+// Where the rows of a warpgroup go: a lane has two.
+struct Rows {
+    int batch, head, block;
+    int64_t bh;
+    Video origin;
+    int token[2];
+    bool exists[2];  // as tokens of the sequence
+    bool valid[2];
+
+    __device__ __forceinline__ Rows(const Params& params, const Item& item, int consumer)
+        : batch(item.batch), head(item.head), block(item.q_block[consumer]), bh(int64_t(batch) * params.heads + head) {
+        const Order& queries = params.queries;
+        const int box = item.box[consumer];
+        const int size = queries.sizes == nullptr ? kRows : valid_tokens_of_box(queries, block, box);
+        origin = origin_of_box(queries, block, box);
+#pragma unroll
+        for (int i = 0; i < 2; ++i) {
+            const int row = threadIdx.x % kWarpgroupThreads / kWarpThreads * 16 + threadIdx.x % kWarpThreads / 4 + 8 * i;
+            const Video inside = position_in_box(queries, row);
+            const Video at = {origin.t + inside.t, origin.h + inside.h, origin.w + inside.w};
+            exists[i] = at.t < queries.extent.t && at.h < queries.extent.h && at.w < queries.extent.w;
+            valid[i] = exists[i] && row < size;
+            token[i] = (at.t * queries.extent.h + at.h) * queries.extent.w + at.w;
+        }
+    }
+};
+
+__device__ __forceinline__ float load_gate(const Params& params, int64_t offset) {
+    if (params.gate_is_fp32) return static_cast<const float*>(params.gate)[offset];
+    return unpack<element>(static_cast<const uint16_t*>(params.gate)[offset]).x;
+}
+
+// Adds the coarse output of the query block, weighted.
+__device__ __forceinline__ void combine(const Params& params, const Rows& rows, o_fragment& out) {
+    const int first_channel = threadIdx.x % 4 * 2;
+    const float* out_c = params.out_c + (rows.bh * params.num_q_blocks + rows.block) * kHeadDim;
+#pragma unroll
+    for (int i = 0; i < kHeadDim / 2; ++i) {
+        const int row = row_of(i), channel = i / 4 * 8 + first_channel + i % 2;
+        if (!rows.valid[row]) continue;
+        float weight = params.gate_value;
+        if (params.gate != nullptr) {
+            weight = load_gate(params, rows.batch * params.gate_strides[0] + rows.head * params.gate_strides[1] +
+                                           rows.token[row] * params.gate_strides[2] + channel * params.gate_strides[3]);
+        }
+        out.data[i] += weight * out_c[channel];
+    }
+}
+
+// Stores a warpgroup's rows by way of shared memory.
+__device__ __forceinline__ void store(const Tensor& tensor, const Rows& rows, const o_fragment& out, q_tile& tile, int barrier) {
+    rt<element, 16, kHeadDim> rounded;
+    copy(rounded, out);
+    warpgroup::store(tile, rounded);
+    tma::fence_before_store();
+    warpgroup::sync(barrier);
+    if (threadIdx.x % kWarpgroupThreads == 0) {
+        coordinates to = coordinates_of(tensor, rows.batch, rows.head, rows.origin);
+#pragma unroll
+        for (int panel = 0; panel < q_tile::panels; ++panel, to.x[0] += q_tile::panel_cols) {
+            tma::store_async(tensor.map, to, tile.panel(panel));
+        }
+        tma::store_commit_group();
+    }
+}
+
+__device__ void consume(const Params& params, SharedStorage& shared, int consumer) {
+    const bool is_leader = threadIdx.x % kWarpgroupThreads == 0;
+    const int barrier = consumer + 1;
+    q_tile& q_shared = shared.q[consumer];
+    TileQueue tiles{shared, consumer};
+    for (int round = 0;; ++round) {
+        const Place<kItems> at(round);
+        const Item& item = shared.items[at.index];
+        wait(shared.item_full[at.index], at.phase);
+        if (item.last) break;
+        if (item.q_block[consumer] < 0) {
+            // A phase without a load, so that the round tells the phase.
+            if (is_leader) arrive(shared.q_full[consumer]);
+            wait(shared.q_full[consumer], round % 2);
+            release(shared.item_empty[at.index]);
+            continue;
+        }
+
+        if (is_leader) {
+            tma::store_async_read_wait();
+            tma::expect_bytes(shared.q_full[consumer], q_tile::bytes);
+            const Video origin = origin_of_box(params.queries, item.q_block[consumer], item.box[consumer]);
+            coordinates from = coordinates_of(params.q, item.batch, item.head, origin);
+#pragma unroll
+            for (int panel = 0; panel < q_tile::panels; ++panel, from.x[0] += q_tile::panel_cols) {
+                tma::load_async(q_shared.panel(panel), params.q.map, from, shared.q_full[consumer]);
+            }
+        }
+        wait(shared.q_full[consumer], round % 2);
+        q_fragment q;
+        warpgroup::load(q, q_shared);
+        o_fragment out;
+        zero(out);
+        Softmax softmax;
+        attend(params, shared, tiles, item.tiles_of[consumer], q, q_shared, softmax, out);
+
+        // Epilogue
+        const Rows rows(params, item, consumer);
+        const bool poisoned = item.poisoned >> consumer & 1;
+        __syncwarp();
+        release(shared.item_empty[at.index]);
+        col_vec& sum = softmax.sum;
+        sum_over_lanes(sum);
+        col_vec share;
+#pragma unroll
+        for (int i = 0; i < 2; ++i) {
+            share[i] = sum[i] == 0.0f ? 0.0f : 1.0f / sum[i];
+            float lse = sum[i] == 0.0f ? -infinity() : softmax.reference[i] * params.scale + logf(sum[i]);
+            if (poisoned) share[i] = lse = not_a_number();
+            if (!rows.valid[i]) lse = -infinity();
+            if (rows.exists[i] && threadIdx.x % 4 == 0) params.lse[rows.bh * params.q_len + rows.token[i]] = lse;
+        }
+        mul_row(out, share);
+#pragma unroll
+        for (int i = 0; i < kHeadDim / 2; ++i) out.data[i] = rows.valid[row_of(i)] ? out.data[i] : 0.0f;
+        if (params.keep_out_s) {
+            store(params.out_s, rows, out, q_shared, barrier);
+            if (is_leader) tma::store_async_read_wait();
+            warpgroup::sync(barrier);
+        }
+        if (params.out_c != nullptr) combine(params, rows, out);
+        store(params.out, rows, out, q_shared, barrier);
+    }
+    if (is_leader) tma::store_async_read_wait();
+}
+
+}  // namespace
+
+extern "C" __global__ void __launch_bounds__(kThreads, 1) attend_forward(const __grid_constant__ Params params) {
+    // Setup
+    extern __shared__ __align__(1024) uint8_t raw[];
+    SharedStorage& shared = *reinterpret_cast<SharedStorage*>(raw);
+    if (threadIdx.x == 0) {
+        // Every consumer's warps arrive when a stage or an item is free; the loaders are done with an item early.
+        constexpr int kConsumerWarps = kConsumers * kWarpgroupWarps;
+        for (semaphore& full : shared.k_full) init_semaphore(full, 1);
+        for (semaphore& full : shared.v_full) init_semaphore(full, 1);
+        for (semaphore& empty : shared.k_empty) init_semaphore(empty, kConsumerWarps);
+        for (semaphore& empty : shared.v_empty) init_semaphore(empty, kConsumerWarps);
+        for (semaphore& full : shared.item_full) init_semaphore(full, 1);
+        for (semaphore& empty : shared.item_empty) init_semaphore(empty, kConsumerWarps + 2);
+        for (semaphore& full : shared.q_full) init_semaphore(full, 1);
+        for (auto& queue : shared.queue_full) {
+            for (semaphore& full : queue) init_semaphore(full, 2);
+        }
+        fence_init_semaphores();
+    }
+    __syncthreads();
+
+    const int warpgroup_index = uniform(threadIdx.x / kWarpgroupThreads);
+    if (warpgroup_index == kConsumers) {
+        warpgroup::decrease_registers<kProducerRegisters>();
+        const int warp = threadIdx.x / kWarpThreads % kWarpgroupWarps;
+        if (warp == 0) load<Operand::kK>(params, shared);
+        if (warp == 1) load<Operand::kV>(params, shared);
+        if (warp == 2) schedule(params, shared);
+    } else {
+        warpgroup::increase_registers<kConsumerRegisters>();
+        consume(params, shared, warpgroup_index);
+    }
+}

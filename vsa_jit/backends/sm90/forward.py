@@ -1,0 +1,388 @@
+"""The forward of the fine branch: parameters, specialisation and launch of its two kernels.
+
+``vsa/plan_forward.cu`` decides what is attended together and in which order, and ``vsa/attend_forward.cu`` attends it.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+import math
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from vsa_jit.backends.sm90.means import DTYPES, LABELS
+from vsa_jit.backends.sm90.tiles import BOX_TOKENS, Place, box_of, map_of, place_of, tile_of, video_of
+from vsa_jit.jit import module
+from vsa_jit.jit.driver import SWIZZLE_128B, Launcher, TensorMap
+from vsa_jit.jit.kernel import Kernel
+from vsa_jit.problem import Operands, Problem, axes, empty_like
+
+LOG2E = math.log2(math.e)
+# Of a thread block on sm_90, from the CUDA programming guide's table of compute capabilities.
+MOST_SHARED_MEMORY = 227 * 1024
+WARPGROUP_THREADS = 128
+# What TMA writes with a swizzle of 128 bytes: channels at a time, and the alignment of a tile.
+PANEL_CHANNELS = 64
+TILE_ALIGNMENT = 1024
+# Barriers and what is told; the structure's size is a multiple of its alignment.
+SMEM_BESIDE_TILES = 2 * TILE_ALIGNMENT
+DIVISOR_SHIFT = 40
+
+PLAN_THREADS = 512
+# Rows of a chunk: many find better groups, few keep more multiprocessors busy.
+MOST_PLAN_ROWS, FEWEST_PLAN_ROWS = 48, 24
+# Without groups a row needs one warp.
+PLAN_ROWS_APART = PLAN_THREADS // 32
+PLAN_MAP_WORDS = 24 * 1024
+PLAN_SMEM_BYTES = 4 * PLAN_MAP_WORDS + 8 * 1024
+# Where the plan's counter ends, and the size of its records.
+COUNTER_BYTES = 16
+GROUP_BYTES = 40
+TILE_BOX_BYTES = 16
+
+
+class _Video(ctypes.Structure):
+    _fields_ = (("t", ctypes.c_int), ("h", ctypes.c_int), ("w", ctypes.c_int))
+
+
+class _Divisor(ctypes.Structure):
+    _fields_ = (("inverse", ctypes.c_int64), ("value", ctypes.c_int))
+
+
+class _Order(ctypes.Structure):
+    _fields_ = (
+        ("tiles_w", _Divisor),
+        ("tiles_h", _Divisor),
+        ("boxes_w", _Divisor),
+        ("boxes_h", _Divisor),
+        ("extent", _Video),
+        ("tile", _Video),
+        ("box", _Video),
+        ("box_w_log2", ctypes.c_int),
+        ("box_hw_log2", ctypes.c_int),
+        ("boxes", ctypes.c_int),
+        ("partial", ctypes.c_int),
+        ("sizes_are_64_bit", ctypes.c_int),
+        ("sizes", ctypes.c_void_p),
+    )
+
+
+class _Tensor(ctypes.Structure):
+    _fields_ = (
+        ("map", TensorMap),
+        ("head_channel", ctypes.c_int),
+        ("batch_channel", ctypes.c_int),
+        ("head_outer", ctypes.c_int),
+        ("batch_outer", ctypes.c_int),
+        ("padding", ctypes.c_uint8 * 48),
+    )
+
+
+class PlanParams(ctypes.Structure):
+    """``Params`` of ``plan_forward.cu``, whose comments say what each is."""
+
+    _fields_ = (
+        ("keys", _Order),
+        ("q2k_idx", ctypes.c_void_p),
+        ("q2k_num", ctypes.c_void_p),
+        ("groups", ctypes.c_void_p),
+        ("tiles", ctypes.c_void_p),
+        ("next", ctypes.c_void_p),
+        ("boxes_per_group", ctypes.c_int64),
+        ("width", ctypes.c_int),
+        ("num_q_blocks", ctypes.c_int),
+        ("num_kv_blocks", ctypes.c_int),
+        ("rows_per_chunk", ctypes.c_int),
+        ("chunks_per_head", ctypes.c_int),
+        ("tile_boxes", ctypes.c_int),
+    )
+
+
+class Params(ctypes.Structure):
+    """``Params`` of ``attend_forward.cu``, whose comments say what each is."""
+
+    _fields_ = (
+        ("q", _Tensor),
+        ("k", _Tensor),
+        ("v", _Tensor),
+        ("out", _Tensor),
+        ("out_s", _Tensor),
+        ("queries", _Order),
+        ("keys", _Order),
+        ("groups", ctypes.c_void_p),
+        ("tiles", ctypes.c_void_p),
+        ("boxes_per_group", ctypes.c_int64),
+        ("next", ctypes.c_void_p),
+        ("lse", ctypes.c_void_p),
+        ("out_c", ctypes.c_void_p),
+        ("gate", ctypes.c_void_p),
+        ("gate_strides", ctypes.c_int64 * 4),
+        ("gate_value", ctypes.c_float),
+        ("gate_is_fp32", ctypes.c_int),
+        ("keep_out_s", ctypes.c_int),
+        ("num_items", ctypes.c_int),
+        ("parts", ctypes.c_int),
+        ("groups_per_head", ctypes.c_int),
+        ("heads", ctypes.c_int),
+        ("kv_group", ctypes.c_int),
+        ("num_q_blocks", ctypes.c_int),
+        ("q_len", ctypes.c_int),
+        ("scale", ctypes.c_float),
+        ("scale_log2", ctypes.c_float),
+        ("padding", ctypes.c_uint8 * 56),
+    )
+
+
+class Shape(NamedTuple):
+    """How a thread block works.
+
+    Attributes:
+        consumers: warpgroups that attend, 64 rows each.
+        tile_boxes: boxes of keys in a tile.
+        group: query blocks that are attended together.
+    """
+
+    consumers: int
+    tile_boxes: int
+    group: int
+
+
+def shape_of(block: int) -> Shape:
+    """Blocks of one box share their keys with others; the boxes of a larger block share its keys."""
+    boxes = block // BOX_TOKENS
+    if boxes % 2 == 0:
+        return Shape(consumers=2, tile_boxes=2, group=1)
+    return Shape(consumers=3, tile_boxes=1, group=3 if boxes == 1 else 1)
+
+
+def forward_kernels(dtype: torch.dtype, head_dim: int, block: int) -> list[Kernel]:
+    shape = shape_of(block)
+    return [_plan_kernel(shape.group), _attend_kernel(dtype, head_dim, shape.consumers, shape.tile_boxes)]
+
+
+@functools.cache
+def _plan_kernel(group: int) -> Kernel:
+    return Kernel(
+        source="vsa/plan_forward.cu",
+        entry="plan_forward",
+        label=f"forward plan by {group}",
+        defines=(("VSA_GROUP", str(group)), ("VSA_MAP_WORDS", str(PLAN_MAP_WORDS))),
+        params=PlanParams,
+        threads=PLAN_THREADS,
+        smem_bytes=PLAN_SMEM_BYTES,
+    )
+
+
+@functools.cache
+def _attend_kernel(dtype: torch.dtype, head_dim: int, consumers: int, tile_boxes: int) -> Kernel:
+    rows_bytes = consumers * BOX_TOKENS * head_dim * dtype.itemsize
+    tile_bytes = tile_boxes * BOX_TOKENS * head_dim * dtype.itemsize
+    stages = (MOST_SHARED_MEMORY - rows_bytes - SMEM_BESIDE_TILES) // tile_bytes
+    # Three consumers leave too few registers for all of Q; the rest is read from shared memory.
+    q_cols = head_dim if consumers == 2 else 32
+    return Kernel(
+        source="vsa/attend_forward.cu",
+        entry="attend_forward",
+        label=f"forward {LABELS[dtype]} D={head_dim} {consumers}x{BOX_TOKENS} queries x {tile_boxes * BOX_TOKENS} keys",
+        defines=(
+            ("VSA_DTYPE", DTYPES[dtype]),
+            ("VSA_HEAD_DIM", str(head_dim)),
+            ("VSA_CONSUMERS", str(consumers)),
+            ("VSA_TILE_BOXES", str(tile_boxes)),
+            ("VSA_Q_COLS", str(q_cols)),
+            ("VSA_K_STAGES", str(stages // 2)),
+            ("VSA_V_STAGES", str(stages - stages // 2)),
+        ),
+        params=Params,
+        threads=(consumers + 1) * WARPGROUP_THREADS,
+        smem_bytes=stages * tile_bytes + rows_bytes + SMEM_BESIDE_TILES,
+    )
+
+
+def why_not_plan(problem: Problem) -> str | None:
+    """Why the map of a call cannot be planned. None: it can."""
+    if _most_rows(problem) < shape_of(problem.block).group:
+        return f"the kernels plan at most {32 * (PLAN_MAP_WORDS // 4 - 1)} key blocks, got {problem.num_kv_blocks}"
+    return None
+
+
+def _most_rows(problem: Problem) -> int:
+    """Rows whose bits fit into a chunk: with an odd number of words each, and one more row."""
+    return PLAN_MAP_WORDS // (-(-problem.num_kv_blocks // 32) | 1) - 1
+
+
+def forward(problem: Problem, operands: Operands, keep_out_s: bool) -> tuple[Tensor, Tensor, Tensor | None]:
+    q, k, v, q2k_idx, q2k_num, q_sizes, kv_sizes, out_c, gate, gate_value = operands
+    out = empty_like(q)
+    out_s = empty_like(q) if keep_out_s else None
+    lse = q.new_empty((problem.batch, problem.heads, problem.q_len), dtype=torch.float32)
+    q2k_idx, q2k_num = q2k_idx.contiguous(), q2k_num.contiguous()
+    prepared = _prepared(
+        problem,
+        q.dtype,
+        q.get_device(),
+        q2k_idx.shape[-1],
+        *(None if x is None else place_of(x) for x in (q, k, v, out, out_s)),
+        *(None if sizes is None else (sizes.data_ptr(), sizes.dtype) for sizes in (q_sizes, kv_sizes)),
+    )
+    plan = q.new_empty(prepared.plan_bytes, dtype=torch.uint8)
+    counter = plan.data_ptr()
+    groups = counter + COUNTER_BYTES
+    tiles = groups + prepared.group_bytes
+
+    plan_params = PlanParams.from_buffer_copy(prepared.plan_params)
+    plan_params.q2k_idx, plan_params.q2k_num = q2k_idx.data_ptr(), q2k_num.data_ptr()
+    plan_params.next, plan_params.groups, plan_params.tiles = counter, groups, tiles
+    prepared.launch_plan(prepared.chunks, plan_params)
+
+    params = Params.from_buffer_copy(prepared.params)
+    params.next, params.groups, params.tiles = counter, groups, tiles
+    params.lse = lse.data_ptr()
+    if out_c is not None:
+        out_c = out_c.contiguous()
+        params.out_c, params.gate_value = out_c.data_ptr(), gate_value
+        if gate is not None:
+            gate = gate if gate.dtype in (q.dtype, torch.float32) else gate.float()
+            params.gate, params.gate_is_fp32 = gate.data_ptr(), gate.dtype == torch.float32
+            params.gate_strides[:] = [gate.stride(axis) for axis in axes(problem.layout)]
+    prepared.launch(prepared.blocks, params)
+    return out, lse, out_s
+
+
+class _Prepared(NamedTuple):
+    """All of the two launches but where the map, the plan, the statistics and the coarse output are."""
+
+    plan_params: PlanParams
+    params: Params
+    plan_bytes: int
+    group_bytes: int
+    chunks: int
+    blocks: int
+    launch_plan: Launcher
+    launch: Launcher
+
+
+_Sizes = tuple[int, torch.dtype]
+
+
+@functools.lru_cache(maxsize=256)
+def _prepared(
+    problem: Problem,
+    dtype: torch.dtype,
+    device: int,
+    width: int,
+    q: Place,
+    k: Place,
+    v: Place,
+    out: Place,
+    out_s: Place | None,
+    q_sizes: _Sizes | None,
+    kv_sizes: _Sizes | None,
+) -> _Prepared:
+    """The launches for tensors at these addresses, with these strides."""
+    shape = shape_of(problem.block)
+    heads = problem.batch * problem.heads
+    rows = min(_most_rows(problem), _rows_of_chunk(problem, shape, device)) // shape.group * shape.group
+    chunks = -(-problem.num_q_blocks // rows)
+    rows = -(-problem.num_q_blocks // (chunks * shape.group)) * shape.group
+    groups_per_head = chunks * rows // shape.group
+    num_groups = groups_per_head * heads
+    boxes_per_group = min(shape.group * width, problem.num_kv_blocks) * (problem.block // BOX_TOKENS)
+    group_bytes = -(-num_groups * GROUP_BYTES // TILE_BOX_BYTES) * TILE_BOX_BYTES
+
+    keys = _order(problem, problem.kv_len, kv_sizes, padded=kv_sizes is not None)
+    plan_params = PlanParams(
+        keys=keys,
+        boxes_per_group=boxes_per_group,
+        width=width,
+        num_q_blocks=problem.num_q_blocks,
+        num_kv_blocks=problem.num_kv_blocks,
+        rows_per_chunk=rows,
+        chunks_per_head=chunks,
+        tile_boxes=shape.tile_boxes,
+    )
+    parts = -(-problem.block // (shape.consumers * BOX_TOKENS))
+    params = Params(
+        queries=_order(problem, problem.q_len, q_sizes, padded=False),
+        keys=keys,
+        boxes_per_group=boxes_per_group,
+        keep_out_s=out_s is not None,
+        num_items=num_groups * parts,
+        parts=parts,
+        groups_per_head=groups_per_head,
+        heads=problem.heads,
+        kv_group=problem.group,
+        num_q_blocks=problem.num_q_blocks,
+        q_len=problem.q_len,
+        scale=problem.softmax_scale,
+        scale_log2=problem.softmax_scale * LOG2E,
+    )
+    for name, place in (("q", q), ("out", out), ("out_s", out_s)):
+        if place is not None:
+            setattr(params, name, _tensor(problem, dtype, device, place, problem.heads, problem.q_len, padded=False))
+    for name, place in (("k", k), ("v", v)):
+        padded = kv_sizes is not None
+        setattr(params, name, _tensor(problem, dtype, device, place, problem.kv_heads, problem.kv_len, padded=padded))
+    plan_kernel, attend_kernel = forward_kernels(dtype, problem.head_dim, problem.block)
+    return _Prepared(
+        plan_params,
+        params,
+        COUNTER_BYTES + group_bytes + num_groups * boxes_per_group * TILE_BOX_BYTES,
+        group_bytes,
+        heads * chunks,
+        min(torch.cuda.get_device_properties(device).multi_processor_count, params.num_items),
+        module.launcher(plan_kernel, device),
+        module.launcher(attend_kernel, device),
+    )
+
+
+def _rows_of_chunk(problem: Problem, shape: Shape, device: int) -> int:
+    if shape.group == 1:
+        return PLAN_ROWS_APART
+    processors = torch.cuda.get_device_properties(device).multi_processor_count
+    fair = problem.batch * problem.heads * problem.num_q_blocks // processors
+    return max(FEWEST_PLAN_ROWS, min(fair, MOST_PLAN_ROWS))
+
+
+def _view(problem: Problem, length: int, padded: bool) -> tuple[tuple[int, int, int], tuple[int, int, int]]:
+    """A sequence as a video, and its block as a tile.
+
+    Of padded blocks every row is a box: one that starts before its row gets zeros from there.
+    """
+    if padded:
+        return (1, length // BOX_TOKENS, BOX_TOKENS), (1, problem.block // BOX_TOKENS, BOX_TOKENS)
+    return video_of(problem, length), tile_of(problem)
+
+
+def _divisor(value: int) -> _Divisor:
+    return _Divisor(-(-(1 << DIVISOR_SHIFT) // value), value)
+
+
+def _order(problem: Problem, length: int, sizes: _Sizes | None, *, padded: bool) -> _Order:
+    video, tile = _view(problem, length, padded)
+    box = box_of(tile)
+    order = _Order(
+        extent=_Video(*video),
+        tile=_Video(*tile),
+        box=_Video(*box),
+        box_w_log2=box[2].bit_length() - 1,
+        box_hw_log2=(box[1] * box[2]).bit_length() - 1,
+        boxes=problem.block // BOX_TOKENS,
+        partial=sizes is not None or problem.is_partial(length),
+    )
+    order.tiles_h, order.tiles_w = (_divisor(-(-video[axis] // tile[axis])) for axis in (1, 2))
+    order.boxes_h, order.boxes_w = (_divisor(tile[axis] // box[axis]) for axis in (1, 2))
+    if sizes is not None:
+        order.sizes, order.sizes_are_64_bit = sizes[0], sizes[1] == torch.int64
+    return order
+
+
+def _tensor(
+    problem: Problem, dtype: torch.dtype, device: int, place: Place, heads: int, length: int, *, padded: bool
+) -> _Tensor:
+    video, tile = _view(problem, length, padded)
+    encoded, in_map = map_of(problem, dtype, device, place, heads, video, box_of(tile), PANEL_CHANNELS, SWIZZLE_128B)
+    return _Tensor(encoded, in_map.head_channel, in_map.batch_channel, in_map.head_outer, in_map.batch_outer)
