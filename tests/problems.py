@@ -159,7 +159,7 @@ class Inputs:
         return ref.select(q_c @ k_c.mT, self.case.topk, self.kv_nonempty)
 
     def uneven_indices(self) -> tuple[Tensor, Tensor, Tensor]:
-        """``q2k_idx`` and ``q2k_num`` of rows of 0 … n_k key blocks in any order, junk past a row's number; their map."""
+        """``q2k_idx`` and ``q2k_num`` of rows of 0 … n_k blocks in any order, junk past a row's number; their map."""
         rows = (self.case.batch, self.case.heads, self.num_q_blocks)
         num = torch.randint(0, self.num_kv_blocks + 1, rows, generator=self.generator, dtype=torch.int32)
         num.view(-1)[0] = 0

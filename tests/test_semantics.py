@@ -95,7 +95,7 @@ INDEX_CASES = [
 @with_cases(INDEX_CASES, RUNS)
 def test_indices_with_uneven_rows(case: Case, run):
     """Rows of 0 … n_k key blocks in any order, junk past a row's number; the gradient of lse counts too."""
-    backend, device, dtype = run
+    backend, _, dtype = run
     inputs = make_inputs(case, run)
     idx, num, block_map = inputs.uneven_indices()
     out, lse = vsa_jit.block_sparse_attn_from_indices(

@@ -1,4 +1,4 @@
-"""The Hopper forward on a Hopper GPU, at sizes at which thread blocks take several items and their rings wrap around."""
+"""The Hopper forward on a Hopper GPU, at sizes where thread blocks take several items and their rings wrap around."""
 
 import math
 from dataclasses import replace

@@ -192,6 +192,16 @@ def test_what_tma_cannot_read(shape, strides, address, grid, reason):
     assert found is None if reason is None else found.startswith(reason)
 
 
+@pytest.mark.parametrize(("block", "most"), [(64, 196576), (128, 393184), (192, 393184)])
+def test_more_key_blocks_than_can_be_planned(block, most):
+    def problem(blocks):
+        return Problem(1, 1, 1, 64, blocks * block, 64, (1, 1, block), None, "bhsd", 0.1, "auto")
+
+    assert forward.why_not_plan(problem(most)) is None
+    reason = forward.why_not_plan(problem(most + 1))
+    assert reason == f"the kernels plan at most {most} key blocks, and there are {most + 1}"
+
+
 def test_the_parameters_fit_a_launch():
     assert ctypes.sizeof(means.Params) == 640 <= 4096
     assert ctypes.sizeof(forward.PlanParams) <= 4096

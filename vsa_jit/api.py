@@ -235,8 +235,7 @@ def warmup(
             has CUDA kernels in this package, nothing is compiled.
         dtype: torch.bfloat16, torch.float16 or several; None for both.
         head_dim: 64, 128 or several; None for both.
-        block_size: as in ``video_sparse_attn``, or a list of such; None for all. So far it changes nothing: the kernels
-            are the same for all.
+        block_size: as in ``video_sparse_attn``, or a list of such; None for all.
         engine: "nvrtc", "nvcc" or "auto".
 
     Returns:

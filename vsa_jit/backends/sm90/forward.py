@@ -204,14 +204,16 @@ def _attend_kernel(dtype: torch.dtype, head_dim: int, consumers: int, tile_boxes
 
 def why_not_plan(problem: Problem) -> str | None:
     """Why the map of a call cannot be planned. None: it can."""
-    if _most_rows(problem) < shape_of(problem.block).group:
-        return f"the kernels plan at most {32 * (PLAN_MAP_WORDS // 4 - 1)} key blocks, got {problem.num_kv_blocks}"
-    return None
+    group = shape_of(problem.block).group
+    if _most_rows(problem.num_kv_blocks) >= group:
+        return None
+    words = PLAN_MAP_WORDS // (group + 1)
+    return f"the kernels plan at most {32 * (words - 1 + words % 2)} key blocks, and there are {problem.num_kv_blocks}"
 
 
-def _most_rows(problem: Problem) -> int:
-    """Rows whose bits fit into a chunk: with an odd number of words each, and one more row."""
-    return PLAN_MAP_WORDS // (-(-problem.num_kv_blocks // 32) | 1) - 1
+def _most_rows(num_kv_blocks: int) -> int:
+    """Rows whose bits fit into a chunk: of an odd number of words each, and with one more row."""
+    return PLAN_MAP_WORDS // (-(-num_kv_blocks // 32) | 1) - 1
 
 
 def forward(problem: Problem, operands: Operands, keep_out_s: bool) -> tuple[Tensor, Tensor, Tensor | None]:
@@ -285,7 +287,7 @@ def _prepared(
     """The launches for tensors at these addresses, with these strides."""
     shape = shape_of(problem.block)
     heads = problem.batch * problem.heads
-    rows = min(_most_rows(problem), _rows_of_chunk(problem, shape, device)) // shape.group * shape.group
+    rows = min(_most_rows(problem.num_kv_blocks), _rows_of_chunk(problem, shape, device)) // shape.group * shape.group
     chunks = -(-problem.num_q_blocks // rows)
     rows = -(-problem.num_q_blocks // (chunks * shape.group)) * shape.group
     groups_per_head = chunks * rows // shape.group
