@@ -27,6 +27,7 @@ CASES = [
     Case("192, plain, batch", q_len=3000, block_size=192, batch=2),
     Case("256, raster", grid=(13, 22, 21), block_size=(4, 8, 8)),
     Case("320, plain", q_len=6400, block_size=320),
+    Case("1728, raster cut on all three axes", grid=(13, 25, 13), block_size=(12, 12, 12)),
 ]
 
 

@@ -131,6 +131,8 @@ __device__ __forceinline__ void mma_step(float (&d)[N / 2], uint64_t a, uint64_t
 #undef KITTENS_D32
 #undef KITTENS_WGMMA_64
 #undef KITTENS_WGMMA_128
+#undef KITTENS_WGMMA_SHARED_64
+#undef KITTENS_WGMMA_SHARED_128
 
 constexpr int kStepCols = 16;
 

@@ -441,9 +441,9 @@ __device__ void consume(const Params& params, SharedStorage& shared, int consume
         wait(shared.item_full[at.index], at.phase);
         if (item.last) break;
         if (item.q_block[consumer] < 0) {
-            // A phase without a load, so that the round tells the phase.
+            // A phase without a load, so that the round tells the phase. No warp may get ahead of another by two.
             if (is_leader) arrive(shared.q_full[consumer]);
-            wait(shared.q_full[consumer], round % 2);
+            warpgroup::sync(barrier);
             release(shared.item_empty[at.index]);
             continue;
         }

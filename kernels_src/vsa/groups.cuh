@@ -42,7 +42,9 @@ struct alignas(16) TileBox {
         }
         const bool whole = first == 0 && inside.t == keys.box.t && inside.h == keys.box.h && inside.w == keys.box.w;
         const uint32_t packed = first | max(inside.t, 0) << 8 | max(inside.h, 0) << 16 | max(inside.w, 0) << 24;
-        return {origin.w, origin.h, uint32_t(members) << kMembersShift | uint32_t(origin.t), whole ? kWhole : packed};
+        // A box that is outside along every axis is empty, and not whole.
+        const uint32_t valid = whole ? kWhole : packed == kWhole ? kBoxTokens : packed;
+        return {origin.w, origin.h, uint32_t(members) << kMembersShift | uint32_t(origin.t), valid};
     }
 
     __device__ __forceinline__ static bool is_valid(const Order& keys, uint32_t valid, int token) {

@@ -81,6 +81,7 @@ __device__ void read_row(const Params& params, int row, int64_t index, uint32_t*
         }
     }
     poisoned = __any_sync(kAllLanes, poisoned);
+    __syncwarp();
     int count = 0;
     for (int word = lane; word < (params.num_kv_blocks + 31) / 32; word += kWarpThreads) count += __popc(selected[word]);
     count = __reduce_add_sync(kAllLanes, count);
@@ -219,11 +220,12 @@ __device__ int write_tiles_of_row(const Params& params, const uint32_t* row, Til
         const int block = first + lane;
         const bool named = row[first / kWarpThreads] >> lane & 1;
         auto is_used = [&](int first_box) {
+            if (!named) return false;
             bool empty = params.keys.partial;
             for (int i = 0; i < params.tile_boxes && empty; ++i) {
                 empty = TileBox::of(params.keys, block, first_box + i, kEveryone).is_empty();
             }
-            return named && !empty;
+            return !empty;
         };
         int count = 0;
         for (int box = 0; box < params.keys.boxes; box += params.tile_boxes) count += is_used(box);

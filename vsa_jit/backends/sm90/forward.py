@@ -30,6 +30,8 @@ TILE_ALIGNMENT = 1024
 # Barriers and what is told; the structure's size is a multiple of its alignment.
 SMEM_BESIDE_TILES = 2 * TILE_ALIGNMENT
 DIVISOR_SHIFT = 40
+# Quotients are exact below 2^40 over the divisor, which is at most the number of blocks.
+MOST_QUERY_BLOCKS = 1 << DIVISOR_SHIFT // 2
 
 PLAN_THREADS = 512
 # Rows of a chunk: many find better groups, few keep more multiprocessors busy.
@@ -205,6 +207,8 @@ def _attend_kernel(dtype: torch.dtype, head_dim: int, consumers: int, tile_boxes
 def why_not_plan(problem: Problem) -> str | None:
     """Why the map of a call cannot be planned. None: it can."""
     group = shape_of(problem.block).group
+    if problem.num_q_blocks > MOST_QUERY_BLOCKS:
+        return f"the kernels plan at most {MOST_QUERY_BLOCKS} query blocks, and there are {problem.num_q_blocks}"
     if _most_rows(problem.num_kv_blocks) >= group:
         return None
     words = PLAN_MAP_WORDS // (group + 1)
