@@ -10,7 +10,7 @@ from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, library
 
 from vsa_jit.backends.choose import backend_for
 from vsa_jit.problem import Operands, Problem, bhsd, empty_like
@@ -19,7 +19,7 @@ from vsa_jit.problem import Operands, Problem, bhsd, empty_like
 SCORES_AT_A_TIME = 1 << 24
 
 
-_LIBRARY = torch.library.Library("vsa_jit", "DEF")
+_LIBRARY = library.Library("vsa_jit", "DEF")
 
 
 def autocast_off(device: torch.device) -> AbstractContextManager:
@@ -32,7 +32,7 @@ def autocast_off(device: torch.device) -> AbstractContextManager:
 def _operator(function: Callable) -> torch._ops.OpOverload:
     """Makes a function an operator of its name, with the schema of its annotations, on every device.
 
-    The same as ``torch.library.custom_op`` but for that one's checks at every call, which cost more than a launch.
+    The same as PyTorch's ``custom_op`` but for that one's checks at every call, which cost more than a launch.
     Inside, autocast is off: an operator computes in the dtype of its inputs and in fp32, whatever surrounds the call.
     """
 
@@ -42,18 +42,18 @@ def _operator(function: Callable) -> torch._ops.OpOverload:
             return function(*args)
 
     name = function.__name__
-    schema = torch.library.infer_schema(function, mutates_args=())
+    schema = library.infer_schema(function, mutates_args=())
     _LIBRARY.define(name + schema, tags=(torch.Tag.pt2_compliant_tag,))
     _LIBRARY.impl(name, without_autocast, "CompositeExplicitAutograd")
     return getattr(torch.ops.vsa_jit, name).default
 
 
 def _fake(operator: torch._ops.OpOverload) -> Callable:
-    return torch.library.register_fake(operator, lib=_LIBRARY)
+    return library.register_fake(operator, lib=_LIBRARY)
 
 
 def _autograd(operator: torch._ops.OpOverload, backward: Callable, setup_context: Callable | None = None) -> None:
-    torch.library.register_autograd(operator, backward, setup_context=setup_context, lib=_LIBRARY)
+    library.register_autograd(operator, backward, setup_context=setup_context, lib=_LIBRARY)
 
 
 def _refuse_second_derivative(ctx: Any, *grads: Tensor) -> None:

@@ -18,17 +18,11 @@ struct rt_fl {
 // 16-bit elements in pairs: of every sixteen columns four words, in the order of a left operand.
 template <typename T, int rows_, int cols_>
 struct rt {
-    using element = T;
     static constexpr int rows = rows_;
     static constexpr int cols = cols_;
     static_assert(rows == 16, "a warp holds 16 rows");
     uint32_t data[cols / 4];
 };
-
-template <int rows, int cols>
-using rt_bf = rt<bf16, rows, cols>;
-template <int rows, int cols>
-using rt_hf = rt<half, rows, cols>;
 
 // A value for each row of a register tile: a lane holds those of its two rows.
 struct col_vec {

@@ -12,7 +12,6 @@ constexpr int kSwizzleAtomBytes = 8 * kSwizzleBytes;
 // The columns lie in panels of 128 bytes, one panel after the other, each with all rows.
 template <typename T, int rows_, int cols_>
 struct alignas(kSwizzleAtomBytes) st {
-    using element = T;
     static constexpr int rows = rows_;
     static constexpr int cols = cols_;
     static constexpr int panel_cols = kSwizzleBytes / sizeof(T);
@@ -28,11 +27,6 @@ struct alignas(kSwizzleAtomBytes) st {
         return data + (index * rows + row) * panel_cols;
     }
 };
-
-template <int rows, int cols>
-using st_bf = st<bf16, rows, cols>;
-template <int rows, int cols>
-using st_hf = st<half, rows, cols>;
 
 // Address of 8 elements, of a row and of columns from a multiple of 8 on.
 template <typename ST>

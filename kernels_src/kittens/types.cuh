@@ -33,6 +33,9 @@ constexpr uint32_t kAllLanes = 0xffffffffu;
 __device__ __forceinline__ float infinity() { return __int_as_float(0x7f800000); }
 __device__ __forceinline__ float not_a_number() { return __int_as_float(0x7fffffff); }
 
+__device__ __forceinline__ uint32_t laneid() { return threadIdx.x % kWarpThreads; }
+__device__ __forceinline__ uint32_t warpid() { return threadIdx.x / kWarpThreads; }
+
 // Two neighbouring elements of a word as floats, the lower address first.
 template <typename T>
 __device__ __forceinline__ float2 unpack(uint32_t word);

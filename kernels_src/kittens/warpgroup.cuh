@@ -8,6 +8,9 @@
 namespace kittens {
 namespace warpgroup {
 
+__device__ __forceinline__ uint32_t laneid() { return threadIdx.x % kWarpgroupThreads; }
+__device__ __forceinline__ uint32_t warpid() { return laneid() / kWarpThreads; }
+
 template <int registers>
 __device__ __forceinline__ void increase_registers() {
     asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" ::"n"(registers));
@@ -169,8 +172,8 @@ __device__ __forceinline__ void mma_AB(rt_fl<16, N>& d, const rt<T, 16, K>& a, c
 // Where a lane's part of a matrix of 16 x 16 lies, as ldmatrix and stmatrix take it for a register tile.
 template <typename ST>
 __device__ __forceinline__ uint32_t address_of_lane(const ST& tile, int col) {
-    const int row = threadIdx.x % kWarpgroupThreads / kWarpThreads * 16 + threadIdx.x % 16;
-    return address_of(tile, row, col + threadIdx.x % kWarpThreads / 16 * 8);
+    const int row = warpid() * 16 + kittens::laneid() % 16;
+    return address_of(tile, row, col + kittens::laneid() / 16 * 8);
 }
 
 // The first columns of a tile.

@@ -40,12 +40,10 @@ using s_fragment = rt_fl<16, kTileTokens>;
 using p_fragment = rt<element, 16, kTileTokens>;
 using o_fragment = rt_fl<16, kHeadDim>;
 
-// A tensor of tokens. Its map has five dimensions: channels, w, h, t and an outer one. A step of head or batch moves the
-// first or the outer coordinate, by these factors.
+// A tensor of tokens.
 struct Tensor {
     tensor_map map;
-    int head_channel, batch_channel;
-    int head_outer, batch_outer;
+    HeadSteps steps;
 };
 
 struct Params {
@@ -125,16 +123,15 @@ struct Place {
 };
 
 __device__ __forceinline__ void release(semaphore& empty) {
-    if (threadIdx.x % kWarpThreads == 0) arrive(empty);
+    if (laneid() == 0) arrive(empty);
 }
 
 __device__ __forceinline__ coordinates coordinates_of(const Tensor& tensor, int batch, int head, const Video& at) {
-    return {{head * tensor.head_channel + batch * tensor.batch_channel, at.w, at.h, at.t,
-             head * tensor.head_outer + batch * tensor.batch_outer}};
+    return {{tensor.steps.channel(batch, head), at.w, at.h, at.t, tensor.steps.outer(batch, head)}};
 }
 
 __device__ void schedule(const Params& params, SharedStorage& shared) {
-    const int lane = threadIdx.x % kWarpThreads;
+    const int lane = laneid();
     // A group is several query blocks of one box, or one of several.
     const bool several = params.queries.boxes == 1;
     for (int round = 0, last = 0; !last; ++round) {
@@ -145,13 +142,14 @@ __device__ void schedule(const Params& params, SharedStorage& shared) {
         const int index = last ? 0 : number / params.parts;
         const Group& group = params.groups[index];
         wait(shared.item_empty[at.index], at.phase ^ 1);
-        if (lane < kConsumers) {
-            const int box = several ? 0 : number % params.parts * kConsumers + lane;
-            item.q_block[lane] = box < params.queries.boxes ? group.q_block[several ? lane : 0] : -1;
-            item.box[lane] = box;
-            item.tiles_of[lane] = group.tiles_of[several ? lane : 0];
-        }
         if (lane == 0) {
+#pragma unroll
+            for (int i = 0; i < kConsumers; ++i) {
+                const int box = several ? 0 : number % params.parts * kConsumers + i;
+                item.q_block[i] = box < params.queries.boxes ? group.q_block[several ? i : 0] : -1;
+                item.box[i] = box;
+                item.tiles_of[i] = group.tiles_of[several ? i : 0];
+            }
             const int bh = index / params.groups_per_head;
             item.batch = bh / params.heads;
             item.head = bh % params.heads;
@@ -160,9 +158,9 @@ __device__ void schedule(const Params& params, SharedStorage& shared) {
             item.num_tiles = group.num_tiles;
             item.poisoned = several ? group.poisoned : -group.poisoned;
             item.last = last;
+            arrive(shared.item_full[at.index]);
         }
         __syncwarp();
-        if (lane == 0) arrive(shared.item_full[at.index]);
     }
 }
 
@@ -173,7 +171,7 @@ template <Operand operand>
 __device__ void load(const Params& params, SharedStorage& shared) {
     constexpr bool kIsK = operand == Operand::kK;
     constexpr int kStages = kIsK ? kKStages : kVStages;
-    const int lane = threadIdx.x % kWarpThreads;
+    const int lane = laneid();
     const Tensor& tensor = kIsK ? params.k : params.v;
     int loaded = 0;       // tiles of all items so far
     uint32_t queued = 0;  // by each consumer, modulo the queue, a byte each
@@ -187,8 +185,7 @@ __device__ void load(const Params& params, SharedStorage& shared) {
         int active = 0;
 #pragma unroll
         for (int i = 0; i < kConsumers; ++i) active |= (item.q_block[i] >= 0) << i;
-        __syncwarp();
-        release(shared.item_empty[from.index]);
+        arrive(shared.item_empty[from.index]);
         if (last) return;
 
 #pragma unroll 1
@@ -267,9 +264,14 @@ struct TileQueue {
     uint32_t taken = 0;  // of all items so far
     int seen = kNone;    // the next one, packed, if it was looked at already
 
+    // The lane reads that will say when the stages, and with them the ticket, are free.
     __device__ __forceinline__ int read() const {
-        const PackedTicket& packed = shared.queue[consumer][taken % kQueue];
-        return uniform(packed.k | packed.v << 8);
+        int packed = 0;
+        if (laneid() == 0) {
+            const PackedTicket& ticket = shared.queue[consumer][taken % kQueue];
+            packed = ticket.k | ticket.v << 8;
+        }
+        return uniform(packed);
     }
 
     // Looks whether the next tile is on its way, and does not wait.
@@ -300,13 +302,14 @@ struct TileQueue {
 
 // Scores of keys that are not valid become -inf.
 __device__ __forceinline__ void mask(const Order& keys, const uint32_t (&valid)[kTileBoxes], s_fragment& scores) {
-    const int lane = threadIdx.x % kWarpThreads;
+    const int lane = laneid();
 #pragma unroll
     for (int box = 0; box < kTileBoxes; ++box) {
-        if (valid[box] == TileBox::kWhole) continue;
+        const uint32_t packed = uniform(lane == 0 ? valid[box] : 0);
+        if (packed == TileBox::kWhole) continue;
 #pragma unroll
         for (int first = 0; first < kBoxTokens; first += kWarpThreads) {
-            const uint32_t bits = __ballot_sync(kAllLanes, TileBox::is_valid(keys, valid[box], first + lane));
+            const uint32_t bits = __ballot_sync(kAllLanes, TileBox::is_valid(keys, packed, first + lane));
 #pragma unroll
             for (int i = 0; i < kWarpThreads / 2; ++i) {
                 float& score = scores.data[(box * kBoxTokens + first) / 2 + i];
@@ -381,7 +384,7 @@ struct Rows {
         origin = origin_of_box(queries, block, box);
 #pragma unroll
         for (int i = 0; i < 2; ++i) {
-            const int row = threadIdx.x % kWarpgroupThreads / kWarpThreads * 16 + threadIdx.x % kWarpThreads / 4 + 8 * i;
+            const int row = warpgroup::warpid() * 16 + laneid() / 4 + 8 * i;
             const Video inside = position_in_box(queries, row);
             const Video at = {origin.t + inside.t, origin.h + inside.h, origin.w + inside.w};
             exists[i] = at.t < queries.extent.t && at.h < queries.extent.h && at.w < queries.extent.w;
@@ -398,7 +401,7 @@ __device__ __forceinline__ float load_gate(const Params& params, int64_t offset)
 
 // Adds the coarse output of the query block, weighted.
 __device__ __forceinline__ void combine(const Params& params, const Rows& rows, o_fragment& out) {
-    const int first_channel = threadIdx.x % 4 * 2;
+    const int first_channel = laneid() % 4 * 2;
     const float* out_c = params.out_c + (rows.bh * params.num_q_blocks + rows.block) * kHeadDim;
 #pragma unroll
     for (int i = 0; i < kHeadDim / 2; ++i) {
@@ -420,7 +423,7 @@ __device__ __forceinline__ void store(const Tensor& tensor, const Rows& rows, co
     warpgroup::store(tile, rounded);
     tma::fence_before_store();
     warpgroup::sync(barrier);
-    if (threadIdx.x % kWarpgroupThreads == 0) {
+    if (warpgroup::laneid() == 0) {
         coordinates to = coordinates_of(tensor, rows.batch, rows.head, rows.origin);
 #pragma unroll
         for (int panel = 0; panel < q_tile::panels; ++panel, to.x[0] += q_tile::panel_cols) {
@@ -431,7 +434,7 @@ __device__ __forceinline__ void store(const Tensor& tensor, const Rows& rows, co
 }
 
 __device__ void consume(const Params& params, SharedStorage& shared, int consumer) {
-    const bool is_leader = threadIdx.x % kWarpgroupThreads == 0;
+    const bool is_leader = warpgroup::laneid() == 0;
     const int barrier = consumer + 1;
     q_tile& q_shared = shared.q[consumer];
     TileQueue tiles{shared, consumer};
@@ -444,7 +447,7 @@ __device__ void consume(const Params& params, SharedStorage& shared, int consume
             // A phase without a load, so that the round tells the phase. No warp may get ahead of another by two.
             if (is_leader) arrive(shared.q_full[consumer]);
             warpgroup::sync(barrier);
-            release(shared.item_empty[at.index]);
+            arrive(shared.item_empty[at.index]);
             continue;
         }
 
@@ -469,8 +472,7 @@ __device__ void consume(const Params& params, SharedStorage& shared, int consume
         // Epilogue
         const Rows rows(params, item, consumer);
         const bool poisoned = item.poisoned >> consumer & 1;
-        __syncwarp();
-        release(shared.item_empty[at.index]);
+        arrive(shared.item_empty[at.index]);
         col_vec& sum = softmax.sum;
         sum_over_lanes(sum);
         col_vec share;
@@ -480,7 +482,7 @@ __device__ void consume(const Params& params, SharedStorage& shared, int consume
             float lse = sum[i] == 0.0f ? -infinity() : softmax.reference[i] * params.scale + logf(sum[i]);
             if (poisoned) share[i] = lse = not_a_number();
             if (!rows.valid[i]) lse = -infinity();
-            if (rows.exists[i] && threadIdx.x % 4 == 0) params.lse[rows.bh * params.q_len + rows.token[i]] = lse;
+            if (rows.exists[i] && laneid() % 4 == 0) params.lse[rows.bh * params.q_len + rows.token[i]] = lse;
         }
         mul_row(out, share);
 #pragma unroll
@@ -503,14 +505,14 @@ extern "C" __global__ void __launch_bounds__(kThreads, 1) attend_forward(const _
     extern __shared__ __align__(1024) uint8_t raw[];
     SharedStorage& shared = *reinterpret_cast<SharedStorage*>(raw);
     if (threadIdx.x == 0) {
-        // Every consumer's warps arrive when a stage or an item is free; the loaders are done with an item early.
+        // Every consumer's warps arrive when a stage is free, and every thread that reads an item when it is done with it.
         constexpr int kConsumerWarps = kConsumers * kWarpgroupWarps;
         for (semaphore& full : shared.k_full) init_semaphore(full, 1);
         for (semaphore& full : shared.v_full) init_semaphore(full, 1);
         for (semaphore& empty : shared.k_empty) init_semaphore(empty, kConsumerWarps);
         for (semaphore& empty : shared.v_empty) init_semaphore(empty, kConsumerWarps);
         for (semaphore& full : shared.item_full) init_semaphore(full, 1);
-        for (semaphore& empty : shared.item_empty) init_semaphore(empty, kConsumerWarps + 2);
+        for (semaphore& empty : shared.item_empty) init_semaphore(empty, (kConsumerWarps + 2) * kWarpThreads);
         for (semaphore& full : shared.q_full) init_semaphore(full, 1);
         for (auto& queue : shared.queue_full) {
             for (semaphore& full : queue) init_semaphore(full, 2);
@@ -522,7 +524,7 @@ extern "C" __global__ void __launch_bounds__(kThreads, 1) attend_forward(const _
     const int warpgroup_index = uniform(threadIdx.x / kWarpgroupThreads);
     if (warpgroup_index == kConsumers) {
         warpgroup::decrease_registers<kProducerRegisters>();
-        const int warp = threadIdx.x / kWarpThreads % kWarpgroupWarps;
+        const int warp = warpid() % kWarpgroupWarps;
         if (warp == 0) load<Operand::kK>(params, shared);
         if (warp == 1) load<Operand::kV>(params, shared);
         if (warp == 2) schedule(params, shared);

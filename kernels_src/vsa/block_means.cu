@@ -7,6 +7,7 @@
 //
 // Specialised at compile time: VSA_DTYPE (bf16, half), VSA_HEAD_DIM (64, 128).
 #include "kittens/tma.cuh"
+#include "vsa/tokens.cuh"
 
 using namespace kittens;
 
@@ -14,7 +15,6 @@ namespace {
 
 using element = VSA_DTYPE;
 constexpr int kHeadDim = VSA_HEAD_DIM;
-constexpr int kBoxTokens = 64;
 constexpr int kBoxBytes = kBoxTokens * kHeadDim * sizeof(element);
 
 // A lane reads 16 bytes of a token; one load of the warp covers kRows tokens.
@@ -22,8 +22,7 @@ constexpr int kVector = 16 / sizeof(element);
 constexpr int kLanesPerRow = kHeadDim / kVector;
 constexpr int kRows = kWarpThreads / kLanesPerRow;
 
-// One of q, k and v. Its tensor map has five dimensions: channels, w, h, t and an outer one. A step of head or batch moves
-// the first or the outer coordinate, by these factors.
+// One of q, k and v.
 struct Operand {
     float* mean;        // [batch, heads, num_blocks, kHeadDim]
     const void* sizes;  // valid tokens of each block, or null
@@ -33,8 +32,7 @@ struct Operand {
     int heads;
     int width;  // tokens along w
     int tiles_w;
-    int head_channel, batch_channel;
-    int head_outer, batch_outer;
+    HeadSteps steps;  // in its tensor map
 };
 
 struct Params {
@@ -53,12 +51,6 @@ struct SharedStorage {
     semaphore full;
 };
 static_assert(sizeof(SharedStorage) == VSA_SMEM_BYTES, "the host launches with other shared memory");
-
-__device__ __forceinline__ int size_of_block(const Operand& operand, int block, int largest) {
-    if (!operand.sizes_are_64_bit) return max(0, min(static_cast<const int*>(operand.sizes)[block], largest));
-    const int64_t size = static_cast<const int64_t*>(operand.sizes)[block];
-    return static_cast<int>(max(int64_t(0), min(size, int64_t(largest))));
-}
 
 }  // namespace
 
@@ -86,8 +78,7 @@ extern "C" __global__ void __launch_bounds__(kWarpThreads) block_means(const __g
         head = item / operand.num_blocks % operand.heads;
         batch = item / operand.num_blocks / operand.heads;
     }
-    const int channel = head * operand.head_channel + batch * operand.batch_channel;
-    const int outer = head * operand.head_outer + batch * operand.batch_outer;
+    const int channel = operand.steps.channel(batch, head), outer = operand.steps.outer(batch, head);
     const int row_of_tiles = block / operand.tiles_w;
     const int first_w = block % operand.tiles_w * params.tile_w;
     const int first_h = row_of_tiles % params.tiles_h * params.tile_h;
@@ -97,7 +88,7 @@ extern "C" __global__ void __launch_bounds__(kWarpThreads) block_means(const __g
     int tokens_w = min(params.tile_w, operand.width - first_w);
     // Rows past a block's size hold anything; those past the border of a video hold zeros.
     const bool sized = operand.sizes != nullptr;
-    if (sized) tokens_w = size_of_block(operand, block, tokens_w);
+    if (sized) tokens_w = size_of_block(operand.sizes, operand.sizes_are_64_bit, block, tokens_w);
 
     const int column = lane % kLanesPerRow, row = lane / kLanesPerRow;
     float sum[kVector] = {};

@@ -12,9 +12,9 @@ using namespace kittens;
 namespace {
 
 constexpr int kGroup = VSA_GROUP;
-constexpr int kThreads = 512;
+constexpr int kThreads = 256;
 constexpr int kWarps = kThreads / kWarpThreads;
-constexpr int kMostRows = 48;
+constexpr int kMostRows = 24;
 constexpr int kMostGroups = (kMostRows + kGroup - 1) / kGroup;
 // Which query blocks of a group select a key block, a bit each: its kind.
 constexpr int kKinds = 1 << kGroup;
@@ -34,6 +34,15 @@ struct Params {
 };
 static_assert(sizeof(Params) == VSA_PARAMS_BYTES, "the host's description of the parameters differs");
 
+// What a warp knows of the tiles that it is writing.
+struct Listing {
+    int total[kKinds];                   // tiles of each kind
+    int before[kWarpThreads][kKinds];    // in 32 words of bits: those of each kind before a word
+    struct {
+        int block, kind, rank;  // rank: among those of its kind
+    } found[2 * kWarpThreads];
+};
+
 struct SharedStorage {
     uint32_t selected[VSA_MAP_WORDS];  // a bit for each key block, row by row
     short likeness[kMostRows][kMostRows + 2];
@@ -42,6 +51,7 @@ struct SharedStorage {
     uint32_t best[2][kMostRows];
     int members[kMostGroups][kGroup];
     int work[kMostGroups];
+    Listing listings[kWarps];
 };
 static_assert(sizeof(SharedStorage) <= VSA_SMEM_BYTES, "the host launches with less shared memory");
 
@@ -49,11 +59,16 @@ __device__ __forceinline__ uint64_t bit(int i) { return uint64_t(1) << i; }
 
 // Of candidates the most alike wins, and of equals the lower row; 0 is no candidate.
 constexpr int kLikenessBias = 1 << 15;
+__device__ __forceinline__ int bounded(int likeness) {
+    return max(1 - kLikenessBias, min(likeness, kLikenessBias - 1));
+}
 __device__ __forceinline__ uint32_t candidate(int likeness, int row) {
-    const int bounded = max(1 - kLikenessBias, min(likeness, kLikenessBias - 1));
-    return uint32_t(bounded + kLikenessBias) << 8 | uint32_t(255 - row);
+    return uint32_t(bounded(likeness) + kLikenessBias) << 8 | uint32_t(255 - row);
 }
 __device__ __forceinline__ int row_of(uint32_t candidate) { return 255 - int(candidate & 255); }
+
+// Words of the bits of a row.
+__device__ __forceinline__ int words_of(const Params& params) { return (params.num_kv_blocks + 31) / 32; }
 
 // The sum over the lanes before this one.
 __device__ __forceinline__ int sum_before(int x) {
@@ -61,14 +76,14 @@ __device__ __forceinline__ int sum_before(int x) {
 #pragma unroll
     for (int step = 1; step < kWarpThreads; step *= 2) {
         const int other = __shfl_up_sync(kAllLanes, sum, step);
-        if (threadIdx.x % kWarpThreads >= step) sum += other;
+        if (laneid() >= step) sum += other;
     }
     return sum - x;
 }
 
 // Sets the bits of the key blocks that a row names and that have tokens. One warp.
 __device__ void read_row(const Params& params, int row, int64_t index, uint32_t* selected, SharedStorage& shared) {
-    const int lane = threadIdx.x % kWarpThreads;
+    const int lane = laneid();
     const int* names = params.q2k_idx + index * params.width;
     const int num = max(0, min(params.q2k_num[index], params.width));
     bool poisoned = false;
@@ -83,7 +98,7 @@ __device__ void read_row(const Params& params, int row, int64_t index, uint32_t*
     poisoned = __any_sync(kAllLanes, poisoned);
     __syncwarp();
     int count = 0;
-    for (int word = lane; word < (params.num_kv_blocks + 31) / 32; word += kWarpThreads) count += __popc(selected[word]);
+    for (int word = lane; word < words_of(params); word += kWarpThreads) count += __popc(selected[word]);
     count = __reduce_add_sync(kAllLanes, count);
     if (lane == 0) {
         shared.count[row] = count;
@@ -93,14 +108,14 @@ __device__ void read_row(const Params& params, int row, int64_t index, uint32_t*
 
 // How many key blocks two rows share, less by how many more one of them selects. All warps.
 __device__ void compare_rows(int rows, int words, int stride, SharedStorage& shared) {
-    for (int a = threadIdx.x / kWarpThreads; a < rows; a += kWarps) {
-        for (int b = threadIdx.x % kWarpThreads; b < a; b += kWarpThreads) {
+    for (int a = warpid(); a < rows; a += kWarps) {
+        for (int b = laneid(); b < a; b += kWarpThreads) {
             int common = 0;
             for (int i = 0; i < words; ++i) {
                 common += __popc(shared.selected[a * stride + i] & shared.selected[b * stride + i]);
             }
-            const int likeness = common - abs(shared.count[a] - shared.count[b]);
-            shared.likeness[a][b] = shared.likeness[b][a] = max(1 - kLikenessBias, min(likeness, kLikenessBias - 1));
+            const int more = abs(shared.count[a] - shared.count[b]);
+            shared.likeness[a][b] = shared.likeness[b][a] = bounded(common - more);
         }
     }
 }
@@ -108,7 +123,7 @@ __device__ void compare_rows(int rows, int words, int stride, SharedStorage& sha
 // Groups: the two rows that are most alike, then whoever is most like those, until no row is left. Every warp decides the
 // same from what all of them found.
 __device__ void match_rows(int rows, SharedStorage& shared) {
-    const int warp = threadIdx.x / kWarpThreads, lane = threadIdx.x % kWarpThreads;
+    const int warp = warpid(), lane = laneid();
     uint64_t free = bit(rows) - 1;
     for (int group = 0; free != 0; ++group) {
         uint32_t* best = shared.best[group % 2];
@@ -145,21 +160,43 @@ __device__ void match_rows(int rows, SharedStorage& shared) {
     }
 }
 
-// Writes the tiles of a group, each a block of one box, and returns how many. One warp.
+// The key blocks of a word that are of a kind.
+__device__ __forceinline__ uint32_t of_kind(int kind, const uint32_t (&selected)[kGroup]) {
+    uint32_t bits = kAllLanes;
+#pragma unroll
+    for (int i = 0; i < kGroup; ++i) bits &= kind >> i & 1 ? selected[i] : ~selected[i];
+    return bits;
+}
+
+// Writes the tile that a lane found in its place in the list.
 //
 // Tiles that several query blocks share and tiles of one alone are spread evenly over the list, so that all consumers advance
 // alike, and each kind is in ascending order, so that thread blocks that run at the same time read the same keys: tile p of n
 // of a kind has its place at (2p + 1) / 2n of the list, and follows as many tiles of every other kind as have a place before.
-__device__ int write_tiles(const Params& params, const uint32_t* const (&rows)[kGroup], TileBox* tiles) {
-    const int lane = threadIdx.x % kWarpThreads;
-    const int words = (params.num_kv_blocks + 31) / 32;
-    auto of_kind = [&](int kind, const uint32_t (&selected)[kGroup]) {
-        uint32_t bits = kAllLanes;
+__device__ __forceinline__ void write_tile(const Params& params, const Listing& listing, int entry, TileBox* tiles) {
+    const auto [block, kind, rank] = listing.found[entry];
+    const int of_kind = listing.total[kind], twice = 2 * of_kind;
+    const float inverse = 1.0f / twice;
+    int place = rank;
 #pragma unroll
-        for (int i = 0; i < kGroup; ++i) bits &= kind >> i & 1 ? selected[i] : ~selected[i];
-        return bits;
-    };
-    int total[kKinds] = {}, written[kKinds] = {};
+    for (int other = 1; other < kKinds; ++other) {
+        if (other == kind) continue;
+        // Of equal places the lower kind's comes first. Up to 2^20 tiles the quotient in fp32 is at most one too high or low.
+        const int of_other = listing.total[other];
+        int quotient = static_cast<int>((float(2 * rank + 1) * of_other + of_kind) * inverse);
+        const int64_t rest = int64_t(2 * rank + 1) * of_other + of_kind - (other > kind) - int64_t(quotient) * twice;
+        quotient += rest < 0 ? -1 : rest >= twice ? 1 : 0;
+        place += quotient;
+    }
+    tiles[place] = TileBox::of(params.keys, block, 0, kind);
+}
+
+// Writes the tiles of a group, each a block of one box, and returns how many. One warp.
+__device__ int write_tiles(const Params& params, const uint32_t* const (&rows)[kGroup], Listing& listing, TileBox* tiles) {
+    const int lane = laneid();
+    const int words = words_of(params);
+    const uint32_t lower_lanes = (1u << lane) - 1;
+    int total[kKinds] = {};
     for (int word = lane; word < words; word += kWarpThreads) {
         uint32_t selected[kGroup];
 #pragma unroll
@@ -167,54 +204,59 @@ __device__ int write_tiles(const Params& params, const uint32_t* const (&rows)[k
 #pragma unroll
         for (int kind = 1; kind < kKinds; ++kind) total[kind] += __popc(of_kind(kind, selected));
     }
-    int num_tiles = 0;
 #pragma unroll
     for (int kind = 1; kind < kKinds; ++kind) {
         total[kind] = __reduce_add_sync(kAllLanes, total[kind]);
-        num_tiles += total[kind];
+        if (lane == 0) listing.total[kind] = total[kind];
     }
-    for (int word = 0; word < words; ++word) {
-        uint32_t selected[kGroup];
-        int kind = 0, p = 0, in_kind = 1;
+
+    int found = 0, written = 0;
+    int counted[kKinds] = {};
+    for (int first = 0; first < words; first += kWarpThreads) {
+        // A lane counts in its word what each kind has there.
+        uint32_t own[kGroup];
 #pragma unroll
-        for (int i = 0; i < kGroup; ++i) {
-            selected[i] = rows[i][word];
-            kind |= int(selected[i] >> lane & 1) << i;
+        for (int i = 0; i < kGroup; ++i) own[i] = first + lane < words ? rows[i][first + lane] : 0;
+#pragma unroll
+        for (int kind = 1; kind < kKinds; ++kind) {
+            const int count = __popc(of_kind(kind, own)), before = counted[kind] + sum_before(count);
+            listing.before[lane][kind] = before;
+            counted[kind] = __shfl_sync(kAllLanes, before + count, kWarpThreads - 1);
         }
+        __syncwarp();
+        // A lane takes a bit of each word. What is found is gathered, so that all lanes have a tile to write.
+        for (int word = first; word < min(words, first + kWarpThreads); ++word) {
+            uint32_t selected[kGroup], any = 0;
+            int kind = 0;
 #pragma unroll
-        for (int other = 1; other < kKinds; ++other) {
-            const uint32_t bits = of_kind(other, selected);
-            if (kind == other) {
-                p = written[other] + __popc(bits & ((1u << lane) - 1));
-                in_kind = total[other];
+            for (int i = 0; i < kGroup; ++i) {
+                selected[i] = rows[i][word];
+                any |= selected[i];
+                kind |= int(selected[i] >> lane & 1) << i;
             }
-            written[other] += __popc(bits);
+            if (kind != 0) {
+                const int rank = listing.before[word - first][kind] + __popc(of_kind(kind, selected) & lower_lanes);
+                listing.found[(found + __popc(any & lower_lanes)) % (2 * kWarpThreads)] = {word * 32 + lane, kind, rank};
+            }
+            found += __popc(any);
+            __syncwarp();
+            if (found - written >= kWarpThreads) {
+                write_tile(params, listing, (written + lane) % (2 * kWarpThreads), tiles);
+                written += kWarpThreads;
+                __syncwarp();
+            }
         }
-        if (kind == 0) continue;
-        const int twice = 2 * in_kind;
-        const float inverse = 1.0f / twice;
-        int place = p;
-#pragma unroll
-        for (int other = 1; other < kKinds; ++other) {
-            if (other == kind) continue;
-            // Of equal places the lower kind's comes first. Up to 2^20 tiles the quotient in fp32 is at most one too high or
-            // too low.
-            int quotient = static_cast<int>((float(2 * p + 1) * total[other] + in_kind) * inverse);
-            const int64_t dividend = int64_t(2 * p + 1) * total[other] + in_kind - (other > kind);
-            const int64_t rest = dividend - int64_t(quotient) * twice;
-            quotient += rest < 0 ? -1 : rest >= twice ? 1 : 0;
-            place += quotient;
-        }
-        tiles[place] = TileBox::of(params.keys, word * 32 + lane, 0, kind);
     }
-    return num_tiles;
+    if (lane < found - written) write_tile(params, listing, (written + lane) % (2 * kWarpThreads), tiles);
+    __syncwarp();
+    return found;
 }
 
 // The same for a group of one query block, whose key blocks are of one or more tiles; those without a valid token are left
 // out.
 __device__ int write_tiles_of_row(const Params& params, const uint32_t* row, TileBox* tiles) {
     constexpr int kEveryone = (1 << kMostQueryBlocks) - 1;
-    const int lane = threadIdx.x % kWarpThreads;
+    const int lane = laneid();
     int written = 0;
     for (int first = 0; first < params.num_kv_blocks; first += kWarpThreads) {
         const int block = first + lane;
@@ -242,16 +284,16 @@ __device__ int write_tiles_of_row(const Params& params, const uint32_t* row, Til
 
 }  // namespace
 
-extern "C" __global__ void __launch_bounds__(kThreads, 2) plan_forward(const __grid_constant__ Params params) {
+extern "C" __global__ void __launch_bounds__(kThreads, 4) plan_forward(const __grid_constant__ Params params) {
     extern __shared__ __align__(16) uint8_t raw[];
     SharedStorage& shared = *reinterpret_cast<SharedStorage*>(raw);
-    const int warp = threadIdx.x / kWarpThreads, lane = threadIdx.x % kWarpThreads;
+    const int warp = warpid(), lane = laneid();
     const int chunk = blockIdx.x % params.chunks_per_head, head = blockIdx.x / params.chunks_per_head;
     const int first_row = chunk * params.rows_per_chunk;
     const int rows = max(0, min(params.rows_per_chunk, params.num_q_blocks - first_row));
     const int num_groups = (rows + kGroup - 1) / kGroup, groups_per_chunk = params.rows_per_chunk / kGroup;
     // An odd stride keeps rows apart in the banks. After the rows there is one that selects nothing.
-    const int words = (params.num_kv_blocks + 31) / 32, stride = words | 1;
+    const int words = words_of(params), stride = words | 1;
     if (blockIdx.x == 0 && threadIdx.x == 0) *params.next = 0;
 
     // What the rows select.
@@ -312,7 +354,7 @@ extern "C" __global__ void __launch_bounds__(kThreads, 2) plan_forward(const __g
             if constexpr (kGroup == 1) {
                 planned.num_tiles = planned.tiles_of[0] = write_tiles_of_row(params, selected[0], tiles);
             } else {
-                planned.num_tiles = write_tiles(params, selected, tiles);
+                planned.num_tiles = write_tiles(params, selected, shared.listings[warp], tiles);
             }
         }
         if (lane == 0) params.groups[slot] = planned;

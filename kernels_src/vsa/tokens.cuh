@@ -20,6 +20,23 @@ struct Divisor {
     __device__ __forceinline__ int quotient(int x) const { return static_cast<int>(x * inverse >> 40); }
 };
 
+// Where the heads of a tensor are in its map, whose five dimensions are channels, w, h, t and an outer one: a step of head or
+// batch moves the first or the outer coordinate, by these factors.
+struct HeadSteps {
+    int head_channel, batch_channel;
+    int head_outer, batch_outer;
+
+    __device__ __forceinline__ int channel(int batch, int head) const { return head * head_channel + batch * batch_channel; }
+    __device__ __forceinline__ int outer(int batch, int head) const { return head * head_outer + batch * batch_outer; }
+};
+
+// What a tensor of sizes says of a block, between 0 and the largest that it can be.
+__device__ __forceinline__ int size_of_block(const void* sizes, bool sizes_are_64_bit, int block, int largest) {
+    if (!sizes_are_64_bit) return max(0, min(static_cast<const int*>(sizes)[block], largest));
+    const int64_t size = static_cast<const int64_t*>(sizes)[block];
+    return static_cast<int>(max(int64_t(0), min(size, int64_t(largest))));
+}
+
 struct Order {
     Divisor tiles_w, tiles_h;  // of the video
     Divisor boxes_w, boxes_h;  // of a tile
@@ -34,10 +51,7 @@ struct Order {
 };
 
 __device__ __forceinline__ int valid_tokens_of_block(const Order& order, int block) {
-    const int largest = order.boxes * kBoxTokens;
-    if (!order.sizes_are_64_bit) return max(0, min(static_cast<const int*>(order.sizes)[block], largest));
-    const int64_t size = static_cast<const int64_t*>(order.sizes)[block];
-    return static_cast<int>(max(int64_t(0), min(size, int64_t(largest))));
+    return size_of_block(order.sizes, order.sizes_are_64_bit, block, order.boxes * kBoxTokens);
 }
 
 // Valid tokens of a box where blocks have sizes.

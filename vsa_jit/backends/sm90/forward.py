@@ -14,7 +14,18 @@ import torch
 from torch import Tensor
 
 from vsa_jit.backends.sm90.means import DTYPES, LABELS
-from vsa_jit.backends.sm90.tiles import BOX_TOKENS, Place, box_of, map_of, place_of, tile_of, video_of
+from vsa_jit.backends.sm90.tiles import (
+    BOX_TOKENS,
+    HeadSteps,
+    Place,
+    Sizes,
+    box_of,
+    map_of,
+    place_of,
+    sizes_of,
+    tile_of,
+    video_of,
+)
 from vsa_jit.jit import module
 from vsa_jit.jit.driver import SWIZZLE_128B, Launcher, TensorMap
 from vsa_jit.jit.kernel import Kernel
@@ -33,13 +44,13 @@ DIVISOR_SHIFT = 40
 # Quotients are exact below 2^40 over the divisor, which is at most the number of blocks.
 MOST_QUERY_BLOCKS = 1 << DIVISOR_SHIFT // 2
 
-PLAN_THREADS = 512
-# Rows of a chunk: many find better groups, few keep more multiprocessors busy.
-MOST_PLAN_ROWS, FEWEST_PLAN_ROWS = 48, 24
+PLAN_THREADS = 256
+# Rows of a chunk: more would find slightly better groups, and keep fewer multiprocessors busy.
+PLAN_ROWS = 24
 # Without groups a row needs one warp.
 PLAN_ROWS_APART = PLAN_THREADS // 32
-PLAN_MAP_WORDS = 24 * 1024
-PLAN_SMEM_BYTES = 4 * PLAN_MAP_WORDS + 8 * 1024
+PLAN_MAP_WORDS = 9 * 1024
+PLAN_SMEM_BYTES = 4 * PLAN_MAP_WORDS + 18 * 1024
 # Where the plan's counter ends, and the size of its records.
 COUNTER_BYTES = 16
 GROUP_BYTES = 40
@@ -75,10 +86,7 @@ class _Order(ctypes.Structure):
 class _Tensor(ctypes.Structure):
     _fields_ = (
         ("map", TensorMap),
-        ("head_channel", ctypes.c_int),
-        ("batch_channel", ctypes.c_int),
-        ("head_outer", ctypes.c_int),
-        ("batch_outer", ctypes.c_int),
+        ("steps", HeadSteps),
         ("padding", ctypes.c_uint8 * 48),
     )
 
@@ -183,8 +191,8 @@ def _attend_kernel(dtype: torch.dtype, head_dim: int, consumers: int, tile_boxes
     rows_bytes = consumers * BOX_TOKENS * head_dim * dtype.itemsize
     tile_bytes = tile_boxes * BOX_TOKENS * head_dim * dtype.itemsize
     stages = (MOST_SHARED_MEMORY - rows_bytes - SMEM_BESIDE_TILES) // tile_bytes
-    # Three consumers leave too few registers for all of Q; the rest is read from shared memory.
-    q_cols = head_dim if consumers == 2 else 32
+    # What of Q the registers hold beside all else; the rest is read from shared memory.
+    q_cols = min(head_dim, 112) if consumers == 2 else 32
     return Kernel(
         source="vsa/attend_forward.cu",
         entry="attend_forward",
@@ -231,8 +239,8 @@ def forward(problem: Problem, operands: Operands, keep_out_s: bool) -> tuple[Ten
         q.dtype,
         q.get_device(),
         q2k_idx.shape[-1],
-        *(None if x is None else place_of(x) for x in (q, k, v, out, out_s)),
-        *(None if sizes is None else (sizes.data_ptr(), sizes.dtype) for sizes in (q_sizes, kv_sizes)),
+        *map(place_of, (q, k, v, out, out_s)),
+        *map(sizes_of, (q_sizes, kv_sizes)),
     )
     plan = q.new_empty(prepared.plan_bytes, dtype=torch.uint8)
     counter = plan.data_ptr()
@@ -271,9 +279,6 @@ class _Prepared(NamedTuple):
     launch: Launcher
 
 
-_Sizes = tuple[int, torch.dtype]
-
-
 @functools.lru_cache(maxsize=256)
 def _prepared(
     problem: Problem,
@@ -285,13 +290,14 @@ def _prepared(
     v: Place,
     out: Place,
     out_s: Place | None,
-    q_sizes: _Sizes | None,
-    kv_sizes: _Sizes | None,
+    q_sizes: Sizes | None,
+    kv_sizes: Sizes | None,
 ) -> _Prepared:
     """The launches for tensors at these addresses, with these strides."""
     shape = shape_of(problem.block)
     heads = problem.batch * problem.heads
-    rows = min(_most_rows(problem.num_kv_blocks), _rows_of_chunk(problem, shape, device)) // shape.group * shape.group
+    wanted = PLAN_ROWS_APART if shape.group == 1 else PLAN_ROWS
+    rows = min(_most_rows(problem.num_kv_blocks), wanted) // shape.group * shape.group
     chunks = -(-problem.num_q_blocks // rows)
     rows = -(-problem.num_q_blocks // (chunks * shape.group)) * shape.group
     groups_per_head = chunks * rows // shape.group
@@ -299,7 +305,8 @@ def _prepared(
     boxes_per_group = min(shape.group * width, problem.num_kv_blocks) * (problem.block // BOX_TOKENS)
     group_bytes = -(-num_groups * GROUP_BYTES // TILE_BOX_BYTES) * TILE_BOX_BYTES
 
-    keys = _order(problem, problem.kv_len, kv_sizes, padded=kv_sizes is not None)
+    padded = kv_sizes is not None
+    keys = _order(problem, problem.kv_len, kv_sizes, padded=padded)
     plan_params = PlanParams(
         keys=keys,
         boxes_per_group=boxes_per_group,
@@ -330,7 +337,6 @@ def _prepared(
         if place is not None:
             setattr(params, name, _tensor(problem, dtype, device, place, problem.heads, problem.q_len, padded=False))
     for name, place in (("k", k), ("v", v)):
-        padded = kv_sizes is not None
         setattr(params, name, _tensor(problem, dtype, device, place, problem.kv_heads, problem.kv_len, padded=padded))
     plan_kernel, attend_kernel = forward_kernels(dtype, problem.head_dim, problem.block)
     return _Prepared(
@@ -343,14 +349,6 @@ def _prepared(
         module.launcher(plan_kernel, device),
         module.launcher(attend_kernel, device),
     )
-
-
-def _rows_of_chunk(problem: Problem, shape: Shape, device: int) -> int:
-    if shape.group == 1:
-        return PLAN_ROWS_APART
-    processors = torch.cuda.get_device_properties(device).multi_processor_count
-    fair = problem.batch * problem.heads * problem.num_q_blocks // processors
-    return max(FEWEST_PLAN_ROWS, min(fair, MOST_PLAN_ROWS))
 
 
 def _view(problem: Problem, length: int, padded: bool) -> tuple[tuple[int, int, int], tuple[int, int, int]]:
@@ -367,7 +365,7 @@ def _divisor(value: int) -> _Divisor:
     return _Divisor(-(-(1 << DIVISOR_SHIFT) // value), value)
 
 
-def _order(problem: Problem, length: int, sizes: _Sizes | None, *, padded: bool) -> _Order:
+def _order(problem: Problem, length: int, sizes: Sizes | None, *, padded: bool) -> _Order:
     video, tile = _view(problem, length, padded)
     box = box_of(tile)
     order = _Order(
@@ -382,7 +380,7 @@ def _order(problem: Problem, length: int, sizes: _Sizes | None, *, padded: bool)
     order.tiles_h, order.tiles_w = (_divisor(-(-video[axis] // tile[axis])) for axis in (1, 2))
     order.boxes_h, order.boxes_w = (_divisor(tile[axis] // box[axis]) for axis in (1, 2))
     if sizes is not None:
-        order.sizes, order.sizes_are_64_bit = sizes[0], sizes[1] == torch.int64
+        order.sizes, order.sizes_are_64_bit = sizes
     return order
 
 
@@ -390,5 +388,4 @@ def _tensor(
     problem: Problem, dtype: torch.dtype, device: int, place: Place, heads: int, length: int, *, padded: bool
 ) -> _Tensor:
     video, tile = _view(problem, length, padded)
-    encoded, in_map = map_of(problem, dtype, device, place, heads, video, box_of(tile), PANEL_CHANNELS, SWIZZLE_128B)
-    return _Tensor(encoded, in_map.head_channel, in_map.batch_channel, in_map.head_outer, in_map.batch_outer)
+    return _Tensor(*map_of(problem, dtype, device, place, heads, video, box_of(tile), PANEL_CHANNELS, SWIZZLE_128B))

@@ -9,7 +9,18 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from vsa_jit.backends.sm90.tiles import BOX_TOKENS, Place, box_of, map_of, place_of, tile_of, video_of
+from vsa_jit.backends.sm90.tiles import (
+    BOX_TOKENS,
+    HeadSteps,
+    Place,
+    Sizes,
+    box_of,
+    map_of,
+    place_of,
+    sizes_of,
+    tile_of,
+    video_of,
+)
 from vsa_jit.jit import module
 from vsa_jit.jit.driver import Launcher, TensorMap
 from vsa_jit.jit.kernel import Kernel
@@ -34,10 +45,7 @@ class _Operand(ctypes.Structure):
         ("heads", ctypes.c_int),
         ("width", ctypes.c_int),
         ("tiles_w", ctypes.c_int),
-        ("head_channel", ctypes.c_int),
-        ("batch_channel", ctypes.c_int),
-        ("head_outer", ctypes.c_int),
-        ("batch_outer", ctypes.c_int),
+        ("steps", HeadSteps),
     )
 
 
@@ -80,8 +88,8 @@ def block_means(
         problem,
         q.dtype,
         q.get_device(),
-        *(None if x is None else place_of(x) for x in (q, k, v)),
-        *(None if sizes is None else (sizes.data_ptr(), sizes.dtype) for sizes in (q_sizes, kv_sizes)),
+        *map(place_of, (q, k, v)),
+        *map(sizes_of, (q_sizes, kv_sizes)),
     )
     params = Params.from_buffer_copy(prepared.params)
     for operand, mean in zip(params.operands, (q_c, k_c, v_c), strict=True):
@@ -98,9 +106,6 @@ class _Prepared(NamedTuple):
     launch: Launcher
 
 
-_Sizes = tuple[int, torch.dtype]
-
-
 @functools.lru_cache(maxsize=256)
 def _prepared(
     problem: Problem,
@@ -109,8 +114,8 @@ def _prepared(
     q: Place,
     k: Place,
     v: Place | None,
-    q_sizes: _Sizes | None,
-    kv_sizes: _Sizes | None,
+    q_sizes: Sizes | None,
+    kv_sizes: Sizes | None,
 ) -> _Prepared:
     """The launch for tensors at these addresses, with these strides."""
     params = Params()
@@ -139,19 +144,17 @@ def _set_operand(
     place: Place,
     heads: int,
     length: int,
-    sizes: _Sizes | None,
+    sizes: Sizes | None,
     tile: tuple[int, int, int],
     box: tuple[int, int, int],
 ) -> None:
     video = video_of(problem, length)
-    params.maps[i], in_map = map_of(problem, dtype, device, place, heads, video, box, problem.head_dim)
     operand = params.operands[i]
+    params.maps[i], operand.steps = map_of(problem, dtype, device, place, heads, video, box, problem.head_dim)
     if sizes is not None:
-        operand.sizes, operand.sizes_are_64_bit = sizes[0], sizes[1] == torch.int64
+        operand.sizes, operand.sizes_are_64_bit = sizes
     operand.num_blocks = problem.num_blocks(length)
     operand.num_items = problem.batch * heads * operand.num_blocks
     operand.heads = heads
     operand.width = video[2]
     operand.tiles_w = -(-video[2] // tile[2])
-    operand.head_channel, operand.head_outer = in_map.head_channel, in_map.head_outer
-    operand.batch_channel, operand.batch_outer = in_map.batch_channel, in_map.batch_outer

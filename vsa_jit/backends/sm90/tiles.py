@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import math
 from typing import NamedTuple
 
@@ -25,8 +26,19 @@ class Place(NamedTuple):
     strides: tuple[int, ...]
 
 
-def place_of(x: Tensor) -> Place:
-    return Place(x.data_ptr(), x.stride())
+def place_of(x: Tensor | None) -> Place | None:
+    return None if x is None else Place(x.data_ptr(), x.stride())
+
+
+class Sizes(NamedTuple):
+    """Where the sizes of blocks are."""
+
+    address: int
+    are_64_bit: bool
+
+
+def sizes_of(sizes: Tensor | None) -> Sizes | None:
+    return None if sizes is None else Sizes(sizes.data_ptr(), sizes.dtype == torch.int64)
 
 
 class Heads(NamedTuple):
@@ -42,6 +54,17 @@ class Heads(NamedTuple):
     head_outer: int
     batch_channel: int
     batch_outer: int
+
+
+class HeadSteps(ctypes.Structure):
+    """The steps of ``Heads``, as ``kernels_src/vsa/tokens.cuh`` describes them."""
+
+    _fields_ = (
+        ("head_channel", ctypes.c_int),
+        ("batch_channel", ctypes.c_int),
+        ("head_outer", ctypes.c_int),
+        ("batch_outer", ctypes.c_int),
+    )
 
 
 def heads_of(batch: int, heads: int, head_dim: int, batch_stride: int, head_stride: int) -> Heads:
@@ -88,7 +111,7 @@ def map_of(
     box: tuple[int, int, int],
     channels: int,
     swizzle: int = SWIZZLE_NONE,
-) -> tuple[TensorMap, Heads]:
+) -> tuple[TensorMap, HeadSteps]:
     """The tensor map of q, k, v or a tensor like them, for boxes of so many channels, and where in it its heads are.
 
     Args:
@@ -110,7 +133,8 @@ def map_of(
         (channels, box[2], box[1], box[0], 1),
         swizzle,
     )
-    return encoded, in_map
+    steps_of_heads = HeadSteps(in_map.head_channel, in_map.batch_channel, in_map.head_outer, in_map.batch_outer)
+    return encoded, steps_of_heads
 
 
 def why_not_tma(x: Tensor, grid: tuple[int, int, int] | None) -> str | None:
