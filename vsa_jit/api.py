@@ -235,7 +235,8 @@ def warmup(
             has CUDA kernels in this package, nothing is compiled.
         dtype: torch.bfloat16, torch.float16 or several; None for both.
         head_dim: 64, 128 or several; None for both.
-        block_size: as in ``video_sparse_attn``, or a list of such; None for all.
+        block_size: as in ``video_sparse_attn``, or a list of such; None for all. Blocks of every size share their
+            kernels so far, so that this is checked and changes nothing.
         engine: "nvrtc", "nvcc" or "auto".
 
     Returns:

@@ -30,10 +30,12 @@ def warmup(arch: str | None, dtype: Any, head_dim: Any, block_size: Any, engine:
     arch = check_name("arch", here if arch is None else arch, tuple(ARCHS))
     dtypes = _several("dtype", dtype, torch.dtype, tuple(DTYPES))
     head_dims = _several("head_dim", head_dim, int, HEAD_DIMS)
-    blocks = [_tokens(size) for size in _block_sizes(block_size)]
+    # Blocks of every size run the same kernels.
+    for size in _block_sizes(block_size):
+        check_block_size(size, with_grid=False)
     check_name("engine", engine, engines.NAMES)
 
-    kernels = list(dict.fromkeys(kernel for kind in product(dtypes, head_dims, blocks) for kernel in kernels_of(*kind)))
+    kernels = list(dict.fromkeys(kernel for kind in product(dtypes, head_dims) for kernel in kernels_of(*kind)))
     chosen = engines.choose(kernels, arch, engine)
     entries = entries_of(kernels, arch, chosen, target=f"compute capability {arch}")
     if arch == here:
@@ -78,8 +80,3 @@ def _block_sizes(given: Any) -> Sequence[Any]:
     if isinstance(given, list) and not given:
         raise ValueError("block_size: expected at least one, got none")
     return given if isinstance(given, list) else [given]
-
-
-def _tokens(block_size: int | Sequence[int]) -> int:
-    t, h, w = check_block_size(block_size, with_grid=False)
-    return t * h * w

@@ -6,8 +6,7 @@
 // attend them; a tile that several consumers need is loaded once. A stage is free when every consumer has arrived, and for
 // those that have no use for its tile the loader arrives itself, so that a consumer never meets a tile that is not its own.
 //
-// Specialised at compile time: VSA_DTYPE (bf16, half), VSA_HEAD_DIM (64, 128), VSA_CONSUMERS, VSA_TILE_BOXES (boxes of 64
-// keys in a tile), VSA_Q_COLS (of Q that are kept in registers), VSA_K_STAGES and VSA_V_STAGES.
+// Specialised at compile time: VSA_DTYPE (bf16, half), VSA_HEAD_DIM (64, 128), VSA_K_STAGES and VSA_V_STAGES.
 #include "kittens/tma.cuh"
 #include "kittens/warpgroup.cuh"
 #include "vsa/groups.cuh"
@@ -19,25 +18,22 @@ namespace {
 
 using element = VSA_DTYPE;
 constexpr int kHeadDim = VSA_HEAD_DIM;
-constexpr int kConsumers = VSA_CONSUMERS;
-constexpr int kTileBoxes = VSA_TILE_BOXES;
 constexpr int kKStages = VSA_K_STAGES;
 constexpr int kVStages = VSA_V_STAGES;
-constexpr int kRows = 64;
-constexpr int kTileTokens = kTileBoxes * kBoxTokens;
+// Columns of Q that registers hold beside all else; the others are read from shared memory.
+constexpr int kQCols = 32;
 constexpr int kThreads = (kConsumers + 1) * kWarpgroupThreads;
 
 // Registers for each thread: the launch gives all of them as many, and then the consumers take from the others.
 constexpr int kProducerRegisters = 56;
-constexpr int kConsumerRegisters = kConsumers == 2 ? 224 : 152;
+constexpr int kConsumerRegisters = 152;
 constexpr int kRegisters = 65536 / kThreads / 8 * 8;
 static_assert(kProducerRegisters + kConsumers * kConsumerRegisters <= (kConsumers + 1) * kRegisters);
 
-using q_tile = st<element, kRows, kHeadDim>;
-using kv_tile = st<element, kTileTokens, kHeadDim>;
-using q_fragment = rt<element, 16, VSA_Q_COLS>;
-using s_fragment = rt_fl<16, kTileTokens>;
-using p_fragment = rt<element, 16, kTileTokens>;
+using box_tile = st<element, kBoxTokens, kHeadDim>;
+using q_fragment = rt<element, 16, kQCols>;
+using s_fragment = rt_fl<16, kBoxTokens>;
+using p_fragment = rt<element, 16, kBoxTokens>;
 using o_fragment = rt_fl<16, kHeadDim>;
 
 // A tensor of tokens.
@@ -50,8 +46,8 @@ struct Params {
     Tensor q, k, v, out, out_s;
     Order queries, keys;
     const Group* groups;
-    const TileBox* tiles;  // those of group i start at i * boxes_per_group
-    int64_t boxes_per_group;
+    const KeyTile* tiles;  // those of group i start at i * tiles_per_group
+    int64_t tiles_per_group;
     int* next;           // the next item of work
     float* lse;          // [batch, heads, q_len]
     const float* out_c;  // [batch, heads, num_q_blocks, kHeadDim], or null
@@ -60,24 +56,19 @@ struct Params {
     float gate_value;
     int gate_is_fp32;
     int keep_out_s;
-    int num_items;
-    int parts;  // items of a group
-    int groups_per_head;
+    int num_groups, groups_per_head;
     int heads, kv_group;  // query heads, and those that share a key/value head
     int num_q_blocks, q_len;
     float scale, scale_log2;
 };
 static_assert(sizeof(Params) == VSA_PARAMS_BYTES, "the host's description of the parameters differs");
 
-// An item of work.
+// An item of work: a group, and whose.
 struct Item {
-    int q_block[kConsumers];   // whose rows each consumer attends, or -1
-    int box[kConsumers];       // of the query block
-    int tiles_of[kConsumers];  // how many tiles each attends
+    Group group;
+    int index;  // of the group
     int batch, head, kv_head;
-    int group, num_tiles;
-    int poisoned;  // bit i: the rows of consumer i get NaN
-    int last;      // there is no more work
+    int last;  // there is no more work
 };
 constexpr int kItems = 2;
 
@@ -102,11 +93,11 @@ constexpr int kQueue = kVStages <= 6 ? 8 : 16;
 static_assert(kKStages <= kVStages && kVStages + 1 < kQueue);
 
 struct SharedStorage {
-    kv_tile k[kKStages], v[kVStages];
-    q_tile q[kConsumers];  // later the output on its way to memory
+    box_tile k[kKStages], v[kVStages];
+    box_tile q[kConsumers];  // later the output on its way to memory
     Item items[kItems];
     PackedTicket queue[kConsumers][kQueue];
-    uint32_t valid[kVStages][kTileBoxes];  // tokens of the tile whose V is in the stage, see TileBox
+    uint32_t valid[kVStages];  // tokens of the tile whose V is in the stage, see KeyTile
     semaphore k_full[kKStages], k_empty[kKStages];
     semaphore v_full[kVStages], v_empty[kVStages];
     semaphore queue_full[kConsumers][kQueue];
@@ -131,32 +122,20 @@ __device__ __forceinline__ coordinates coordinates_of(const Tensor& tensor, int 
 }
 
 __device__ void schedule(const Params& params, SharedStorage& shared) {
-    const int lane = laneid();
-    // A group is several query blocks of one box, or one of several.
-    const bool several = params.queries.boxes == 1;
     for (int round = 0, last = 0; !last; ++round) {
         const Place<kItems> at(round);
         Item& item = shared.items[at.index];
-        const int number = uniform(lane == 0 ? atomicAdd(params.next, 1) : 0);
-        last = number >= params.num_items;
-        const int index = last ? 0 : number / params.parts;
-        const Group& group = params.groups[index];
+        const int number = uniform(laneid() == 0 ? atomicAdd(params.next, 1) : 0);
+        last = number >= params.num_groups;
+        const int index = last ? 0 : number;
         wait(shared.item_empty[at.index], at.phase ^ 1);
-        if (lane == 0) {
-#pragma unroll
-            for (int i = 0; i < kConsumers; ++i) {
-                const int box = several ? 0 : number % params.parts * kConsumers + i;
-                item.q_block[i] = box < params.queries.boxes ? group.q_block[several ? i : 0] : -1;
-                item.box[i] = box;
-                item.tiles_of[i] = group.tiles_of[several ? i : 0];
-            }
+        if (laneid() == 0) {
             const int bh = index / params.groups_per_head;
+            item.group = params.groups[index];
+            item.index = index;
             item.batch = bh / params.heads;
             item.head = bh % params.heads;
             item.kv_head = item.head / params.kv_group;
-            item.group = index;
-            item.num_tiles = group.num_tiles;
-            item.poisoned = several ? group.poisoned : -group.poisoned;
             item.last = last;
             arrive(shared.item_full[at.index]);
         }
@@ -180,11 +159,11 @@ __device__ void load(const Params& params, SharedStorage& shared) {
         const Item& item = shared.items[from.index];
         wait(shared.item_full[from.index], from.phase);
         const coordinates start = coordinates_of(tensor, item.batch, item.kv_head, {});
-        const TileBox* tiles = params.tiles + item.group * params.boxes_per_group;
-        const int num_tiles = item.num_tiles, last = item.last;
+        const KeyTile* tiles = params.tiles + item.index * params.tiles_per_group;
+        const int num_tiles = item.group.num_tiles, last = item.last;
         int active = 0;
 #pragma unroll
-        for (int i = 0; i < kConsumers; ++i) active |= (item.q_block[i] >= 0) << i;
+        for (int i = 0; i < kConsumers; ++i) active |= (item.group.q_block[i] >= 0) << i;
         arrive(shared.item_empty[from.index]);
         if (last) return;
 
@@ -192,11 +171,9 @@ __device__ void load(const Params& params, SharedStorage& shared) {
         for (int first = 0; first < num_tiles; first += kWarpThreads) {
             // Each lane takes a tile, and finds its place in the queues of the consumers and whether their next is near.
             const int count = min(kWarpThreads, num_tiles - first), next = first + kWarpThreads + lane;
-            TileBox boxes[kTileBoxes];
-#pragma unroll
-            for (int i = 0; i < kTileBoxes; ++i) boxes[i] = tiles[(first + min(lane, count - 1)) * kTileBoxes + i];
-            const int members = lane < count ? boxes[0].members() & active : 0;
-            const int next_members = kIsK && next < num_tiles ? tiles[next * kTileBoxes].members() & active : 0;
+            const KeyTile own = tiles[first + min(lane, count - 1)];
+            const int members = lane < count ? own.members() & active : 0;
+            const int next_members = kIsK && next < num_tiles ? tiles[next].members() & active : 0;
             uint32_t place = queued;
 #pragma unroll
             for (int i = 0; i < kConsumers; ++i) {
@@ -215,28 +192,21 @@ __device__ void load(const Params& params, SharedStorage& shared) {
             const Place<kStages> at(loaded + lane);
             semaphore &full = (kIsK ? shared.k_full : shared.v_full)[at.index];
             semaphore &empty = (kIsK ? shared.k_empty : shared.v_empty)[at.index];
-            kv_tile& stage = (kIsK ? shared.k : shared.v)[at.index];
+            box_tile& stage = (kIsK ? shared.k : shared.v)[at.index];
             uint8_t code = at.index | at.phase << PackedTicket::kPhaseShift;
-#pragma unroll
-            for (const TileBox& box : boxes) {
-                if (kIsK) code |= (box.valid != TileBox::kWhole) << PackedTicket::kPartialShift;
-            }
+            if (kIsK) code |= (own.valid != KeyTile::kWhole) << PackedTicket::kPartialShift;
 #pragma unroll 1
             for (int i = 0; i < count; ++i) {
                 if (lane == i) {
                     const int absent = kConsumers - __popc(members);
                     wait(empty, at.phase ^ 1);
                     if (absent > 0) arrive(empty, absent * kWarpgroupWarps);
-                    tma::expect_bytes(full, kv_tile::bytes);
+                    tma::expect_bytes(full, box_tile::bytes);
+                    if (!kIsK) shared.valid[at.index] = own.valid;
+                    coordinates from = {{start.x[0], own.w, own.h, own.t(), start.x[4]}};
 #pragma unroll
-                    for (int box = 0; box < kTileBoxes; ++box) {
-                        if (!kIsK) shared.valid[at.index][box] = boxes[box].valid;
-#pragma unroll
-                        for (int panel = 0; panel < kv_tile::panels; ++panel) {
-                            const coordinates at_box = {{start.x[0] + panel * kv_tile::panel_cols, boxes[box].w, boxes[box].h,
-                                                         boxes[box].t(), start.x[4]}};
-                            tma::load_async(stage.panel(panel, box * kBoxTokens), tensor.map, at_box, full);
-                        }
+                    for (int panel = 0; panel < box_tile::panels; ++panel, from.x[0] += box_tile::panel_cols) {
+                        tma::load_async(stage.panel(panel), tensor.map, from, full);
                     }
 #pragma unroll
                     for (int j = 0; j < kConsumers; ++j) {
@@ -301,20 +271,15 @@ struct TileQueue {
 };
 
 // Scores of keys that are not valid become -inf.
-__device__ __forceinline__ void mask(const Order& keys, const uint32_t (&valid)[kTileBoxes], s_fragment& scores) {
-    const int lane = laneid();
+__device__ __forceinline__ void mask(const Order& keys, const uint32_t& valid, s_fragment& scores) {
+    // The lane reads that will say when the stage is free.
+    const uint32_t packed = uniform(laneid() == 0 ? valid : 0);
 #pragma unroll
-    for (int box = 0; box < kTileBoxes; ++box) {
-        const uint32_t packed = uniform(lane == 0 ? valid[box] : 0);
-        if (packed == TileBox::kWhole) continue;
+    for (int first = 0; first < kBoxTokens; first += kWarpThreads) {
+        const uint32_t bits = __ballot_sync(kAllLanes, KeyTile::is_valid(keys, packed, first + laneid()));
 #pragma unroll
-        for (int first = 0; first < kBoxTokens; first += kWarpThreads) {
-            const uint32_t bits = __ballot_sync(kAllLanes, TileBox::is_valid(keys, packed, first + lane));
-#pragma unroll
-            for (int i = 0; i < kWarpThreads / 2; ++i) {
-                float& score = scores.data[(box * kBoxTokens + first) / 2 + i];
-                if (!(bits >> (i / 4 * 8 + i % 2 + lane % 4 * 2) & 1)) score = -infinity();
-            }
+        for (int i = 0; i < kWarpThreads / 2; ++i) {
+            if (!(bits >> (i / 4 * 8 + i % 2 + laneid() % 4 * 2) & 1)) scores.data[first / 2 + i] = -infinity();
         }
     }
 }
@@ -322,7 +287,7 @@ __device__ __forceinline__ void mask(const Order& keys, const uint32_t (&valid)[
 // Attends the tiles of an item, the scores of one under way while the output of the one before is. Where the next is far, the
 // run ends, and what is held is given back before the next is waited for.
 __device__ __forceinline__ void attend(const Params& params, SharedStorage& shared, TileQueue& tiles, int num_tiles,
-                                       const q_fragment& q, const q_tile& q_shared, Softmax& softmax, o_fragment& out) {
+                                       const q_fragment& q, const box_tile& q_shared, Softmax& softmax, o_fragment& out) {
     s_fragment scores;
     p_fragment p;
     col_vec correction;
@@ -377,10 +342,10 @@ struct Rows {
     bool valid[2];
 
     __device__ __forceinline__ Rows(const Params& params, const Item& item, int consumer)
-        : batch(item.batch), head(item.head), block(item.q_block[consumer]), bh(int64_t(batch) * params.heads + head) {
+        : batch(item.batch), head(item.head), block(item.group.q_block[consumer]), bh(int64_t(batch) * params.heads + head) {
         const Order& queries = params.queries;
-        const int box = item.box[consumer];
-        const int size = queries.sizes == nullptr ? kRows : valid_tokens_of_box(queries, block, box);
+        const int box = item.group.q_box[consumer];
+        const int size = queries.sizes == nullptr ? kBoxTokens : valid_tokens_of_box(queries, block, box);
         origin = origin_of_box(queries, block, box);
 #pragma unroll
         for (int i = 0; i < 2; ++i) {
@@ -417,17 +382,17 @@ __device__ __forceinline__ void combine(const Params& params, const Rows& rows, 
 }
 
 // Stores a warpgroup's rows by way of shared memory.
-__device__ __forceinline__ void store(const Tensor& tensor, const Rows& rows, const o_fragment& out, q_tile& tile, int barrier) {
+__device__ __forceinline__ void store(const Tensor& tensor, const Rows& rows, const o_fragment& out, box_tile& staging, int barrier) {
     rt<element, 16, kHeadDim> rounded;
     copy(rounded, out);
-    warpgroup::store(tile, rounded);
+    warpgroup::store(staging, rounded);
     tma::fence_before_store();
     warpgroup::sync(barrier);
     if (warpgroup::laneid() == 0) {
         coordinates to = coordinates_of(tensor, rows.batch, rows.head, rows.origin);
 #pragma unroll
-        for (int panel = 0; panel < q_tile::panels; ++panel, to.x[0] += q_tile::panel_cols) {
-            tma::store_async(tensor.map, to, tile.panel(panel));
+        for (int panel = 0; panel < box_tile::panels; ++panel, to.x[0] += box_tile::panel_cols) {
+            tma::store_async(tensor.map, to, staging.panel(panel));
         }
         tma::store_commit_group();
     }
@@ -436,14 +401,14 @@ __device__ __forceinline__ void store(const Tensor& tensor, const Rows& rows, co
 __device__ void consume(const Params& params, SharedStorage& shared, int consumer) {
     const bool is_leader = warpgroup::laneid() == 0;
     const int barrier = consumer + 1;
-    q_tile& q_shared = shared.q[consumer];
+    box_tile& q_shared = shared.q[consumer];
     TileQueue tiles{shared, consumer};
     for (int round = 0;; ++round) {
         const Place<kItems> at(round);
         const Item& item = shared.items[at.index];
         wait(shared.item_full[at.index], at.phase);
         if (item.last) break;
-        if (item.q_block[consumer] < 0) {
+        if (item.group.q_block[consumer] < 0) {
             // A phase without a load, so that the round tells the phase. No warp may get ahead of another by two.
             if (is_leader) arrive(shared.q_full[consumer]);
             warpgroup::sync(barrier);
@@ -453,11 +418,11 @@ __device__ void consume(const Params& params, SharedStorage& shared, int consume
 
         if (is_leader) {
             tma::store_async_read_wait();
-            tma::expect_bytes(shared.q_full[consumer], q_tile::bytes);
-            const Video origin = origin_of_box(params.queries, item.q_block[consumer], item.box[consumer]);
+            tma::expect_bytes(shared.q_full[consumer], box_tile::bytes);
+            const Video origin = origin_of_box(params.queries, item.group.q_block[consumer], item.group.q_box[consumer]);
             coordinates from = coordinates_of(params.q, item.batch, item.head, origin);
 #pragma unroll
-            for (int panel = 0; panel < q_tile::panels; ++panel, from.x[0] += q_tile::panel_cols) {
+            for (int panel = 0; panel < box_tile::panels; ++panel, from.x[0] += box_tile::panel_cols) {
                 tma::load_async(q_shared.panel(panel), params.q.map, from, shared.q_full[consumer]);
             }
         }
@@ -467,11 +432,11 @@ __device__ void consume(const Params& params, SharedStorage& shared, int consume
         o_fragment out;
         zero(out);
         Softmax softmax;
-        attend(params, shared, tiles, item.tiles_of[consumer], q, q_shared, softmax, out);
+        attend(params, shared, tiles, item.group.tiles_of[consumer], q, q_shared, softmax, out);
 
         // Epilogue
         const Rows rows(params, item, consumer);
-        const bool poisoned = item.poisoned >> consumer & 1;
+        const bool poisoned = item.group.poisoned >> consumer & 1;
         arrive(shared.item_empty[at.index]);
         col_vec& sum = softmax.sum;
         sum_over_lanes(sum);

@@ -1,22 +1,24 @@
-// What the plan tells the forward: groups of query blocks that one thread block attends together, and the tiles of keys
-// that each group loads, every one once for all query blocks of the group that selected it.
+// What the plan tells the forward: groups of boxes of queries that one thread block attends together, and the tiles of keys
+// that each group loads, every one once for all of the group that selected it.
 #pragma once
 
 #include "vsa/tokens.cuh"
 
-constexpr int kMostQueryBlocks = 4;
+// Boxes of queries that a thread block attends together: one for each of its consumer warpgroups.
+constexpr int kConsumers = 3;
 
 struct Group {
-    int q_block[kMostQueryBlocks];   // -1: none
-    int tiles_of[kMostQueryBlocks];  // how many tiles each attends
+    int q_block[kConsumers];   // -1: none
+    int q_box[kConsumers];     // which box of it
+    int tiles_of[kConsumers];  // how many tiles each attends
     int num_tiles;
     int poisoned;  // bit i: query block i names a key block that does not exist
 };
 
-// A box of a tile of keys as the loaders take it: where it lies, which of its tokens are valid, and, a bit each, which query
-// blocks of the group attend it.
-struct alignas(16) TileBox {
-    static constexpr int kMembersShift = 32 - kMostQueryBlocks;
+// A box of keys as the loaders take it: where it lies, which of its tokens are valid, and, a bit each, which query boxes of
+// the group attend it.
+struct alignas(16) KeyTile {
+    static constexpr int kMembersShift = 32 - kConsumers;
     static constexpr uint32_t kWhole = 0;  // every token is valid
 
     int w, h;
@@ -29,7 +31,7 @@ struct alignas(16) TileBox {
         return valid != kWhole && ((valid & 255) == kBoxTokens || (valid >> 8 & 255) == 0 || (valid >> 16 & 255) == 0 || valid >> 24 == 0);
     }
 
-    __device__ __forceinline__ static TileBox of(const Order& keys, int block, int box, int members) {
+    __device__ __forceinline__ static KeyTile of(const Order& keys, int block, int box, int members) {
         Video origin = origin_of_box(keys, block, box);
         Video inside = keys.box;
         int first = 0;

@@ -1,36 +1,35 @@
-// The plan of the forward: which query blocks a thread block attends together, and the tiles of keys that it loads for them.
+// The plan of the forward: which boxes of queries a thread block attends together, and the tiles of keys that it loads for
+// them.
 //
-// Query blocks of a head that follow each other make a chunk, and a thread block plans one. It puts those together that
-// select the same key blocks, since a group loads each only once, and that select about as many, since a group ends with its
-// longest. Groups with more work come first in a head. Nothing depends on which thread is faster.
+// Query blocks of a head that follow each other make a chunk, and a thread block plans one. Boxes of a block select the same
+// keys, and are put together as they follow each other. Blocks of one box are put together where they select the same key
+// blocks, since a group loads each only once, and about as many, since a group ends with its longest. Groups with more work
+// come first in a head. Nothing depends on which thread is faster.
 //
-// Specialised at compile time: VSA_GROUP (query blocks of a group), VSA_MAP_WORDS (of the bits that a chunk selects).
+// Specialised at compile time: VSA_MAP_WORDS (of the bits that a chunk selects).
 #include "vsa/groups.cuh"
 
 using namespace kittens;
 
 namespace {
 
-constexpr int kGroup = VSA_GROUP;
 constexpr int kThreads = 256;
 constexpr int kWarps = kThreads / kWarpThreads;
 constexpr int kMostRows = 24;
-constexpr int kMostGroups = (kMostRows + kGroup - 1) / kGroup;
-// Which query blocks of a group select a key block, a bit each: its kind.
-constexpr int kKinds = 1 << kGroup;
+// Which of a group select a box of keys, a bit each: its kind.
+constexpr int kKinds = 1 << kConsumers;
 
 struct Params {
     Order keys;
     const int* q2k_idx;  // [rows, width]
     const int* q2k_num;  // [rows]
     Group* groups;
-    TileBox* tiles;  // those of group i start at i * boxes_per_group
+    KeyTile* tiles;  // those of group i start at i * tiles_per_group
     int* next;       // the forward's next item of work
-    int64_t boxes_per_group;
+    int64_t tiles_per_group;
     int width;
     int num_q_blocks, num_kv_blocks;
-    int rows_per_chunk, chunks_per_head;
-    int tile_boxes;
+    int rows_per_chunk, chunks_per_head, groups_per_chunk;
 };
 static_assert(sizeof(Params) == VSA_PARAMS_BYTES, "the host's description of the parameters differs");
 
@@ -39,18 +38,17 @@ struct Listing {
     int total[kKinds];                   // tiles of each kind
     int before[kWarpThreads][kKinds];    // in 32 words of bits: those of each kind before a word
     struct {
-        int block, kind, rank;  // rank: among those of its kind
+        int key, kind, rank;  // the box, and which of its kind it is
     } found[2 * kWarpThreads];
 };
 
 struct SharedStorage {
-    uint32_t selected[VSA_MAP_WORDS];  // a bit for each key block, row by row
+    uint32_t selected[VSA_MAP_WORDS];  // a bit for each box of keys, row by row
     short likeness[kMostRows][kMostRows + 2];
     int count[kMostRows];
     int poisoned[kMostRows];
     uint32_t best[2][kMostRows];
-    int members[kMostGroups][kGroup];
-    int work[kMostGroups];
+    int matched[kMostRows / kConsumers][kConsumers];  // rows of blocks of one box
     Listing listings[kWarps];
 };
 static_assert(sizeof(SharedStorage) <= VSA_SMEM_BYTES, "the host launches with less shared memory");
@@ -68,7 +66,7 @@ __device__ __forceinline__ uint32_t candidate(int likeness, int row) {
 __device__ __forceinline__ int row_of(uint32_t candidate) { return 255 - int(candidate & 255); }
 
 // Words of the bits of a row.
-__device__ __forceinline__ int words_of(const Params& params) { return (params.num_kv_blocks + 31) / 32; }
+__device__ __forceinline__ int words_of(const Params& params) { return (params.num_kv_blocks * params.keys.boxes + 31) / 32; }
 
 // The sum over the lanes before this one.
 __device__ __forceinline__ int sum_before(int x) {
@@ -81,7 +79,7 @@ __device__ __forceinline__ int sum_before(int x) {
     return sum - x;
 }
 
-// Sets the bits of the key blocks that a row names and that have tokens. One warp.
+// Sets the bits of the boxes that a row names and that have tokens. One warp.
 __device__ void read_row(const Params& params, int row, int64_t index, uint32_t* selected, SharedStorage& shared) {
     const int lane = laneid();
     const int* names = params.q2k_idx + index * params.width;
@@ -91,8 +89,10 @@ __device__ void read_row(const Params& params, int row, int64_t index, uint32_t*
         const int block = names[i];
         const bool exists = block >= 0 && block < params.num_kv_blocks;
         poisoned = poisoned || !exists;
-        if (exists && (params.keys.sizes == nullptr || valid_tokens_of_block(params.keys, block) > 0)) {
-            atomicOr(&selected[block / 32], 1u << block % 32);
+        for (int box = 0; exists && box < params.keys.boxes; ++box) {
+            if (params.keys.partial && KeyTile::of(params.keys, block, box, 0).is_empty()) continue;
+            const int key = block * params.keys.boxes + box;
+            atomicOr(&selected[key / 32], 1u << key % 32);
         }
     }
     poisoned = __any_sync(kAllLanes, poisoned);
@@ -106,7 +106,7 @@ __device__ void read_row(const Params& params, int row, int64_t index, uint32_t*
     }
 }
 
-// How many key blocks two rows share, less by how many more one of them selects. All warps.
+// How many keys two rows share, less by how many more one of them selects. All warps.
 __device__ void compare_rows(int rows, int words, int stride, SharedStorage& shared) {
     for (int a = warpid(); a < rows; a += kWarps) {
         for (int b = laneid(); b < a; b += kWarpThreads) {
@@ -137,9 +137,9 @@ __device__ void match_rows(int rows, SharedStorage& shared) {
             if (lane == 0) best[row] = free & bit(row) ? max(found, candidate(-kLikenessBias, row)) : 0;
         }
         __syncthreads();
-        int member[kGroup];
+        int member[kConsumers];
 #pragma unroll
-        for (int next = 0; next < kGroup; ++next) {
+        for (int next = 0; next < kConsumers; ++next) {
             uint32_t found = 0;
             for (int other = lane; other < rows; other += kWarpThreads) {
                 if (!(free & bit(other))) continue;
@@ -155,26 +155,48 @@ __device__ void match_rows(int rows, SharedStorage& shared) {
         }
         if (threadIdx.x == 0) {
 #pragma unroll
-            for (int i = 0; i < kGroup; ++i) shared.members[group][i] = member[i];
+            for (int i = 0; i < kConsumers; ++i) shared.matched[group][i] = member[i];
         }
     }
 }
 
-// The key blocks of a word that are of a kind.
-__device__ __forceinline__ uint32_t of_kind(int kind, const uint32_t (&selected)[kGroup]) {
+// What a consumer attends: a row of the chunk, or -1, and which box of that query block.
+struct Member {
+    int row, box;
+};
+__device__ __forceinline__ Member member_of(const Params& params, const SharedStorage& shared, int rows, int group, int i) {
+    const int boxes = params.keys.boxes, index = group * kConsumers + i;
+    if (index >= rows * boxes) return {-1, 0};
+    if (boxes == 1) return {shared.matched[group][i], 0};
+    return {index / boxes, index % boxes};
+}
+
+// How long a group takes, in tiles.
+__device__ __forceinline__ int work_of(const Params& params, const SharedStorage& shared, int rows, int group) {
+    int work = 0;
+#pragma unroll
+    for (int i = 0; i < kConsumers; ++i) {
+        const int row = member_of(params, shared, rows, group, i).row;
+        if (row >= 0) work = max(work, shared.count[row]);
+    }
+    return work;
+}
+
+// The keys of a word that are of a kind.
+__device__ __forceinline__ uint32_t of_kind(int kind, const uint32_t (&selected)[kConsumers]) {
     uint32_t bits = kAllLanes;
 #pragma unroll
-    for (int i = 0; i < kGroup; ++i) bits &= kind >> i & 1 ? selected[i] : ~selected[i];
+    for (int i = 0; i < kConsumers; ++i) bits &= kind >> i & 1 ? selected[i] : ~selected[i];
     return bits;
 }
 
 // Writes the tile that a lane found in its place in the list.
 //
-// Tiles that several query blocks share and tiles of one alone are spread evenly over the list, so that all consumers advance
+// Tiles that several of the group share and tiles of one alone are spread evenly over the list, so that all consumers advance
 // alike, and each kind is in ascending order, so that thread blocks that run at the same time read the same keys: tile p of n
 // of a kind has its place at (2p + 1) / 2n of the list, and follows as many tiles of every other kind as have a place before.
-__device__ __forceinline__ void write_tile(const Params& params, const Listing& listing, int entry, TileBox* tiles) {
-    const auto [block, kind, rank] = listing.found[entry];
+__device__ __forceinline__ void write_tile(const Params& params, const Listing& listing, int entry, KeyTile* tiles) {
+    const auto [key, kind, rank] = listing.found[entry];
     const int of_kind = listing.total[kind], twice = 2 * of_kind;
     const float inverse = 1.0f / twice;
     int place = rank;
@@ -188,19 +210,19 @@ __device__ __forceinline__ void write_tile(const Params& params, const Listing& 
         quotient += rest < 0 ? -1 : rest >= twice ? 1 : 0;
         place += quotient;
     }
-    tiles[place] = TileBox::of(params.keys, block, 0, kind);
+    tiles[place] = KeyTile::of(params.keys, key / params.keys.boxes, key % params.keys.boxes, kind);
 }
 
-// Writes the tiles of a group, each a block of one box, and returns how many. One warp.
-__device__ int write_tiles(const Params& params, const uint32_t* const (&rows)[kGroup], Listing& listing, TileBox* tiles) {
+// Writes the tiles of a group, and returns how many. One warp.
+__device__ int write_tiles(const Params& params, const uint32_t* const (&rows)[kConsumers], Listing& listing, KeyTile* tiles) {
     const int lane = laneid();
     const int words = words_of(params);
     const uint32_t lower_lanes = (1u << lane) - 1;
     int total[kKinds] = {};
     for (int word = lane; word < words; word += kWarpThreads) {
-        uint32_t selected[kGroup];
+        uint32_t selected[kConsumers];
 #pragma unroll
-        for (int i = 0; i < kGroup; ++i) selected[i] = rows[i][word];
+        for (int i = 0; i < kConsumers; ++i) selected[i] = rows[i][word];
 #pragma unroll
         for (int kind = 1; kind < kKinds; ++kind) total[kind] += __popc(of_kind(kind, selected));
     }
@@ -214,9 +236,9 @@ __device__ int write_tiles(const Params& params, const uint32_t* const (&rows)[k
     int counted[kKinds] = {};
     for (int first = 0; first < words; first += kWarpThreads) {
         // A lane counts in its word what each kind has there.
-        uint32_t own[kGroup];
+        uint32_t own[kConsumers];
 #pragma unroll
-        for (int i = 0; i < kGroup; ++i) own[i] = first + lane < words ? rows[i][first + lane] : 0;
+        for (int i = 0; i < kConsumers; ++i) own[i] = first + lane < words ? rows[i][first + lane] : 0;
 #pragma unroll
         for (int kind = 1; kind < kKinds; ++kind) {
             const int count = __popc(of_kind(kind, own)), before = counted[kind] + sum_before(count);
@@ -226,10 +248,10 @@ __device__ int write_tiles(const Params& params, const uint32_t* const (&rows)[k
         __syncwarp();
         // A lane takes a bit of each word. What is found is gathered, so that all lanes have a tile to write.
         for (int word = first; word < min(words, first + kWarpThreads); ++word) {
-            uint32_t selected[kGroup], any = 0;
+            uint32_t selected[kConsumers], any = 0;
             int kind = 0;
 #pragma unroll
-            for (int i = 0; i < kGroup; ++i) {
+            for (int i = 0; i < kConsumers; ++i) {
                 selected[i] = rows[i][word];
                 any |= selected[i];
                 kind |= int(selected[i] >> lane & 1) << i;
@@ -252,36 +274,6 @@ __device__ int write_tiles(const Params& params, const uint32_t* const (&rows)[k
     return found;
 }
 
-// The same for a group of one query block, whose key blocks are of one or more tiles; those without a valid token are left
-// out.
-__device__ int write_tiles_of_row(const Params& params, const uint32_t* row, TileBox* tiles) {
-    constexpr int kEveryone = (1 << kMostQueryBlocks) - 1;
-    const int lane = laneid();
-    int written = 0;
-    for (int first = 0; first < params.num_kv_blocks; first += kWarpThreads) {
-        const int block = first + lane;
-        const bool named = row[first / kWarpThreads] >> lane & 1;
-        auto is_used = [&](int first_box) {
-            if (!named) return false;
-            bool empty = params.keys.partial;
-            for (int i = 0; i < params.tile_boxes && empty; ++i) {
-                empty = TileBox::of(params.keys, block, first_box + i, kEveryone).is_empty();
-            }
-            return !empty;
-        };
-        int count = 0;
-        for (int box = 0; box < params.keys.boxes; box += params.tile_boxes) count += is_used(box);
-        const int before = sum_before(count);
-        TileBox* tile = tiles + (written + before) * params.tile_boxes;
-        for (int box = 0; box < params.keys.boxes; box += params.tile_boxes) {
-            if (!is_used(box)) continue;
-            for (int i = 0; i < params.tile_boxes; ++i) *tile++ = TileBox::of(params.keys, block, box + i, kEveryone);
-        }
-        written += __shfl_sync(kAllLanes, before + count, kWarpThreads - 1);
-    }
-    return written;
-}
-
 }  // namespace
 
 extern "C" __global__ void __launch_bounds__(kThreads, 4) plan_forward(const __grid_constant__ Params params) {
@@ -291,7 +283,7 @@ extern "C" __global__ void __launch_bounds__(kThreads, 4) plan_forward(const __g
     const int chunk = blockIdx.x % params.chunks_per_head, head = blockIdx.x / params.chunks_per_head;
     const int first_row = chunk * params.rows_per_chunk;
     const int rows = max(0, min(params.rows_per_chunk, params.num_q_blocks - first_row));
-    const int num_groups = (rows + kGroup - 1) / kGroup, groups_per_chunk = params.rows_per_chunk / kGroup;
+    const int num_groups = (rows * params.keys.boxes + kConsumers - 1) / kConsumers;
     // An odd stride keeps rows apart in the banks. After the rows there is one that selects nothing.
     const int words = words_of(params), stride = words | 1;
     if (blockIdx.x == 0 && threadIdx.x == 0) *params.next = 0;
@@ -305,58 +297,39 @@ extern "C" __global__ void __launch_bounds__(kThreads, 4) plan_forward(const __g
     }
     __syncthreads();
 
-    // Groups, and their work.
-    if constexpr (kGroup == 1) {
-        if (threadIdx.x < num_groups) shared.members[threadIdx.x][0] = threadIdx.x;
-    } else {
+    if (params.keys.boxes == 1) {
         compare_rows(rows, words, stride, shared);
         __syncthreads();
         match_rows(rows, shared);
+        __syncthreads();
     }
-    __syncthreads();
-    if (threadIdx.x < num_groups) {
-        int work = 0;
-#pragma unroll
-        for (int i = 0; i < kGroup; ++i) {
-            const int row = shared.members[threadIdx.x][i];
-            if (row >= 0) work = max(work, shared.count[row]);
-        }
-        shared.work[threadIdx.x] = work;
-    }
-    __syncthreads();
 
-    // Their tiles. Group i of every chunk of a head comes before group i + 1 of any.
-    for (int group = warp; group < groups_per_chunk; group += kWarps) {
+    // Group i of every chunk of a head comes before group i + 1 of any.
+    for (int group = warp; group < params.groups_per_chunk; group += kWarps) {
         int place = group;
-        Group planned = {{-1, -1, -1, -1}, {}, 0, 0};
         if (group < num_groups) {
+            const int work = work_of(params, shared, rows, group);
             place = 0;
             for (int other = lane; other < num_groups; other += kWarpThreads) {
-                const int more = shared.work[other] - shared.work[group];
+                const int more = work_of(params, shared, rows, other) - work;
                 place += more > 0 || (more == 0 && other < group);
             }
             place = __reduce_add_sync(kAllLanes, place);
         }
-        const int64_t slot = (int64_t(head) * groups_per_chunk + place) * params.chunks_per_head + chunk;
-        TileBox* tiles = params.tiles + slot * params.boxes_per_group;
-        if (group < num_groups) {
-            const uint32_t* selected[kGroup];
+        const int64_t slot = (int64_t(head) * params.groups_per_chunk + place) * params.chunks_per_head + chunk;
+        Group planned = {};
+        const uint32_t* selected[kConsumers];
 #pragma unroll
-            for (int i = 0; i < kGroup; ++i) {
-                const int row = shared.members[group][i];
-                selected[i] = shared.selected + (row >= 0 ? row : rows) * stride;
-                if (row >= 0) {
-                    planned.q_block[i] = first_row + row;
-                    planned.tiles_of[i] = shared.count[row];
-                    planned.poisoned |= shared.poisoned[row] << i;
-                }
-            }
-            if constexpr (kGroup == 1) {
-                planned.num_tiles = planned.tiles_of[0] = write_tiles_of_row(params, selected[0], tiles);
-            } else {
-                planned.num_tiles = write_tiles(params, selected, shared.listings[warp], tiles);
-            }
+        for (int i = 0; i < kConsumers; ++i) {
+            const Member member = member_of(params, shared, rows, group, i);
+            const bool exists = member.row >= 0;
+            selected[i] = shared.selected + (exists ? member.row : rows) * stride;
+            planned.q_block[i] = exists ? first_row + member.row : -1;
+            planned.q_box[i] = member.box;
+            planned.tiles_of[i] = exists ? shared.count[member.row] : 0;
+            planned.poisoned |= exists ? shared.poisoned[member.row] << i : 0;
         }
+        planned.num_tiles = write_tiles(params, selected, shared.listings[warp], params.tiles + slot * params.tiles_per_group);
         if (lane == 0) params.groups[slot] = planned;
     }
 }

@@ -31,7 +31,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         nargs="+",
         type=parse.block_size,
         metavar="SIZE",
-        help="tokens, or a tile such as 4x4x4; default: all (the kernels so far are the same for all)",
+        help="tokens, or a tile such as 4x4x4; default: all (they share their kernels)",
     )
     parser.add_argument("--engine", choices=engines.NAMES, default="auto", help="what compiles; default: auto")
 

@@ -44,17 +44,17 @@ DIVISOR_SHIFT = 40
 # Quotients are exact below 2^40 over the divisor, which is at most the number of blocks.
 MOST_QUERY_BLOCKS = 1 << DIVISOR_SHIFT // 2
 
+# Boxes of queries that a thread block attends together, each by a warpgroup.
+CONSUMERS = 3
 PLAN_THREADS = 256
-# Rows of a chunk: more would find slightly better groups, and keep fewer multiprocessors busy.
-PLAN_ROWS = 24
-# Without groups a row needs one warp.
-PLAN_ROWS_APART = PLAN_THREADS // 32
+# Boxes of queries in a chunk: more would find slightly better groups, and keep fewer multiprocessors busy.
+PLAN_BOXES = 24
 PLAN_MAP_WORDS = 9 * 1024
 PLAN_SMEM_BYTES = 4 * PLAN_MAP_WORDS + 18 * 1024
 # Where the plan's counter ends, and the size of its records.
 COUNTER_BYTES = 16
-GROUP_BYTES = 40
-TILE_BOX_BYTES = 16
+GROUP_BYTES = 44
+TILE_BYTES = 16
 
 
 class _Video(ctypes.Structure):
@@ -101,13 +101,13 @@ class PlanParams(ctypes.Structure):
         ("groups", ctypes.c_void_p),
         ("tiles", ctypes.c_void_p),
         ("next", ctypes.c_void_p),
-        ("boxes_per_group", ctypes.c_int64),
+        ("tiles_per_group", ctypes.c_int64),
         ("width", ctypes.c_int),
         ("num_q_blocks", ctypes.c_int),
         ("num_kv_blocks", ctypes.c_int),
         ("rows_per_chunk", ctypes.c_int),
         ("chunks_per_head", ctypes.c_int),
-        ("tile_boxes", ctypes.c_int),
+        ("groups_per_chunk", ctypes.c_int),
     )
 
 
@@ -124,7 +124,7 @@ class Params(ctypes.Structure):
         ("keys", _Order),
         ("groups", ctypes.c_void_p),
         ("tiles", ctypes.c_void_p),
-        ("boxes_per_group", ctypes.c_int64),
+        ("tiles_per_group", ctypes.c_int64),
         ("next", ctypes.c_void_p),
         ("lse", ctypes.c_void_p),
         ("out_c", ctypes.c_void_p),
@@ -133,8 +133,7 @@ class Params(ctypes.Structure):
         ("gate_value", ctypes.c_float),
         ("gate_is_fp32", ctypes.c_int),
         ("keep_out_s", ctypes.c_int),
-        ("num_items", ctypes.c_int),
-        ("parts", ctypes.c_int),
+        ("num_groups", ctypes.c_int),
         ("groups_per_head", ctypes.c_int),
         ("heads", ctypes.c_int),
         ("kv_group", ctypes.c_int),
@@ -146,40 +145,17 @@ class Params(ctypes.Structure):
     )
 
 
-class Shape(NamedTuple):
-    """How a thread block works.
-
-    Attributes:
-        consumers: warpgroups that attend, 64 rows each.
-        tile_boxes: boxes of keys in a tile.
-        group: query blocks that are attended together.
-    """
-
-    consumers: int
-    tile_boxes: int
-    group: int
-
-
-def shape_of(block: int) -> Shape:
-    """Blocks of one box share their keys with others; the boxes of a larger block share its keys."""
-    boxes = block // BOX_TOKENS
-    if boxes % 2 == 0:
-        return Shape(consumers=2, tile_boxes=2, group=1)
-    return Shape(consumers=3, tile_boxes=1, group=3 if boxes == 1 else 1)
-
-
-def forward_kernels(dtype: torch.dtype, head_dim: int, block: int) -> list[Kernel]:
-    shape = shape_of(block)
-    return [_plan_kernel(shape.group), _attend_kernel(dtype, head_dim, shape.consumers, shape.tile_boxes)]
+def forward_kernels(dtype: torch.dtype, head_dim: int) -> list[Kernel]:
+    return [_plan_kernel(), _attend_kernel(dtype, head_dim)]
 
 
 @functools.cache
-def _plan_kernel(group: int) -> Kernel:
+def _plan_kernel() -> Kernel:
     return Kernel(
         source="vsa/plan_forward.cu",
         entry="plan_forward",
-        label=f"forward plan by {group}",
-        defines=(("VSA_GROUP", str(group)), ("VSA_MAP_WORDS", str(PLAN_MAP_WORDS))),
+        label="forward plan",
+        defines=(("VSA_MAP_WORDS", str(PLAN_MAP_WORDS)),),
         params=PlanParams,
         threads=PLAN_THREADS,
         smem_bytes=PLAN_SMEM_BYTES,
@@ -187,45 +163,40 @@ def _plan_kernel(group: int) -> Kernel:
 
 
 @functools.cache
-def _attend_kernel(dtype: torch.dtype, head_dim: int, consumers: int, tile_boxes: int) -> Kernel:
-    rows_bytes = consumers * BOX_TOKENS * head_dim * dtype.itemsize
-    tile_bytes = tile_boxes * BOX_TOKENS * head_dim * dtype.itemsize
-    stages = (MOST_SHARED_MEMORY - rows_bytes - SMEM_BESIDE_TILES) // tile_bytes
-    # What of Q the registers hold beside all else; the rest is read from shared memory.
-    q_cols = min(head_dim, 112) if consumers == 2 else 32
+def _attend_kernel(dtype: torch.dtype, head_dim: int) -> Kernel:
+    box_bytes = BOX_TOKENS * head_dim * dtype.itemsize
+    stages = (MOST_SHARED_MEMORY - SMEM_BESIDE_TILES) // box_bytes - CONSUMERS
     return Kernel(
         source="vsa/attend_forward.cu",
         entry="attend_forward",
-        label=f"forward {LABELS[dtype]} D={head_dim} {consumers}x{BOX_TOKENS} queries x {tile_boxes * BOX_TOKENS} keys",
+        label=f"forward {LABELS[dtype]} D={head_dim}",
         defines=(
             ("VSA_DTYPE", DTYPES[dtype]),
             ("VSA_HEAD_DIM", str(head_dim)),
-            ("VSA_CONSUMERS", str(consumers)),
-            ("VSA_TILE_BOXES", str(tile_boxes)),
-            ("VSA_Q_COLS", str(q_cols)),
             ("VSA_K_STAGES", str(stages // 2)),
             ("VSA_V_STAGES", str(stages - stages // 2)),
         ),
         params=Params,
-        threads=(consumers + 1) * WARPGROUP_THREADS,
-        smem_bytes=stages * tile_bytes + rows_bytes + SMEM_BESIDE_TILES,
+        threads=(CONSUMERS + 1) * WARPGROUP_THREADS,
+        smem_bytes=(stages + CONSUMERS) * box_bytes + SMEM_BESIDE_TILES,
     )
 
 
 def why_not_plan(problem: Problem) -> str | None:
     """Why the map of a call cannot be planned. None: it can."""
-    group = shape_of(problem.block).group
     if problem.num_q_blocks > MOST_QUERY_BLOCKS:
         return f"the kernels plan at most {MOST_QUERY_BLOCKS} query blocks, and there are {problem.num_q_blocks}"
-    if _most_rows(problem.num_kv_blocks) >= group:
+    if _most_rows(problem) >= CONSUMERS:
         return None
-    words = PLAN_MAP_WORDS // (group + 1)
-    return f"the kernels plan at most {32 * (words - 1 + words % 2)} key blocks, and there are {problem.num_kv_blocks}"
+    words = PLAN_MAP_WORDS // (CONSUMERS + 1)
+    most = 32 * (words - 1 + words % 2) // (problem.block // BOX_TOKENS)
+    return f"the kernels plan at most {most} key blocks, and there are {problem.num_kv_blocks}"
 
 
-def _most_rows(num_kv_blocks: int) -> int:
+def _most_rows(problem: Problem) -> int:
     """Rows whose bits fit into a chunk: of an odd number of words each, and with one more row."""
-    return PLAN_MAP_WORDS // (-(-num_kv_blocks // 32) | 1) - 1
+    boxes = problem.num_kv_blocks * (problem.block // BOX_TOKENS)
+    return PLAN_MAP_WORDS // (-(-boxes // 32) | 1) - 1
 
 
 def forward(problem: Problem, operands: Operands, keep_out_s: bool) -> tuple[Tensor, Tensor, Tensor | None]:
@@ -294,37 +265,38 @@ def _prepared(
     kv_sizes: Sizes | None,
 ) -> _Prepared:
     """The launches for tensors at these addresses, with these strides."""
-    shape = shape_of(problem.block)
+    boxes = problem.block // BOX_TOKENS
     heads = problem.batch * problem.heads
-    wanted = PLAN_ROWS_APART if shape.group == 1 else PLAN_ROWS
-    rows = min(_most_rows(problem.num_kv_blocks), wanted) // shape.group * shape.group
+    # So many rows of the map that no group of a chunk but the last of a head's last has a consumer without work.
+    rows = max(1, min(PLAN_BOXES // boxes, _most_rows(problem)) // CONSUMERS) * CONSUMERS
     chunks = -(-problem.num_q_blocks // rows)
-    rows = -(-problem.num_q_blocks // (chunks * shape.group)) * shape.group
-    groups_per_head = chunks * rows // shape.group
+    rows = -(-problem.num_q_blocks // (chunks * CONSUMERS)) * CONSUMERS
+    groups_per_chunk = rows * boxes // CONSUMERS
+    groups_per_head = chunks * groups_per_chunk
     num_groups = groups_per_head * heads
-    boxes_per_group = min(shape.group * width, problem.num_kv_blocks) * (problem.block // BOX_TOKENS)
-    group_bytes = -(-num_groups * GROUP_BYTES // TILE_BOX_BYTES) * TILE_BOX_BYTES
+    # Boxes that follow each other are of at most two blocks where these have several.
+    rows_of_group = CONSUMERS if boxes == 1 else 2
+    tiles_per_group = min(rows_of_group * width, problem.num_kv_blocks) * boxes
+    group_bytes = -(-num_groups * GROUP_BYTES // TILE_BYTES) * TILE_BYTES
 
     padded = kv_sizes is not None
     keys = _order(problem, problem.kv_len, kv_sizes, padded=padded)
     plan_params = PlanParams(
         keys=keys,
-        boxes_per_group=boxes_per_group,
+        tiles_per_group=tiles_per_group,
         width=width,
         num_q_blocks=problem.num_q_blocks,
         num_kv_blocks=problem.num_kv_blocks,
         rows_per_chunk=rows,
         chunks_per_head=chunks,
-        tile_boxes=shape.tile_boxes,
+        groups_per_chunk=groups_per_chunk,
     )
-    parts = -(-problem.block // (shape.consumers * BOX_TOKENS))
     params = Params(
         queries=_order(problem, problem.q_len, q_sizes, padded=False),
         keys=keys,
-        boxes_per_group=boxes_per_group,
+        tiles_per_group=tiles_per_group,
         keep_out_s=out_s is not None,
-        num_items=num_groups * parts,
-        parts=parts,
+        num_groups=num_groups,
         groups_per_head=groups_per_head,
         heads=problem.heads,
         kv_group=problem.group,
@@ -338,14 +310,14 @@ def _prepared(
             setattr(params, name, _tensor(problem, dtype, device, place, problem.heads, problem.q_len, padded=False))
     for name, place in (("k", k), ("v", v)):
         setattr(params, name, _tensor(problem, dtype, device, place, problem.kv_heads, problem.kv_len, padded=padded))
-    plan_kernel, attend_kernel = forward_kernels(dtype, problem.head_dim, problem.block)
+    plan_kernel, attend_kernel = forward_kernels(dtype, problem.head_dim)
     return _Prepared(
         plan_params,
         params,
-        COUNTER_BYTES + group_bytes + num_groups * boxes_per_group * TILE_BOX_BYTES,
+        COUNTER_BYTES + group_bytes + num_groups * tiles_per_group * TILE_BYTES,
         group_bytes,
         heads * chunks,
-        min(torch.cuda.get_device_properties(device).multi_processor_count, params.num_items),
+        min(torch.cuda.get_device_properties(device).multi_processor_count, num_groups),
         module.launcher(plan_kernel, device),
         module.launcher(attend_kernel, device),
     )

@@ -19,14 +19,14 @@ from vsa_jit.problem import Problem, bhsd
 ARCH = "9.0a"
 
 
-def kernels_of(dtype: torch.dtype, head_dim: int, block: int) -> list[Kernel]:
-    """All that one forward with blocks of so many tokens launches."""
-    return [block_means_kernel(dtype, head_dim), *forward_kernels(dtype, head_dim, block)]
+def kernels_of(dtype: torch.dtype, head_dim: int) -> list[Kernel]:
+    """All that one forward launches, whatever the size of its blocks."""
+    return [block_means_kernel(dtype, head_dim), *forward_kernels(dtype, head_dim)]
 
 
 def prepare(problem: Problem, device: torch.device, dtype: torch.dtype) -> None:
     """Loads the kernels of a call on its device, compiling those that the cache does not hold."""
-    module.load(kernels_of(dtype, problem.head_dim, problem.block), device.index)
+    module.load(kernels_of(dtype, problem.head_dim), device.index)
 
 
 def why_not(problem: Problem, dtype: torch.dtype, tensors: Sequence[Tensor]) -> str | None:
@@ -59,4 +59,4 @@ def why_no_engine(name: str) -> str | None:
 
 def engine_of(problem: Problem, dtype: torch.dtype) -> str:
     """The engine whose kernels run a call."""
-    return engines.choose(kernels_of(dtype, problem.head_dim, problem.block), ARCH).name
+    return engines.choose(kernels_of(dtype, problem.head_dim), ARCH).name
