@@ -4,6 +4,9 @@ import pytest
 import torch
 from problems import Case, Inputs
 from torch import library
+from torch._subclasses import FakeTensorMode
+from torch.fx.experimental.proxy_tensor import make_fx
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import vsa_jit
 from vsa_jit import ops
@@ -49,19 +52,19 @@ def test_opcheck_attend(device, layout, gate):
         0.2,
         "auto",
     )
-    library.opcheck(ops.attend, arguments)
+    library.opcheck(ops.attend.overload, arguments)
 
 
 @pytest.mark.parametrize("device", DEVICES)
 def test_opcheck_pool_and_select_and_compact(device):
     q, k, v = leaf(1, 210, 4, 32, device=device), leaf(1, 210, 2, 32, device=device), leaf(1, 210, 2, 32, device=device)
     static = ([4, 4, 4], [5, 6, 7], "bshd", 0.2, "auto")
-    library.opcheck(ops.pool_and_select, (q, k, v, None, None, 2, *static))
-    library.opcheck(ops.pool_and_select, (q, k, None, None, None, 2, *static))
+    library.opcheck(ops.pool_and_select.overload, (q, k, v, None, None, 2, *static))
+    library.opcheck(ops.pool_and_select.overload, (q, k, None, None, None, 2, *static))
     block_map = torch.rand(1, 4, 8, 8, device=device) < 0.5
-    library.opcheck(ops.compact, (block_map, q, k, *static))
+    library.opcheck(ops.compact.overload, (block_map, q, k, *static))
     means = torch.randn(1, 4, 8, 32, device=device)
-    library.opcheck(ops.block_mean_backward, (means, q.detach(), None, *static))
+    library.opcheck(ops.block_mean_backward.overload, (means, q.detach(), None, *static))
 
 
 @pytest.mark.parametrize("device", DEVICES)
@@ -184,3 +187,82 @@ def test_never_waits_for_the_gpu():
         inputs.video_sparse_attn("torch").backward(inputs.dout)
     finally:
         torch.cuda.set_sync_debug_mode("default")
+
+
+class Names(TorchDispatchMode):
+    """The names of the operators that are called."""
+
+    def __init__(self):
+        super().__init__()
+        self.names = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.names.append(func.name())
+        return func(*args, **(kwargs or {}))
+
+
+OPERATORS = ["vsa_jit::pool_and_select", "vsa_jit::attend"]
+
+
+def names_seen(call) -> list[str]:
+    with Names() as mode:
+        call()
+    return [name for name in mode.names if name.startswith("vsa_jit::")]
+
+
+def names_profiled(call) -> list[str]:
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
+        call()
+    return [event.name for event in profile.events() if event.name.startswith("vsa_jit::")]
+
+
+def names_traced(call) -> list[str]:
+    graph = make_fx(lambda _: call())(torch.zeros(1)).graph
+    return [node.target.name() for node in graph.nodes if str(node.target).startswith("vsa_jit.")]
+
+
+def names_scripted(call) -> list[str]:
+    graph = torch.jit.trace(lambda _: call(), torch.zeros(1), check_trace=False).graph
+    return [node.kind() for node in graph.nodes() if node.kind().startswith("vsa_jit::")]
+
+
+@pytest.mark.parametrize("watch", [names_seen, names_profiled, names_traced, names_scripted])
+@pytest.mark.parametrize("device", DEVICES)
+def test_who_watches_a_call_sees_its_operators(device, watch):
+    """Without gradients too, where nobody else needs them."""
+    inputs = Inputs(Case("watched", q_len=200), device, torch.float32)
+    for x in (inputs.q, inputs.k, inputs.v):
+        x.requires_grad_(False)
+    with torch.no_grad():
+        assert watch(lambda: inputs.video_sparse_attn("auto")) == OPERATORS
+
+
+def test_vmap():
+    """PyTorch maps an operator without a rule of its own one by one."""
+    q, k, v = torch.randn(3, 2, 1, 2, 200, 32).unbind()
+    with torch.no_grad():
+        mapped = torch.vmap(lambda *x: vsa_jit.video_sparse_attn(*x, topk=2))(q, k, v)
+        apart = [vsa_jit.video_sparse_attn(*x, topk=2) for x in zip(q, k, v, strict=True)]
+    torch.testing.assert_close(mapped, torch.stack(apart))
+
+
+def test_fake_tensors_run_no_kernel(monkeypatch):
+    """Under their mode, and after it."""
+    monkeypatch.setattr(ops, "backend_for", None)
+    with FakeTensorMode():
+        q = torch.empty(1, 2, 200, 32)
+        inside = vsa_jit.video_sparse_attn(q, q, q, topk=2)
+    outside = vsa_jit.video_sparse_attn(q, q, q, topk=2)
+    assert inside.shape == outside.shape == q.shape
+
+
+@pytest.mark.parametrize("name", ["q", "k", "v"])
+@pytest.mark.parametrize("device", DEVICES)
+def test_gradients_are_recorded_for_one_that_needs_them(device, name):
+    inputs = Inputs(Case("recorded", q_len=200), device, torch.float32)
+    for other in {"q", "k", "v"} - {name}:
+        getattr(inputs, other).requires_grad_(False)
+    inputs.video_sparse_attn("auto").sum().backward()
+    assert getattr(inputs, name).grad is not None
+    with torch.no_grad():
+        assert not inputs.video_sparse_attn("auto").requires_grad

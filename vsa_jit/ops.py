@@ -11,12 +11,15 @@ from typing import Any
 
 import torch
 from torch import Tensor, library
+from torch.utils._python_dispatch import is_in_torch_dispatch_mode
 
 from vsa_jit.backends.choose import backend_for
 from vsa_jit.problem import Operands, Problem, bhsd, empty_like
 
 # Scores that are computed at a time, so that selection needs little memory however many blocks there are.
 SCORES_AT_A_TIME = 1 << 24
+# Tensors that are no more than that.
+_PLAIN = (Tensor, torch.nn.Parameter)
 
 
 _LIBRARY = library.Library("vsa_jit", "DEF")
@@ -29,38 +32,57 @@ def autocast_off(device: torch.device) -> AbstractContextManager:
     return torch.autocast(device.type, enabled=False)
 
 
-def _operator(function: Callable) -> torch._ops.OpOverload:
-    """Makes a function an operator of its name, with the schema of its annotations, on every device.
+def _only_kernels_see(args: Sequence[Any]) -> bool:
+    """Whether PyTorch has no part in a call: it is not traced, transformed, watched or recorded for gradients."""
+    if (
+        torch.compiler.is_compiling()
+        or is_in_torch_dispatch_mode()
+        or torch._C._are_functorch_transforms_active()
+        or torch.autograd._profiler_enabled()
+        or torch.jit.is_tracing()
+    ):
+        return False
+    recorded = torch.is_grad_enabled()
+    return all(type(x) in _PLAIN and not (recorded and x.requires_grad) for x in args if isinstance(x, Tensor))
 
-    The same as PyTorch's ``custom_op`` but for that one's checks at every call, which cost more than a launch.
-    Inside, autocast is off: an operator computes in the dtype of its inputs and in fp32, whatever surrounds the call.
+
+class _Operator:
+    """A function as an operator of its name, with the schema of its annotations, on every device.
+
+    The same as PyTorch's ``custom_op`` but for that one's checks at every call, which cost more than a launch. So does
+    the way through PyTorch's dispatcher, which only those calls take that somebody else has to see. Inside, autocast is
+    off: an operator computes in the dtype of its inputs and in fp32, whatever surrounds the call.
     """
 
-    @functools.wraps(function)
-    def without_autocast(*args: Any) -> Any:
+    def __init__(self, function: Callable) -> None:
+        self._function = function
+        name = function.__name__
+        schema = library.infer_schema(function, mutates_args=())
+        _LIBRARY.define(name + schema, tags=(torch.Tag.pt2_compliant_tag,))
+        _LIBRARY.impl(name, self._run, "CompositeExplicitAutograd")
+        self.overload = getattr(torch.ops.vsa_jit, name).default
+
+    def _run(self, *args: Any) -> Any:
         with autocast_off(args[0].device):
-            return function(*args)
+            return self._function(*args)
 
-    name = function.__name__
-    schema = library.infer_schema(function, mutates_args=())
-    _LIBRARY.define(name + schema, tags=(torch.Tag.pt2_compliant_tag,))
-    _LIBRARY.impl(name, without_autocast, "CompositeExplicitAutograd")
-    return getattr(torch.ops.vsa_jit, name).default
+    def __call__(self, *args: Any) -> Any:
+        return self._run(*args) if _only_kernels_see(args) else self.overload(*args)
 
 
-def _fake(operator: torch._ops.OpOverload) -> Callable:
-    return library.register_fake(operator, lib=_LIBRARY)
+def _fake(operator: _Operator) -> Callable:
+    return library.register_fake(operator.overload, lib=_LIBRARY)
 
 
-def _autograd(operator: torch._ops.OpOverload, backward: Callable, setup_context: Callable | None = None) -> None:
-    library.register_autograd(operator, backward, setup_context=setup_context, lib=_LIBRARY)
+def _autograd(operator: _Operator, backward: Callable, setup_context: Callable | None = None) -> None:
+    library.register_autograd(operator.overload, backward, setup_context=setup_context, lib=_LIBRARY)
 
 
 def _refuse_second_derivative(ctx: Any, *grads: Tensor) -> None:
     raise NotImplementedError("vsa_jit: the gradients of sparse attention cannot be differentiated again")
 
 
-@_operator
+@_Operator
 def pool_and_select(
     q: Tensor,
     k: Tensor,
@@ -116,7 +138,7 @@ def _(q, k, v, q_sizes, kv_sizes, topk, tile, grid, layout, softmax_scale, backe
     )
 
 
-@_operator
+@_Operator
 def block_mean_backward(
     dmean: Tensor,
     x: Tensor,
@@ -158,7 +180,7 @@ def _pool_and_select_grad(ctx: Any, dq_c: Tensor | None, dk_c: Tensor | None, dv
 _autograd(pool_and_select, _pool_and_select_grad, _setup_pool_and_select)
 
 
-@_operator
+@_Operator
 def compact(
     block_map: Tensor,
     q: Tensor,
@@ -186,7 +208,7 @@ def _(block_map, q, k, tile, grid, layout, softmax_scale, backend):
     )
 
 
-@_operator
+@_Operator
 def attend(
     q: Tensor,
     k: Tensor,
@@ -227,7 +249,7 @@ def _(q, k, v, q2k_idx, q2k_num, q_sizes, kv_sizes, out_c, gate, gate_value, kee
     return empty_like(q), lse, empty_like(q) if keep_out_s else q.new_empty(0)
 
 
-@_operator
+@_Operator
 def attend_backward(
     q: Tensor,
     k: Tensor,

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
@@ -19,12 +18,12 @@ LARGEST_FLOAT = torch.finfo(torch.float32).max
 TILE_OF_TOKENS = {64: (4, 4, 4), 128: (2, 8, 8), 256: (4, 8, 8)}
 
 
-@dataclass(frozen=True)
-class Problem:
+class Problem(NamedTuple):
     """Shapes and settings of one call, independent of which order its tokens are in.
 
-    ``tile`` is the block as a video tile ``(t, h, w)``; without a ``grid`` only its product counts, and blocks are runs
-    of consecutive tokens: the last one partial, or each one's valid tokens counted by a tensor of block sizes.
+    A tuple: what depends on the call is kept under it, and looked up at every call. ``tile`` is the block as a video
+    tile ``(t, h, w)``; without a ``grid`` only its product counts, and blocks are runs of consecutive tokens: the last
+    one partial, or each one's valid tokens counted by a tensor of block sizes.
     """
 
     batch: int
@@ -51,21 +50,11 @@ class Problem:
         backend: str,
     ) -> Problem:
         """The record of a call whose arguments were checked already."""
-        batch, heads, q_len, head_dim = (q.shape[axis] for axis in axes(layout))
-        _, kv_heads, kv_len, _ = (k.shape[axis] for axis in axes(layout))
-        return cls(
-            batch=batch,
-            heads=heads,
-            kv_heads=kv_heads,
-            q_len=q_len,
-            kv_len=kv_len,
-            head_dim=head_dim,
-            tile=(tile[0], tile[1], tile[2]),
-            grid=None if grid is None else (grid[0], grid[1], grid[2]),
-            layout=layout,
-            softmax_scale=softmax_scale,
-            backend=backend,
-        )
+        batch, heads, q_len, head_dim = _shape(q, layout)
+        _, kv_heads, kv_len, _ = _shape(k, layout)
+        tile = (tile[0], tile[1], tile[2])
+        grid = None if grid is None else (grid[0], grid[1], grid[2])
+        return cls(batch, heads, kv_heads, q_len, kv_len, head_dim, tile, grid, layout, softmax_scale, backend)
 
     @property
     def block(self) -> int:
@@ -134,6 +123,12 @@ def axes(layout: str) -> tuple[int, int, int, int]:
     return (0, 1, 2, 3) if layout == "bhsd" else (0, 2, 1, 3)
 
 
+def _shape(x: Tensor, layout: str) -> tuple[int, int, int, int]:
+    """Batch, heads, length and head dimension."""
+    batch, heads, length, head_dim = x.shape
+    return (batch, heads, length, head_dim) if layout == "bhsd" else (batch, length, heads, head_dim)
+
+
 def empty_like(x: Tensor) -> Tensor:
     """Uninitialised, in the memory order of ``x``, but always with a contiguous last dimension."""
     empty = torch.empty_like(x)
@@ -177,8 +172,8 @@ def check_problem(
             raise ValueError(f"{name}: expected q's device {q.device}, got {x.device}")
     if v.shape != k.shape:
         raise ValueError(f"v: expected k's shape {tuple(k.shape)}, got {tuple(v.shape)}")
-    batch, heads, q_len, head_dim = (q.shape[axis] for axis in axes(layout))
-    kv_batch, kv_heads, kv_len, kv_head_dim = (k.shape[axis] for axis in axes(layout))
+    batch, heads, q_len, head_dim = _shape(q, layout)
+    kv_batch, kv_heads, kv_len, kv_head_dim = _shape(k, layout)
     if kv_batch != batch:
         raise ValueError(f"k: expected q's batch size {batch}, got {kv_batch}")
     if kv_head_dim != head_dim:
