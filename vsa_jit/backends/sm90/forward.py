@@ -47,8 +47,8 @@ MOST_QUERY_BLOCKS = 1 << DIVISOR_SHIFT // 2
 # Boxes of queries that a thread block attends together, each by a warpgroup.
 CONSUMERS = 3
 PLAN_THREADS = 256
-# Boxes of queries in a chunk: more would find slightly better groups, and keep fewer multiprocessors busy.
-PLAN_BOXES = 24
+# Boxes of queries in a chunk: many find better groups, few keep more multiprocessors busy.
+MOST_PLAN_BOXES, FEWEST_PLAN_BOXES = 24, 6
 PLAN_MAP_WORDS = 9 * 1024
 PLAN_SMEM_BYTES = 4 * PLAN_MAP_WORDS + 18 * 1024
 # Where the plan's counter ends, and the size of its records.
@@ -267,8 +267,11 @@ def _prepared(
     """The launches for tensors at these addresses, with these strides."""
     boxes = problem.block // BOX_TOKENS
     heads = problem.batch * problem.heads
+    processors = torch.cuda.get_device_properties(device).multi_processor_count
+    fair = heads * problem.num_q_blocks * boxes // processors
+    plan_boxes = max(FEWEST_PLAN_BOXES, min(fair, MOST_PLAN_BOXES))
     # So many rows of the map that no group of a chunk but the last of a head's last has a consumer without work.
-    rows = max(1, min(PLAN_BOXES // boxes, _most_rows(problem)) // CONSUMERS) * CONSUMERS
+    rows = max(1, min(plan_boxes // boxes, _most_rows(problem)) // CONSUMERS) * CONSUMERS
     chunks = -(-problem.num_q_blocks // rows)
     rows = -(-problem.num_q_blocks // (chunks * CONSUMERS)) * CONSUMERS
     groups_per_chunk = rows * boxes // CONSUMERS
@@ -317,7 +320,7 @@ def _prepared(
         COUNTER_BYTES + group_bytes + num_groups * tiles_per_group * TILE_BYTES,
         group_bytes,
         heads * chunks,
-        min(torch.cuda.get_device_properties(device).multi_processor_count, num_groups),
+        min(processors, num_groups),
         module.launcher(plan_kernel, device),
         module.launcher(attend_kernel, device),
     )
