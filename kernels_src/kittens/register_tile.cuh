@@ -2,7 +2,7 @@
 // lane l holds, of rows l / 4 and l / 4 + 8, the columns 2 (l % 4) and the next of every eight.
 #pragma once
 
-#include "kittens/types.cuh"
+#include "kittens/instructions.cuh"
 
 namespace kittens {
 
@@ -93,12 +93,6 @@ template <int cols>
 __device__ __forceinline__ void mul_row(rt_fl<16, cols>& tile, const col_vec& vec) {
 #pragma unroll
     for (int i = 0; i < cols / 2; ++i) tile.data[i] *= vec[row_of(i)];
-}
-
-__device__ __forceinline__ float exp2(float x) {
-    float y;
-    asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
-    return y;
 }
 
 // 2 ^ (scale x - shift of the row)

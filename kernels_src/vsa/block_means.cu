@@ -6,6 +6,7 @@
 // one kernel: a box is cut from the tensor where it lies, and what lies outside a video arrives as zeros.
 //
 // Specialised at compile time: VSA_DTYPE (bf16, half), VSA_HEAD_DIM (64, 128).
+#include "kittens/instructions.cuh"
 #include "kittens/tma.cuh"
 #include "vsa/tokens.cuh"
 

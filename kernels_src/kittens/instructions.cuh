@@ -1,0 +1,50 @@
+// Conversions and arithmetic as single instructions: NVRTC then needs none of the headers that name them.
+#pragma once
+
+#include "kittens/types.cuh"
+
+namespace kittens {
+
+// Two neighbouring elements of a word as floats, the lower address first.
+template <typename T>
+__device__ __forceinline__ float2 unpack(uint32_t word);
+
+template <>
+__device__ __forceinline__ float2 unpack<bf16>(uint32_t word) {
+    return {__uint_as_float(word << 16), __uint_as_float(word & 0xffff0000u)};
+}
+
+template <>
+__device__ __forceinline__ float2 unpack<half>(uint32_t word) {
+    float2 pair;
+    asm("{\n .reg .f16 lo, hi;\n mov.b32 {lo, hi}, %2;\n cvt.f32.f16 %0, lo;\n cvt.f32.f16 %1, hi;\n}"
+        : "=f"(pair.x), "=f"(pair.y)
+        : "r"(word));
+    return pair;
+}
+
+// Two floats as neighbouring elements, rounded to nearest even.
+template <typename T>
+__device__ __forceinline__ uint32_t pack(float low, float high);
+
+template <>
+__device__ __forceinline__ uint32_t pack<bf16>(float low, float high) {
+    uint32_t word;
+    asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(word) : "f"(high), "f"(low));
+    return word;
+}
+
+template <>
+__device__ __forceinline__ uint32_t pack<half>(float low, float high) {
+    uint32_t word;
+    asm("cvt.rn.f16x2.f32 %0, %1, %2;" : "=r"(word) : "f"(high), "f"(low));
+    return word;
+}
+
+__device__ __forceinline__ float exp2(float x) {
+    float y;
+    asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+    return y;
+}
+
+}  // namespace kittens

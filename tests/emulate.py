@@ -1,0 +1,101 @@
+"""Runs the CUDA kernels on the CPU, from their own sources: threads are fibers under random schedules, and the folder
+``emulator`` has what stands for PTX. It shows wrong results, deadlocks and what is overwritten too early; it knows
+neither a GPU's memory order nor its speed."""
+
+import ctypes
+import functools
+import hashlib
+import shutil
+import struct
+import subprocess
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from vsa_jit.backends.sm90 import forward, means, tiles
+from vsa_jit.jit import module
+from vsa_jit.jit.driver import SWIZZLE_128B, TensorMap
+from vsa_jit.jit.kernel import Kernel
+from vsa_jit.jit.source import kernels_dir
+
+EMULATOR = Path(__file__).parent / "emulator"
+NEEDS_COMPILER = pytest.mark.skipif(shutil.which("g++") is None, reason="needs g++")
+
+ENTRY = """
+#include "cuda.h"
+#include "{source}"
+extern "C" const char* run(int blocks, int threads, uint64_t seed, const void* params) {{
+    return emulator::run(blocks, threads, seed, [=] {{ {entry}(*static_cast<const Params*>(params)); }});
+}}
+"""
+
+
+class EmulationError(Exception):
+    """A kernel got stuck, or did what it must not; the message says where."""
+
+
+@functools.cache
+def _folder() -> tempfile.TemporaryDirectory:
+    return tempfile.TemporaryDirectory(prefix="vsa_jit_emulated_")
+
+
+@functools.cache
+def _compiled(kernel: Kernel, sources: Path) -> ctypes.CDLL:
+    name = hashlib.sha256(repr((kernel, sources)).encode()).hexdigest()[:16]
+    text, library = (Path(_folder().name) / f"{name}{suffix}" for suffix in (".cpp", ".so"))
+    text.write_text(ENTRY.format(source=kernel.source, entry=kernel.entry))
+    options = ("-std=c++20", "-O2", "-w", "-U_FORTIFY_SOURCE", "-fno-strict-aliasing", "-fPIC", "-shared")
+    command = ["g++", *options, f"-I{EMULATOR}", f"-I{sources}", *kernel.macros, "-o", library, text]
+    subprocess.run(command, check=True, capture_output=True, text=True)
+    loaded = ctypes.CDLL(str(library))
+    loaded.run.restype = ctypes.c_char_p
+    loaded.run.argtypes = (ctypes.c_int, ctypes.c_int, ctypes.c_uint64, ctypes.c_void_p)
+    return loaded
+
+
+def launcher(kernel: Kernel, device: int, sources: Path | None = None):
+    """Instead of ``module.launcher``: launches wait for the end, and each has a schedule of its own."""
+    compiled = _compiled(kernel, sources or kernels_dir())
+
+    def launch(blocks: int, params: ctypes.Structure) -> None:
+        alignment = 64
+        space = ctypes.create_string_buffer(ctypes.sizeof(params) + alignment)
+        address = ctypes.addressof(space) + -ctypes.addressof(space) % alignment
+        ctypes.memmove(address, ctypes.addressof(params), ctypes.sizeof(params))
+        error = compiled.run(blocks, kernel.threads, int(torch.randint(2**62, ())), address)
+        if error is not None:
+            raise EmulationError(f"{kernel.label}: {error.decode()}")
+
+    return launch
+
+
+def tensor_map(
+    device: int,
+    address: int,
+    dtype: torch.dtype,
+    extents: Sequence[int],
+    strides: Sequence[int],
+    box: Sequence[int],
+    swizzle: int,
+) -> TensorMap:
+    """Instead of the driver's: the ``tensor_map`` of ``emulator/kittens/tma.cuh``."""
+    assert dtype.itemsize == 2
+    assert address % 16 == 0
+    assert all(stride % 8 == 0 for stride in strides)
+    encoded = struct.pack("=Q5i5i4qi", address, *extents, *box, *(2 * x for x in strides), swizzle == SWIZZLE_128B)
+    return TensorMap.from_buffer_copy(encoded.ljust(ctypes.sizeof(TensorMap), b"\0"))
+
+
+def emulate(monkeypatch: pytest.MonkeyPatch, processors: int, sources: Path | None = None) -> None:
+    """Lets the ``sm90`` backend's launches run on this machine, as on a GPU with so many multiprocessors."""
+    # What was prepared knows its launcher.
+    forward._prepared.cache_clear()
+    means._prepared.cache_clear()
+    monkeypatch.setattr(module, "launcher", functools.partial(launcher, sources=sources))
+    monkeypatch.setattr(tiles, "tensor_map", tensor_map)
+    properties = SimpleNamespace(multi_processor_count=processors)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: properties)

@@ -1,0 +1,140 @@
+#pragma once
+
+#include "kittens/register_tile.cuh"
+#include "kittens/shared_tile.cuh"
+
+namespace kittens {
+namespace warpgroup {
+
+inline uint32_t laneid() { return threadIdx.x % kWarpgroupThreads; }
+inline uint32_t warpid() { return laneid() / kWarpThreads; }
+
+template <int registers>
+void increase_registers() {}
+template <int registers>
+void decrease_registers() {}
+
+inline void sync(int barrier) { emulator::meet(emulator::barriers[barrier], kWarpgroupThreads, "a barrier"); }
+
+using emulator::Product;
+
+template <typename... Tiles>
+void mma_fence(Tiles&...) {}
+
+// Products of earlier groups, of all lanes of the warp.
+inline void finish_products(int before_group) {
+    __syncwarp();
+    if (emulator::lane() == 0) {
+        emulator::Thread* lanes = &emulator::self();
+        for (size_t i = 0; i < lanes[0].products.size() && lanes[0].products[i].group < before_group; ++i) {
+            std::vector<Product*> same;
+            for (int lane = 0; lane < kWarpThreads; ++lane) {
+                if (i >= lanes[lane].products.size()) emulator::fail("lanes have issued other numbers of products");
+                same.push_back(&lanes[lane].products[i]);
+                if (same[lane]->b != same[0]->b || same[lane]->a_shared != same[0]->a_shared) emulator::fail("lanes have issued other products");
+            }
+            same[0]->run(same, warpid());
+        }
+    }
+    __syncwarp();
+    auto& products = emulator::self().products;
+    std::erase_if(products, [=](const Product& product) { return product.group < before_group; });
+    __syncwarp();
+}
+
+inline void mma_commit_group() {
+    ++emulator::self().product_group;
+    const bool at_once = uniform(emulator::random_below(3) == 0);
+    if (at_once) finish_products(emulator::self().product_group);
+}
+
+template <int left, typename... Tiles>
+void mma_async_wait(Tiles&...) {
+    finish_products(emulator::self().product_group - left);
+}
+
+template <typename ST>
+uint8_t* address_in(const ST& tile, int row, int col) {
+    return raw + address_of(tile, row, col / 8 * 8) + col % 8 * 2;
+}
+template <typename T, int rows, int cols>
+float value_in(const st<T, rows, cols>& tile, int row, int col) {
+    uint16_t bits;
+    std::memcpy(&bits, address_in(tile, row, col), sizeof bits);
+    return value_of<T>(bits);
+}
+
+// An element of the left operand, which the four lanes of a row hold in pairs.
+template <typename T>
+float value_in(const std::vector<Product*>& lanes, int row, int col) {
+    const uint32_t word = lanes[row % 8 * 4 + col % 8 / 2]->a[col / 16 * 4 + col % 16 / 8 * 2 + row / 8];
+    return value_of<T>(col % 2 == 0 ? word : word >> 16);
+}
+
+template <typename T, int N, int K, int in_registers>
+void run_mm_ABt(const std::vector<Product*>& lanes, int warp) {
+    const auto& a_shared = *static_cast<const st<T, 64, K>*>(lanes[0]->a_shared);
+    const auto& b = *static_cast<const st<T, N, K>*>(lanes[0]->b);
+    static float d[16][N], a[16][K];
+    for (int row = 0; row < 16; ++row) {
+        for (int k = 0; k < K; ++k) a[row][k] = k < in_registers ? value_in<T>(lanes, row, k) : value_in(a_shared, warp * 16 + row, k);
+    }
+    for (int n = 0; n < N; ++n) {
+        for (int row = 0; row < 16; ++row) d[row][n] = 0;
+        for (int k = 0; k < K; ++k) {
+            const float value = value_in(b, n, k);
+            for (int row = 0; row < 16; ++row) d[row][n] += a[row][k] * value;
+        }
+    }
+    for (int lane = 0; lane < kWarpThreads; ++lane) {
+        for (int i = 0; i < N / 2; ++i) lanes[lane]->d[i] = d[lane / 4 + 8 * row_of(i)][i / 4 * 8 + lane % 4 * 2 + i % 2];
+    }
+}
+
+template <typename T, int N, int K>
+void run_mma_AB(const std::vector<Product*>& lanes, int) {
+    const auto& b = *static_cast<const st<T, K, N>*>(lanes[0]->b);
+    static float d[16][N];
+    std::memset(d, 0, sizeof d);
+    for (int k = 0; k < K; ++k) {
+        float row_of_b[N];
+        for (int n = 0; n < N; ++n) row_of_b[n] = value_in(b, k, n);
+        for (int row = 0; row < 16; ++row) {
+            const float value = value_in<T>(lanes, row, k);
+            for (int n = 0; n < N; ++n) d[row][n] += value * row_of_b[n];
+        }
+    }
+    for (int lane = 0; lane < kWarpThreads; ++lane) {
+        for (int i = 0; i < N / 2; ++i) lanes[lane]->d[i] += d[lane / 4 + 8 * row_of(i)][i / 4 * 8 + lane % 4 * 2 + i % 2];
+    }
+}
+
+template <typename T, int N, int K, int in_registers>
+void mm_ABt(rt_fl<16, N>& d, const rt<T, 16, in_registers>& a, const st<T, 64, K>& a_shared, const st<T, N, K>& b) {
+    emulator::self().products.push_back({run_mm_ABt<T, N, K, in_registers>, d.data, a.data, &a_shared, &b, emulator::self().product_group});
+}
+
+template <typename T, int N, int K>
+void mma_AB(rt_fl<16, N>& d, const rt<T, 16, K>& a, const st<T, K, N>& b) {
+    emulator::self().products.push_back({run_mma_AB<T, N, K>, d.data, a.data, nullptr, &b, emulator::self().product_group});
+}
+
+// Where a word of a lane's fragment is in a tile.
+template <typename ST>
+uint8_t* address_of_word(const ST& tile, int word) {
+    const int lane = emulator::lane();
+    return address_in(tile, warpid() * 16 + lane / 4 + word % 2 * 8, word / 4 * 16 + word % 4 / 2 * 8 + lane % 4 * 2);
+}
+
+template <typename T, int K, int cols>
+void load(rt<T, 16, K>& destination, const st<T, 64, cols>& source) {
+    for (int i = 0; i < K / 4; ++i) std::memcpy(&destination.data[i], address_of_word(source, i), sizeof(uint32_t));
+}
+
+template <typename T, int K>
+void store(st<T, 64, K>& destination, const rt<T, 16, K>& source) {
+    for (int i = 0; i < K / 4; ++i) std::memcpy(address_of_word(destination, i), &source.data[i], sizeof(uint32_t));
+}
+
+}  // namespace warpgroup
+}  // namespace kittens
