@@ -204,8 +204,12 @@ def check_problem(
                     f"grid: expected T·H·W to be {name}'s sequence length {length}, got {grid} with {math.prod(grid)}"
                 )
     problem = Problem.of(q, k, tile, grid, layout, float(softmax_scale), backend)
-    _check_sizes("variable_block_sizes", variable_block_sizes, problem.num_kv_blocks, kv_len, problem.block, q.device)
-    _check_sizes("q_variable_block_sizes", q_variable_block_sizes, problem.num_q_blocks, q_len, problem.block, q.device)
+    for name, sizes, length in (
+        ("variable_block_sizes", variable_block_sizes, kv_len),
+        ("q_variable_block_sizes", q_variable_block_sizes, q_len),
+    ):
+        if sizes is not None:
+            _check_sizes(name, sizes, length, problem, q.device)
     return problem
 
 
@@ -326,12 +330,9 @@ def check_block_size(block_size: int | Sequence[int], *, with_grid: bool) -> tup
     return tile
 
 
-def _check_sizes(
-    name: str, sizes: Tensor | None, num_blocks: int, length: int, block: int, device: torch.device
-) -> None:
-    if sizes is None:
-        return
+def _check_sizes(name: str, sizes: Tensor, length: int, problem: Problem, device: torch.device) -> None:
     _check_tensor(name, sizes, (torch.int32, torch.int64), device)
+    block, num_blocks = problem.block, problem.num_blocks(length)
     if length % block != 0:
         raise ValueError(
             f"{name}: expected a sequence of whole blocks of {block} tokens (padded to full size), got length {length}"
