@@ -66,7 +66,8 @@ static_assert(sizeof(Params) == VSA_PARAMS_BYTES, "the host's description of the
 // An item of work: a group, and whose.
 struct Item {
     Group group;
-    int index;  // of the group
+    Video origin[kConsumers];  // of the boxes of queries
+    int index;                 // of the group
     int batch, head, kv_head;
     int last;  // there is no more work
 };
@@ -132,6 +133,10 @@ __device__ void schedule(const Params& params, SharedStorage& shared) {
         if (laneid() == 0) {
             const int bh = index / params.groups_per_head;
             item.group = params.groups[index];
+#pragma unroll
+            for (int i = 0; i < kConsumers; ++i) {
+                item.origin[i] = origin_of_box(params.queries, max(item.group.q_block[i], 0), item.group.q_box[i]);
+            }
             item.index = index;
             item.batch = bh / params.heads;
             item.head = bh % params.heads;
@@ -342,11 +347,11 @@ struct Rows {
     bool valid[2];
 
     __device__ __forceinline__ Rows(const Params& params, const Item& item, int consumer)
-        : batch(item.batch), head(item.head), block(item.group.q_block[consumer]), bh(int64_t(batch) * params.heads + head) {
+        : batch(item.batch), head(item.head), block(item.group.q_block[consumer]), bh(int64_t(batch) * params.heads + head),
+          origin(item.origin[consumer]) {
         const Order& queries = params.queries;
         const int box = item.group.q_box[consumer];
         const int size = queries.sizes == nullptr ? kBoxTokens : valid_tokens_of_box(queries, block, box);
-        origin = origin_of_box(queries, block, box);
 #pragma unroll
         for (int i = 0; i < 2; ++i) {
             const int row = warpgroup::warpid() * 16 + laneid() / 4 + 8 * i;
@@ -419,8 +424,7 @@ __device__ void consume(const Params& params, SharedStorage& shared, int consume
         if (is_leader) {
             tma::store_async_read_wait();
             tma::expect_bytes(shared.q_full[consumer], box_tile::bytes);
-            const Video origin = origin_of_box(params.queries, item.group.q_block[consumer], item.group.q_box[consumer]);
-            coordinates from = coordinates_of(params.q, item.batch, item.head, origin);
+            coordinates from = coordinates_of(params.q, item.batch, item.head, item.origin[consumer]);
 #pragma unroll
             for (int panel = 0; panel < box_tile::panels; ++panel, from.x[0] += box_tile::panel_cols) {
                 tma::load_async(q_shared.panel(panel), params.q.map, from, shared.q_full[consumer]);
@@ -450,8 +454,10 @@ __device__ void consume(const Params& params, SharedStorage& shared, int consume
             if (rows.exists[i] && laneid() % 4 == 0) params.lse[rows.bh * params.q_len + rows.token[i]] = lse;
         }
         mul_row(out, share);
+        if (!__all_sync(kAllLanes, rows.valid[0] && rows.valid[1])) {
 #pragma unroll
-        for (int i = 0; i < kHeadDim / 2; ++i) out.data[i] = rows.valid[row_of(i)] ? out.data[i] : 0.0f;
+            for (int i = 0; i < kHeadDim / 2; ++i) out.data[i] = rows.valid[row_of(i)] ? out.data[i] : 0.0f;
+        }
         if (params.keep_out_s) {
             store(params.out_s, rows, out, q_shared, barrier);
             if (is_leader) tma::store_async_read_wait();
