@@ -1,11 +1,15 @@
 """The operators as PyTorch sees them: opcheck, torch.compile, CUDA graphs."""
 
+from concurrent.futures import ThreadPoolExecutor
+
 import pytest
 import torch
+import torch.autograd.forward_ad as fwAD
 from problems import Case, Inputs
 from torch import library
 from torch._subclasses import FakeTensorMode
 from torch.fx.experimental.proxy_tensor import make_fx
+from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import vsa_jit
@@ -119,7 +123,9 @@ def test_second_derivative_is_refused():
         dq.sum().backward()
 
 
-def test_shapes_without_data():
+def test_shapes_without_data(monkeypatch):
+    """Whatever backend was asked for: none runs."""
+    monkeypatch.setattr(ops, "backend_for", None)
     q, k = torch.empty(2, 4, 300, 32, device="meta"), torch.empty(2, 2, 500, 32, device="meta")
     assert vsa_jit.video_sparse_attn(q, k, k, topk=2).shape == q.shape
     block_map = torch.empty(4, 5, 8, dtype=torch.bool, device="meta")
@@ -217,8 +223,15 @@ def names_profiled(call) -> list[str]:
 
 
 def names_traced(call) -> list[str]:
-    graph = make_fx(lambda _: call())(torch.zeros(1)).graph
-    return [node.target.name() for node in graph.nodes if str(node.target).startswith("vsa_jit.")]
+    return names_in(make_fx(lambda _: call())(torch.zeros(1)))
+
+
+def names_traced_before_dispatch(call) -> list[str]:
+    return names_in(make_fx(lambda _: call(), pre_dispatch=True)(torch.zeros(1)))
+
+
+def names_in(traced: torch.fx.GraphModule) -> list[str]:
+    return [node.target.name() for node in traced.graph.nodes if str(node.target).startswith("vsa_jit.")]
 
 
 def names_scripted(call) -> list[str]:
@@ -226,7 +239,59 @@ def names_scripted(call) -> list[str]:
     return [node.kind() for node in graph.nodes() if node.kind().startswith("vsa_jit::")]
 
 
-@pytest.mark.parametrize("watch", [names_seen, names_profiled, names_traced, names_scripted])
+def names_profiled_elsewhere(call) -> list[str]:
+    """In a thread that another one profiles."""
+    config = torch._C._profiler._ExperimentalConfig(profile_all_threads=True)
+    with (
+        torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], experimental_config=config) as profile,
+        ThreadPoolExecutor(1) as pool,
+    ):
+        pool.submit(call).result()
+    return [event.name for event in profile.events() if event.name.startswith("vsa_jit::")]
+
+
+class FunctionNames(TorchFunctionMode):
+    """The names of the operators that Python calls."""
+
+    def __init__(self):
+        super().__init__()
+        self.names = []
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        self.names.append(func.name() if isinstance(func, torch._ops.OpOverload) else "")
+        return func(*args, **(kwargs or {}))
+
+
+def names_of_functions(call) -> list[str]:
+    with FunctionNames() as mode:
+        call()
+    return [name for name in mode.names if name.startswith("vsa_jit::")]
+
+
+def names_seen_beside_another_mode(call) -> list[str]:
+    """Modes are of a thread, and a mode that another thread leaves changes nothing."""
+    with ThreadPoolExecutor(1) as pool:
+        other = Names()
+        pool.submit(other.__enter__).result()
+        with Names() as mode:
+            pool.submit(other.__exit__, None, None, None).result()
+            call()
+    return [name for name in mode.names if name.startswith("vsa_jit::")]
+
+
+WATCHES = [
+    names_seen,
+    names_seen_beside_another_mode,
+    names_of_functions,
+    names_profiled,
+    names_profiled_elsewhere,
+    names_traced,
+    names_traced_before_dispatch,
+    names_scripted,
+]
+
+
+@pytest.mark.parametrize("watch", WATCHES)
 @pytest.mark.parametrize("device", DEVICES)
 def test_who_watches_a_call_sees_its_operators(device, watch):
     """Without gradients too, where nobody else needs them."""
@@ -234,7 +299,37 @@ def test_who_watches_a_call_sees_its_operators(device, watch):
     for x in (inputs.q, inputs.k, inputs.v):
         x.requires_grad_(False)
     with torch.no_grad():
-        assert watch(lambda: inputs.video_sparse_attn("auto")) == OPERATORS
+        assert watch(torch.no_grad()(lambda: inputs.video_sparse_attn("auto"))) == OPERATORS
+
+
+def test_who_does_not_watch_does_not_wait_for_the_dispatcher(monkeypatch):
+    inputs = Inputs(Case("unwatched", q_len=200), "cpu", torch.float32)
+    expected = inputs.video_sparse_attn("torch")
+    for operator in (ops.pool_and_select, ops.attend):
+        monkeypatch.setattr(operator, "overload", None)
+    with torch.no_grad():
+        torch.testing.assert_close(inputs.video_sparse_attn("torch"), expected, rtol=0, atol=0)
+    with pytest.raises(TypeError, match="not callable"):
+        inputs.video_sparse_attn("torch")
+
+
+@pytest.mark.parametrize("name", ["q", "gate"])
+def test_a_view_that_pytorch_negates_when_it_is_read(name):
+    inputs = Inputs(Case("lazy", q_len=200, gate="full"), "cpu", torch.float32)
+    x = getattr(inputs, name).detach()
+    with torch.no_grad():
+        setattr(inputs, name, torch._neg_view(x))
+        out = inputs.video_sparse_attn("triton")
+        setattr(inputs, name, -x)
+        torch.testing.assert_close(out, inputs.video_sparse_attn("triton"), rtol=0, atol=0)
+
+
+def test_a_tangent_takes_the_way_of_before():
+    """Forward-mode differentiation is not supported: there is no tangent of the result, with any backend."""
+    inputs = Inputs(Case("dual", q_len=200, gate="full"), "cpu", torch.float32)
+    with torch.no_grad(), fwAD.dual_level():
+        inputs.gate = fwAD.make_dual(inputs.gate.detach(), torch.ones_like(inputs.gate))
+        assert fwAD.unpack_dual(inputs.video_sparse_attn("torch")).tangent is None
 
 
 def test_vmap():

@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, library
-from torch.utils._python_dispatch import is_in_torch_dispatch_mode
+from torch.autograd import forward_ad, profiler
 
 from vsa_jit.backends.choose import backend_for
 from vsa_jit.problem import Operands, Problem, bhsd, empty_like
@@ -33,17 +33,24 @@ def autocast_off(device: torch.device) -> AbstractContextManager:
 
 
 def _only_kernels_see(args: Sequence[Any]) -> bool:
-    """Whether PyTorch has no part in a call: it is not traced, transformed, watched or recorded for gradients."""
+    """Whether PyTorch has no part in a call: nobody traces, transforms or watches it, and no gradient is recorded."""
     if (
         torch.compiler.is_compiling()
-        or is_in_torch_dispatch_mode()
+        or torch._C._len_torch_dispatch_stack() > 0
+        or torch._C._len_torch_function_stack() > 0
         or torch._C._are_functorch_transforms_active()
-        or torch.autograd._profiler_enabled()
+        or forward_ad._current_level >= 0
+        or profiler._is_profiler_enabled
         or torch.jit.is_tracing()
     ):
         return False
     recorded = torch.is_grad_enabled()
-    return all(type(x) in _PLAIN and not (recorded and x.requires_grad) for x in args if isinstance(x, Tensor))
+    return all(_is_memory(x) and not (recorded and x.requires_grad) for x in args if isinstance(x, Tensor))
+
+
+def _is_memory(x: Tensor) -> bool:
+    """Whether the values of a tensor are what its memory holds."""
+    return type(x) in _PLAIN and not (x.is_meta or x.is_neg())
 
 
 class _Operator:

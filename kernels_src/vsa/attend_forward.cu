@@ -142,9 +142,10 @@ __device__ void schedule(const Params& params, SharedStorage& shared) {
             item.head = bh % params.heads;
             item.kv_head = item.head / params.kv_group;
             item.last = last;
-            arrive(shared.item_full[at.index]);
         }
+        // Every lane has seen that the item is free before somebody can free it again.
         __syncwarp();
+        if (laneid() == 0) arrive(shared.item_full[at.index]);
     }
 }
 

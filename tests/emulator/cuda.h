@@ -226,8 +226,10 @@ inline void run_block(int num_threads) {
         const int index = random_below(num_warps);
         if (!finished[index] && random_below(slowness[index]) == 0) {
             bool all = true;
+            // Lanes in another order each time: any odd step meets all of them.
+            const int first = random_below(kWarp), step = 2 * random_below(kWarp / 2) + 1;
             for (int i = 0; i < kWarp && error.empty(); ++i) {
-                Thread& thread = threads[index * kWarp + i];
+                Thread& thread = threads[index * kWarp + (first + i * step) % kWarp];
                 if (!thread.finished) take_turn(thread);
                 all = all && thread.finished;
             }

@@ -270,7 +270,7 @@ def _prepared(
     processors = torch.cuda.get_device_properties(device).multi_processor_count
     fair = heads * problem.num_q_blocks * boxes // processors
     plan_boxes = max(FEWEST_PLAN_BOXES, min(fair, MOST_PLAN_BOXES))
-    # So many rows of the map that no group of a chunk but the last of a head's last has a consumer without work.
+    # Rows by threes: consumers without work are in the last chunk of a head only.
     rows = max(1, min(plan_boxes // boxes, _most_rows(problem)) // CONSUMERS) * CONSUMERS
     chunks = -(-problem.num_q_blocks // rows)
     rows = -(-problem.num_q_blocks // (chunks * CONSUMERS)) * CONSUMERS
