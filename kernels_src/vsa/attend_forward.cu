@@ -455,6 +455,8 @@ __device__ void consume(const Params& params, SharedStorage& shared, int consume
             if (rows.exists[i] && laneid() % 4 == 0) params.lse[rows.bh * params.q_len + rows.token[i]] = lse;
         }
         mul_row(out, share);
+        // The other warps' products may still read Q, whose place the output takes.
+        warpgroup::sync(barrier);
         if (!__all_sync(kAllLanes, rows.valid[0] && rows.valid[1])) {
 #pragma unroll
             for (int i = 0; i < kHeadDim / 2; ++i) out.data[i] = rows.valid[row_of(i)] ? out.data[i] : 0.0f;
