@@ -50,7 +50,8 @@ def _compiled(kernel: Kernel, sources: Path) -> ctypes.CDLL:
     text.write_text(ENTRY.format(source=kernel.source, entry=kernel.entry))
     options = ("-std=c++20", "-O2", "-w", "-U_FORTIFY_SOURCE", "-fno-strict-aliasing", "-fPIC", "-shared")
     command = ["g++", *options, f"-I{EMULATOR}", f"-I{sources}", *kernel.macros, "-o", library, text]
-    subprocess.run(command, check=True, capture_output=True, text=True)
+    run = subprocess.run(command, capture_output=True, text=True)
+    assert run.returncode == 0, run.stderr
     loaded = ctypes.CDLL(str(library))
     loaded.run.restype = ctypes.c_char_p
     loaded.run.argtypes = (ctypes.c_int, ctypes.c_int, ctypes.c_uint64, ctypes.c_void_p)
