@@ -123,6 +123,7 @@ def test_a_key_block_that_does_not_exist_spoils_its_rows_only(monkeypatch, block
     torch.testing.assert_close(lse[~rows], good_lse[~rows], rtol=1e-5, atol=1e-5)
 
 
+# Texts of the forward kernel, each with what takes its place.
 BREAKS = {
     "warps of an idle consumer run ahead": (
         "            warpgroup::sync(barrier);\n            arrive(shared.item_empty[at.index]);\n",
@@ -136,6 +137,26 @@ BREAKS = {
         "            warpgroup::mma_async_wait<0>(out);\n            release(shared.v_empty[before.v_stage]);\n",
         "            release(shared.v_empty[before.v_stage]);\n            warpgroup::mma_async_wait<0>(out);\n",
     ),
+    "the output is written over Q too early": (
+        "        warpgroup::sync(barrier);\n        if (!__all_sync",
+        "        if (!__all_sync",
+    ),
+    "an item is told before it is written": (
+        "        if (laneid() == 0) {\n            const int bh",
+        "        if (laneid() == 0) {\n            arrive(shared.item_full[at.index]);\n            const int bh",
+        "        if (laneid() == 0) arrive(shared.item_full[at.index]);\n",
+        "",
+    ),
+    "a ticket is told before it is written": (
+        "if (kIsK) ticket.k = code",
+        "arrive(shared.queue_full[j][entry]); if (kIsK) ticket.k = code",
+        "                        arrive(shared.queue_full[j][entry]);\n",
+        "",
+    ),
+    "a thread block ends before its outputs are stored": (
+        "    if (is_leader) tma::store_async_read_wait();\n}",
+        "}",
+    ),
     "Q is loaded over an output on its way": (
         "        if (is_leader) {\n            tma::store_async_read_wait();\n",
         "        if (is_leader) {\n",
@@ -146,11 +167,13 @@ BREAKS = {
 @pytest.mark.parametrize("name", BREAKS)
 def test_the_emulator_finds(monkeypatch, tmp_path, name):
     """Each of these mistakes, in some of its runs."""
-    text, broken = BREAKS[name]
     shutil.copytree(kernels_dir(), tmp_path / "src")
     file = tmp_path / "src/vsa/attend_forward.cu"
-    assert file.read_text().count(text) == 1
-    file.write_text(file.read_text().replace(text, broken))
+    source = file.read_text()
+    for text, broken in zip(BREAKS[name][::2], BREAKS[name][1::2], strict=True):
+        assert source.count(text) == 1
+        source = source.replace(text, broken)
+    file.write_text(source)
     # The third consumer has rows in every other group.
     inputs = Inputs(Case("broken", q_len=320, kv_len=1000, heads=6, head_dim=64), "cpu", torch.bfloat16)
     idx, num, _ = inputs.uneven_indices()

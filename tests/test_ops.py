@@ -8,6 +8,7 @@ import torch.autograd.forward_ad as fwAD
 from problems import Case, Inputs
 from torch import library
 from torch._subclasses import FakeTensorMode
+from torch.autograd import profiler_legacy
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -239,6 +240,12 @@ def names_scripted(call) -> list[str]:
     return [node.kind() for node in graph.nodes() if node.kind().startswith("vsa_jit::")]
 
 
+def names_profiled_as_before(call) -> list[str]:
+    with profiler_legacy.profile() as profile:
+        call()
+    return [event.name for event in profile.function_events if event.name.startswith("vsa_jit::")]
+
+
 def names_profiled_elsewhere(call) -> list[str]:
     """In a thread that another one profiles."""
     config = torch._C._profiler._ExperimentalConfig(profile_all_threads=True)
@@ -284,6 +291,7 @@ WATCHES = [
     names_seen_beside_another_mode,
     names_of_functions,
     names_profiled,
+    names_profiled_as_before,
     names_profiled_elsewhere,
     names_traced,
     names_traced_before_dispatch,
@@ -322,6 +330,16 @@ def test_a_view_that_pytorch_negates_when_it_is_read(name):
         out = inputs.video_sparse_attn("triton")
         setattr(inputs, name, -x)
         torch.testing.assert_close(out, inputs.video_sparse_attn("triton"), rtol=0, atol=0)
+
+
+def test_gradients_of_several_results_at_once():
+    """PyTorch maps the backward by an older kind of vmap."""
+    inputs = Inputs(Case("batched", q_len=200), "cpu", torch.float32)
+    out = inputs.video_sparse_attn("torch")
+    grads = torch.randn(2, *out.shape)
+    together = torch.autograd.grad(out, inputs.q, grads, is_grads_batched=True, retain_graph=True)[0]
+    apart = [torch.autograd.grad(out, inputs.q, grad, retain_graph=True)[0] for grad in grads]
+    torch.testing.assert_close(together, torch.stack(apart))
 
 
 def test_a_tangent_takes_the_way_of_before():

@@ -5,6 +5,7 @@ and the backend asked for. Which backend runs is decided when the operator runs,
 """
 
 import functools
+import operator
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
@@ -41,6 +42,7 @@ def _only_kernels_see(args: Sequence[Any]) -> bool:
         or torch._C._are_functorch_transforms_active()
         or forward_ad._current_level >= 0
         or profiler._is_profiler_enabled
+        or torch.autograd._profiler_enabled()
         or torch.jit.is_tracing()
     ):
         return False
@@ -48,9 +50,16 @@ def _only_kernels_see(args: Sequence[Any]) -> bool:
     return all(_is_memory(x) and not (recorded and x.requires_grad) for x in args if isinstance(x, Tensor))
 
 
+@functools.cache
+def _keys_of_memory() -> int:
+    """Of PyTorch's dispatch keys those that a tensor has whose values are what its memory holds."""
+    names = ("CPU", "CUDA", "ADInplaceOrView", "AutogradCPU", "AutogradCUDA", "AutocastCPU", "AutocastCUDA")
+    keys = (torch._C.DispatchKeySet(getattr(torch._C.DispatchKey, name)).raw_repr() for name in names)
+    return functools.reduce(operator.or_, keys)
+
+
 def _is_memory(x: Tensor) -> bool:
-    """Whether the values of a tensor are what its memory holds."""
-    return type(x) in _PLAIN and not (x.is_meta or x.is_neg())
+    return type(x) in _PLAIN and not torch._C._dispatch_keys(x).raw_repr() & ~_keys_of_memory()
 
 
 class _Operator:
@@ -77,12 +86,12 @@ class _Operator:
         return self._run(*args) if _only_kernels_see(args) else self.overload(*args)
 
 
-def _fake(operator: _Operator) -> Callable:
-    return library.register_fake(operator.overload, lib=_LIBRARY)
+def _fake(op: _Operator) -> Callable:
+    return library.register_fake(op.overload, lib=_LIBRARY)
 
 
-def _autograd(operator: _Operator, backward: Callable, setup_context: Callable | None = None) -> None:
-    library.register_autograd(operator.overload, backward, setup_context=setup_context, lib=_LIBRARY)
+def _autograd(op: _Operator, backward: Callable, setup_context: Callable | None = None) -> None:
+    library.register_autograd(op.overload, backward, setup_context=setup_context, lib=_LIBRARY)
 
 
 def _refuse_second_derivative(ctx: Any, *grads: Tensor) -> None:

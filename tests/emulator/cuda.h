@@ -185,15 +185,11 @@ inline void finish_load(size_t i) {
     ++progress;
 }
 
-// Stores of earlier groups, all or until the first.
-inline void finish_stores(Thread& thread, int before_group, bool all) {
-    for (size_t i = 0; i < thread.stores.size();) {
-        if (thread.stores[i].group >= before_group) {
-            ++i;
-            continue;
-        }
-        thread.stores[i].run();
-        thread.stores.erase(thread.stores.begin() + i);
+// Stores that were committed, all or one.
+inline void finish_stores(Thread& thread, bool all) {
+    while (!thread.stores.empty() && thread.stores[0].group < thread.store_group) {
+        thread.stores[0].run();
+        thread.stores.erase(thread.stores.begin());
         if (!all) return;
     }
 }
@@ -212,8 +208,9 @@ inline void run_block(int num_threads) {
         thread.start.uc_stack.ss_size = kStackBytes;
         makecontext(&thread.start, run_thread, 0);
     }
-    // A warp, or the copies, take one of so many of their turns.
+    // A warp, or the copies, take one of so many of their turns; of some warps one lane is behind.
     std::vector<uint32_t> slowness(num_warps, 1);
+    std::vector<int> late_lane(num_warps);
     uint32_t slowness_of_loads = 1;
     std::vector<bool> finished(num_warps);
     uint64_t before = progress;
@@ -221,6 +218,7 @@ inline void run_block(int num_threads) {
         if (same <= 0) {
             same = 200 + random_below(8000);
             for (uint32_t& slow : slowness) slow = random_below(4) > 0 ? 1 : random_below(2) > 0 ? 20 : 200;
+            for (int& lane : late_lane) lane = random_below(4) == 0 ? int(random_below(kWarp)) : -1;
             slowness_of_loads = 1u << random_below(9);
         }
         const int index = random_below(num_warps);
@@ -229,8 +227,9 @@ inline void run_block(int num_threads) {
             // Lanes in another order each time: any odd step meets all of them.
             const int first = random_below(kWarp), step = 2 * random_below(kWarp / 2) + 1;
             for (int i = 0; i < kWarp && error.empty(); ++i) {
-                Thread& thread = threads[index * kWarp + (first + i * step) % kWarp];
-                if (!thread.finished) take_turn(thread);
+                const int lane = (first + i * step) % kWarp;
+                Thread& thread = threads[index * kWarp + lane];
+                if (!thread.finished && (lane != late_lane[index] || random_below(20) == 0)) take_turn(thread);
                 all = all && thread.finished;
             }
             finished[index] = all;
@@ -238,7 +237,7 @@ inline void run_block(int num_threads) {
         }
         if (!loads.empty() && random_below(slowness_of_loads) == 0) finish_load(random_below(loads.size()));
         Thread& storing = threads[random_below(num_warps) * kWarp];
-        if (random_below(16) == 0) finish_stores(storing, storing.store_group, false);
+        if (random_below(16) == 0) finish_stores(storing, false);
         idle = progress == before ? idle + 1 : 0;
         before = progress;
         if (idle > kPatience) {
@@ -248,8 +247,8 @@ inline void run_block(int num_threads) {
     }
     if (error.empty() && !loads.empty()) error = "copies to shared memory end after their thread block";
     loads.clear();
-    for (Thread& thread : threads) {
-        if (error.empty()) finish_stores(thread, thread.store_group + 1, true);
+    for (const Thread& thread : threads) {
+        if (error.empty() && !thread.stores.empty()) error = "copies from shared memory end after their thread block";
     }
 }
 

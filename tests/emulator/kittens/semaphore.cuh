@@ -38,6 +38,8 @@ inline void arrive(semaphore& sem, int count = 1) {
     if (sem.missing < count) emulator::fail("more arrivals at a semaphore than it expects");
     sem.missing -= count;
     end_phase_if_complete(sem);
+    // Others may see it before this thread's next instruction.
+    while (emulator::random_below(4) == 0) emulator::yield();
 }
 
 inline void add_bytes(semaphore& sem, int bytes) {

@@ -78,7 +78,7 @@ inline void store_async(const tensor_map& map, const coordinates& at, const void
 
 inline void fence_before_store() {}
 inline void store_commit_group() { ++emulator::self().store_group; }
-inline void store_async_read_wait() { emulator::finish_stores(emulator::self(), emulator::self().store_group, true); }
+inline void store_async_read_wait() { emulator::finish_stores(emulator::self(), true); }
 
 }  // namespace tma
 }  // namespace kittens
