@@ -169,6 +169,22 @@ class Inputs:
         idx = idx.masked_fill(~used, 2**31 - 1)
         return idx.to(self.device), num.to(self.device), block_map
 
+    def check_forward(self, out: Tensor, lse: Tensor, block_map: Tensor) -> None:
+        """Checks the output, [B, H, S_q, D], and the statistics of a map against dense attention."""
+        mask = self.mask(block_map)
+
+        def dense(compute_dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+            tensors = self.clean(compute_dtype)
+            with torch.no_grad():
+                return ref.attention(tensors["q"], tensors["k"], tensors["v"], mask, self.scale)
+
+        plain, expected = dense(self.dtype), dense(torch.float32)
+        ref.assert_close("out", out, expected[0], plain[0])
+        ref.assert_close("lse", lse, expected[1], plain[1])
+        assert torch.equal(lse.isneginf(), expected[1].isneginf())
+        padding = out[:, :, ~self.q_valid.to(self.device)]
+        assert torch.equal(padding, torch.zeros_like(padding))
+
     def expected(self, dtype: torch.dtype, block_map: Tensor) -> dict[str, Tensor]:
         """Output and gradients of ``video_sparse_attn`` with this map, computed densely in a dtype."""
         tensors = self.clean(dtype)

@@ -5,14 +5,13 @@ from dataclasses import replace
 
 import emulate
 import pytest
-import reference as ref
 import torch
 from problems import Case, Inputs
-from test_sm90 import check_means
+from test_sm90 import check_means, problem_of
 
 from vsa_jit.backends.sm90 import forward, means
 from vsa_jit.jit.source import kernels_dir
-from vsa_jit.problem import Operands, Problem
+from vsa_jit.problem import Operands
 
 pytestmark = emulate.NEEDS_COMPILER
 
@@ -33,11 +32,6 @@ CASES = [
 KINDS = [(torch.bfloat16, 128, 1), (torch.float16, 64, 200)]
 
 
-def problem_of(inputs: Inputs) -> Problem:
-    case = inputs.case
-    return Problem.of(inputs.q, inputs.k, case.tile, case.grid, case.layout, inputs.scale, "auto")
-
-
 def operands_of(inputs: Inputs, idx: torch.Tensor, num: torch.Tensor) -> Operands:
     q_sizes = inputs.sizes if inputs.q.shape == inputs.k.shape else None
     q, k, v = (x.detach() for x in (inputs.q, inputs.k, inputs.v))
@@ -51,19 +45,7 @@ def test_forward(monkeypatch, case, dtype, head_dim, processors):
     inputs = Inputs(replace(case, head_dim=head_dim), "cpu", dtype)
     idx, num, block_map = inputs.uneven_indices()
     out, lse, _ = forward.forward(problem_of(inputs), operands_of(inputs, idx, num), False)
-    mask = inputs.mask(block_map)
-
-    def dense(compute_dtype):
-        tensors = inputs.clean(compute_dtype)
-        return ref.attention(tensors["q"], tensors["k"], tensors["v"], mask, inputs.scale)
-
-    plain, expected = dense(dtype), dense(torch.float32)
-    out = inputs.bhsd(out)
-    ref.assert_close("out", out, expected[0], plain[0])
-    ref.assert_close("lse", lse, expected[1], plain[1])
-    assert torch.equal(lse.isneginf(), expected[1].isneginf())
-    padding = out[:, :, ~inputs.q_valid]
-    assert torch.equal(padding, torch.zeros_like(padding))
+    inputs.check_forward(inputs.bhsd(out), lse, block_map)
 
 
 @pytest.mark.parametrize("gate", ["full", "per channel", 0.5])

@@ -203,7 +203,8 @@ def check_problem(
                 raise ValueError(
                     f"grid: expected T·H·W to be {name}'s sequence length {length}, got {grid} with {math.prod(grid)}"
                 )
-    problem = Problem.of(q, k, tile, grid, layout, float(softmax_scale), backend)
+    scale = float(softmax_scale)
+    problem = Problem(batch, heads, kv_heads, q_len, kv_len, head_dim, tile, grid, layout, scale, backend)
     for name, sizes, length in (
         ("variable_block_sizes", variable_block_sizes, kv_len),
         ("q_variable_block_sizes", q_variable_block_sizes, q_len),

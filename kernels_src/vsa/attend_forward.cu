@@ -122,6 +122,15 @@ __device__ __forceinline__ coordinates coordinates_of(const Tensor& tensor, int 
     return {{tensor.steps.channel(batch, head), at.w, at.h, at.t, tensor.steps.outer(batch, head)}};
 }
 
+// Starts the load of a box of tokens.
+__device__ __forceinline__ void load_box(box_tile& tile, const Tensor& tensor, coordinates from, semaphore& full) {
+    tma::expect_bytes(full, box_tile::bytes);
+#pragma unroll
+    for (int panel = 0; panel < box_tile::panels; ++panel, from.x[0] += box_tile::panel_cols) {
+        tma::load_async(tile.panel(panel), tensor.map, from, full);
+    }
+}
+
 __device__ void schedule(const Params& params, SharedStorage& shared) {
     for (int round = 0, last = 0; !last; ++round) {
         const Place<kItems> at(round);
@@ -207,13 +216,8 @@ __device__ void load(const Params& params, SharedStorage& shared) {
                     const int absent = kConsumers - __popc(members);
                     wait(empty, at.phase ^ 1);
                     if (absent > 0) arrive(empty, absent * kWarpgroupWarps);
-                    tma::expect_bytes(full, box_tile::bytes);
                     if (!kIsK) shared.valid[at.index] = own.valid;
-                    coordinates from = {{start.x[0], own.w, own.h, own.t(), start.x[4]}};
-#pragma unroll
-                    for (int panel = 0; panel < box_tile::panels; ++panel, from.x[0] += box_tile::panel_cols) {
-                        tma::load_async(stage.panel(panel), tensor.map, from, full);
-                    }
+                    load_box(stage, tensor, {{start.x[0], own.w, own.h, own.t(), start.x[4]}}, full);
 #pragma unroll
                     for (int j = 0; j < kConsumers; ++j) {
                         if (!(members >> j & 1)) continue;
@@ -424,12 +428,8 @@ __device__ void consume(const Params& params, SharedStorage& shared, int consume
 
         if (is_leader) {
             tma::store_async_read_wait();
-            tma::expect_bytes(shared.q_full[consumer], box_tile::bytes);
-            coordinates from = coordinates_of(params.q, item.batch, item.head, item.origin[consumer]);
-#pragma unroll
-            for (int panel = 0; panel < box_tile::panels; ++panel, from.x[0] += box_tile::panel_cols) {
-                tma::load_async(q_shared.panel(panel), params.q.map, from, shared.q_full[consumer]);
-            }
+            const coordinates from = coordinates_of(params.q, item.batch, item.head, item.origin[consumer]);
+            load_box(q_shared, params.q, from, shared.q_full[consumer]);
         }
         wait(shared.q_full[consumer], round % 2);
         q_fragment q;

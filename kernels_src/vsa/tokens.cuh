@@ -50,13 +50,10 @@ struct Order {
     const void* sizes;  // valid tokens of each block, which come first in it, or null
 };
 
-__device__ __forceinline__ int valid_tokens_of_block(const Order& order, int block) {
-    return size_of_block(order.sizes, order.sizes_are_64_bit, block, order.boxes * kBoxTokens);
-}
-
 // Valid tokens of a box where blocks have sizes.
 __device__ __forceinline__ int valid_tokens_of_box(const Order& order, int block, int box) {
-    return max(0, min(valid_tokens_of_block(order, block) - box * kBoxTokens, kBoxTokens));
+    const int size = size_of_block(order.sizes, order.sizes_are_64_bit, block, order.boxes * kBoxTokens);
+    return max(0, min(size - box * kBoxTokens, kBoxTokens));
 }
 
 __device__ __forceinline__ Video position_in(const Divisor& width, const Divisor& height, int index) {
