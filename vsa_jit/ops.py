@@ -46,20 +46,22 @@ def _only_kernels_see(args: Sequence[Any]) -> bool:
         or torch.jit.is_tracing()
     ):
         return False
-    recorded = torch.is_grad_enabled()
-    return all(_is_memory(x) and not (recorded and x.requires_grad) for x in args if isinstance(x, Tensor))
+    recorded, others = torch.is_grad_enabled(), _keys_of_others()
+    # A loop, which is quicker than a generator: this runs at every call.
+    for x in args:
+        if isinstance(x, Tensor) and (
+            type(x) not in _PLAIN or torch._C._dispatch_keys(x).raw_repr() & others or (recorded and x.requires_grad)
+        ):
+            return False
+    return True
 
 
 @functools.cache
-def _keys_of_memory() -> int:
-    """Of PyTorch's dispatch keys those that a tensor has whose values are what its memory holds."""
+def _keys_of_others() -> int:
+    """PyTorch's dispatch keys but those of a tensor whose values are what its memory holds."""
     names = ("CPU", "CUDA", "ADInplaceOrView", "AutogradCPU", "AutogradCUDA", "AutocastCPU", "AutocastCUDA")
     keys = (torch._C.DispatchKeySet(getattr(torch._C.DispatchKey, name)).raw_repr() for name in names)
-    return functools.reduce(operator.or_, keys)
-
-
-def _is_memory(x: Tensor) -> bool:
-    return type(x) in _PLAIN and not torch._C._dispatch_keys(x).raw_repr() & ~_keys_of_memory()
+    return ~functools.reduce(operator.or_, keys)
 
 
 class _Operator:
