@@ -140,12 +140,12 @@ BREAKS = {
         "}",
     ),
     "lanes of a loader do not wait for each other": (
-        "                wait(empty, turn.phase ^ 1);\n                __syncwarp();\n",
-        "                wait(empty, turn.phase ^ 1);\n",
+        "                wait(empty, at.phase ^ 1);\n                __syncwarp();\n",
+        "                wait(empty, at.phase ^ 1);\n",
     ),
     "Q is loaded over an output on its way": (
-        "        } else if (is_leader) {\n            tma::store_async_read_wait();\n",
-        "        } else if (is_leader) {\n",
+        "        if (is_leader) {\n            tma::store_async_read_wait();\n",
+        "        if (is_leader) {\n",
     ),
 }
 

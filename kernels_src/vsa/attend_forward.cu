@@ -204,24 +204,22 @@ __device__ void load(const Params& params, SharedStorage& shared) {
             queued &= 0x01010101u * (kQueue - 1);
 
             // Then they load theirs in turn.
-            const Place<kStages> at(loaded + lane);
-            semaphore& full = (kIsK ? shared.k_full : shared.v_full)[at.index];
-            box_tile& stage = (kIsK ? shared.k : shared.v)[at.index];
-            uint8_t code = at.index | at.phase << PackedTicket::kPhaseShift;
-            if (kIsK) code |= (own.valid != KeyTile::kWhole) << PackedTicket::kPartialShift;
 #pragma unroll 1
             for (int i = 0; i < count; ++i, ++loaded) {
                 // All of them wait: it also tells each that the consumers are done with the entries of the queues. And nobody
                 // goes on before all have seen it, since the stage may be free once more then, in the other phase.
-                const Place<kStages> turn(loaded);
-                semaphore& empty = (kIsK ? shared.k_empty : shared.v_empty)[turn.index];
-                wait(empty, turn.phase ^ 1);
+                const Place<kStages> at(loaded);
+                semaphore& empty = (kIsK ? shared.k_empty : shared.v_empty)[at.index];
+                wait(empty, at.phase ^ 1);
                 __syncwarp();
                 if (lane == i) {
                     const int absent = kConsumers - __popc(members);
                     if (absent > 0) arrive(empty, absent * kWarpgroupWarps);
                     if (!kIsK) shared.valid[at.index] = own.valid;
-                    load_box(stage, tensor, {{start.x[0], own.w, own.h, own.t(), start.x[4]}}, full);
+                    load_box((kIsK ? shared.k : shared.v)[at.index], tensor, {{start.x[0], own.w, own.h, own.t(), start.x[4]}},
+                             (kIsK ? shared.k_full : shared.v_full)[at.index]);
+                    uint8_t code = at.index | at.phase << PackedTicket::kPhaseShift;
+                    if (kIsK) code |= (own.valid != KeyTile::kWhole) << PackedTicket::kPartialShift;
 #pragma unroll
                     for (int j = 0; j < kConsumers; ++j) {
                         if (!(members >> j & 1)) continue;
@@ -420,22 +418,21 @@ __device__ void consume(const Params& params, SharedStorage& shared, int consume
         const Item& item = shared.items[at.index];
         wait(shared.item_full[at.index], at.phase);
         if (item.last) break;
-        const bool is_idle = item.group.q_block[consumer] < 0;
-        if (is_leader && is_idle) {
-            // A phase without a load, so that the round tells the phase.
-            arrive(shared.q_full[consumer]);
-        } else if (is_leader) {
+        if (item.group.q_block[consumer] < 0) {
+            // A phase without a load, so that the round tells the phase. No warp may get ahead of another by two.
+            if (is_leader) arrive(shared.q_full[consumer]);
+            wait(shared.q_full[consumer], round % 2);
+            warpgroup::sync(barrier);
+            arrive(shared.item_empty[at.index]);
+            continue;
+        }
+
+        if (is_leader) {
             tma::store_async_read_wait();
             const coordinates from = coordinates_of(params.q, item.batch, item.head, item.origin[consumer]);
             load_box(q_shared, params.q, from, shared.q_full[consumer]);
         }
         wait(shared.q_full[consumer], round % 2);
-        if (is_idle) {
-            // No warp may get ahead of another by two phases.
-            warpgroup::sync(barrier);
-            arrive(shared.item_empty[at.index]);
-            continue;
-        }
         q_fragment q;
         warpgroup::load(q, q_shared);
         o_fragment out;
