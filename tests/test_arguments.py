@@ -206,37 +206,37 @@ def test_gate(gate, error, message):
         vsa_jit.video_sparse_attn(**qkv(), topk=2, compress_attn_weight=gate)
 
 
-@pytest.mark.parametrize(
-    ("changes", "error", "message"),
-    [
-        (
-            {"q2k_idx": torch.zeros(B, H, BLOCKS, 2)},
-            TypeError,
-            "q2k_idx: expected dtype torch.int32, got torch.float32",
-        ),
-        (
-            {"q2k_idx": torch.zeros(B, H, BLOCKS, 2, dtype=torch.int64)},
-            TypeError,
-            "q2k_idx: expected dtype torch.int32, got torch.int64",
-        ),
-        (
-            {"q2k_idx": torch.zeros(B, H, BLOCKS + 1, 2, dtype=torch.int32)},
-            ValueError,
-            r"q2k_idx: expected shape \(1, 2, 4, m\) for any m, got \(1, 2, 5, 2\)",
-        ),
-        ({"q2k_num": torch.ones(B, H, BLOCKS)}, TypeError, "q2k_num: expected dtype torch.int32, got torch.float32"),
-        (
-            {"q2k_num": torch.ones(H, BLOCKS, dtype=torch.int32)},
-            ValueError,
-            r"q2k_num: expected shape \(1, 2, 4\), got \(2, 4\)",
-        ),
-        (
-            {"q2k_num": torch.ones(B, H, BLOCKS, dtype=torch.int32, device="meta")},
-            ValueError,
-            "q2k_num: expected q's device cpu, got meta",
-        ),
-    ],
-)
+WRONG_INDICES = [
+    (
+        {"q2k_idx": torch.zeros(B, H, BLOCKS, 2)},
+        TypeError,
+        "q2k_idx: expected dtype torch.int32, got torch.float32",
+    ),
+    (
+        {"q2k_idx": torch.zeros(B, H, BLOCKS, 2, dtype=torch.int64)},
+        TypeError,
+        "q2k_idx: expected dtype torch.int32, got torch.int64",
+    ),
+    (
+        {"q2k_idx": torch.zeros(B, H, BLOCKS + 1, 2, dtype=torch.int32)},
+        ValueError,
+        r"q2k_idx: expected shape \(1, 2, 4, m\) for any m, got \(1, 2, 5, 2\)",
+    ),
+    ({"q2k_num": torch.ones(B, H, BLOCKS)}, TypeError, "q2k_num: expected dtype torch.int32, got torch.float32"),
+    (
+        {"q2k_num": torch.ones(H, BLOCKS, dtype=torch.int32)},
+        ValueError,
+        r"q2k_num: expected shape \(1, 2, 4\), got \(2, 4\)",
+    ),
+    (
+        {"q2k_num": torch.ones(B, H, BLOCKS, dtype=torch.int32, device="meta")},
+        ValueError,
+        "q2k_num: expected q's device cpu, got meta",
+    ),
+]
+
+
+@pytest.mark.parametrize(("changes", "error", "message"), WRONG_INDICES)
 def test_indices(changes, error, message):
     with pytest.raises(error, match=message):
         vsa_jit.block_sparse_attn_from_indices(**qkv(), **indices(**changes))

@@ -10,8 +10,10 @@ from torch import Tensor
 
 from vsa_jit import coarse, ops
 from vsa_jit.backends.choose import NAMES, Choice, choose
+from vsa_jit.lookalikes import LookAlikes
 from vsa_jit.names import check_name
 from vsa_jit.problem import (
+    Operands,
     Problem,
     check_block_map,
     check_gate,
@@ -19,6 +21,9 @@ from vsa_jit.problem import (
     check_problem,
     check_topk,
 )
+
+# Of ``block_sparse_attn_from_indices``.
+_plain_calls: LookAlikes[ops.PlainCall] = LookAlikes()
 
 
 def video_sparse_attn(
@@ -160,6 +165,15 @@ def block_sparse_attn_from_indices(
     Returns:
         ``(out, lse)``, as ``block_sparse_attn``.
     """
+    # A call that looks like an earlier one is not checked again: that would take longer than its launches.
+    settings = (block_size, grid, layout, softmax_scale, backend, variable_block_sizes is None)
+    tensors = [q, k, v, q2k_idx, q2k_num]
+    tensors += [x for x in (variable_block_sizes, q_variable_block_sizes) if x is not None]
+    call = _plain_calls.find(settings, tensors) if ops.nobody_watches() else None
+    if call is not None:
+        q_sizes, kv_sizes = _sizes(call.problem, variable_block_sizes, q_variable_block_sizes)
+        return call.attend(Operands(q, k, v, q2k_idx, q2k_num, q_sizes, kv_sizes, None, None, 0.0))
+
     problem, q_sizes, kv_sizes = _check(
         q,
         k,
@@ -173,6 +187,9 @@ def block_sparse_attn_from_indices(
         backend=backend,
     )
     check_indices(q2k_idx, q2k_num, problem, q.device)
+    call = ops.PlainCall.of(problem, tensors)
+    if call is not None:
+        _plain_calls.keep(settings, tensors, call)
     return _attend(problem, q, k, v, q2k_idx, q2k_num, q_sizes, kv_sizes, None, 0.0)
 
 
@@ -279,12 +296,18 @@ def _check(
         variable_block_sizes=variable_block_sizes,
         q_variable_block_sizes=q_variable_block_sizes,
     )
+    return problem, *_sizes(problem, variable_block_sizes, q_variable_block_sizes)
+
+
+def _sizes(
+    problem: Problem, variable_block_sizes: Tensor | None, q_variable_block_sizes: Tensor | None
+) -> tuple[Tensor | None, Tensor | None]:
+    """The sizes of query and of key blocks."""
     if q_variable_block_sizes is None and problem.q_len == problem.kv_len:
         q_variable_block_sizes = variable_block_sizes
-    q_sizes, kv_sizes = (
-        None if sizes is None else sizes.contiguous() for sizes in (q_variable_block_sizes, variable_block_sizes)
-    )
-    return problem, q_sizes, kv_sizes
+    kv_sizes = None if variable_block_sizes is None else variable_block_sizes.contiguous()
+    q_sizes = None if q_variable_block_sizes is None else q_variable_block_sizes.contiguous()
+    return q_sizes, kv_sizes
 
 
 def _attend(

@@ -8,7 +8,7 @@ import functools
 import operator
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, library
@@ -28,14 +28,16 @@ _LIBRARY = library.Library("vsa_jit", "DEF")
 
 def autocast_off(device: torch.device) -> AbstractContextManager:
     """Where autocast is on for a device, turns it off."""
-    if device.type == "meta" or not torch.is_autocast_enabled(device.type):
-        return nullcontext()
-    return torch.autocast(device.type, enabled=False)
+    return torch.autocast(device.type, enabled=False) if _is_autocast_on(device) else nullcontext()
 
 
-def _only_kernels_see(args: Sequence[Any]) -> bool:
-    """Whether PyTorch has no part in a call: nobody traces, transforms or watches it, and no gradient is recorded."""
-    if (
+def _is_autocast_on(device: torch.device) -> bool:
+    return device.type != "meta" and torch.is_autocast_enabled(device.type)
+
+
+def nobody_watches() -> bool:
+    """Whether nobody traces, transforms or watches what this thread does."""
+    return not (
         torch.compiler.is_compiling()
         or torch._C._len_torch_dispatch_stack() > 0
         or torch._C._len_torch_function_stack() > 0
@@ -44,8 +46,11 @@ def _only_kernels_see(args: Sequence[Any]) -> bool:
         or profiler._is_profiler_enabled
         or torch.autograd._profiler_enabled()
         or torch.jit.is_tracing()
-    ):
-        return False
+    )
+
+
+def _are_plain(args: Sequence[Any]) -> bool:
+    """Whether the tensors among arguments are what their memory holds, and no gradient is recorded for them."""
     recorded, others = torch.is_grad_enabled(), _keys_of_others()
     # A loop, which is quicker than a generator: this runs at every call.
     for x in args:
@@ -85,7 +90,7 @@ class _Operator:
             return self._function(*args)
 
     def __call__(self, *args: Any) -> Any:
-        return self._run(*args) if _only_kernels_see(args) else self.overload(*args)
+        return self._run(*args) if nobody_watches() and _are_plain(args) else self.overload(*args)
 
 
 def _fake(op: _Operator) -> Callable:
@@ -257,8 +262,31 @@ def attend(
     """
     problem = Problem.of(q, k, tile, grid, layout, softmax_scale, backend)
     operands = Operands(q, k, v, q2k_idx, q2k_num, q_sizes, kv_sizes, out_c, gate, gate_value)
-    out, lse, out_s = backend_for(problem, q, k, v).forward(problem, operands, keep_out_s)
+    out, lse, out_s = _forward(problem, operands, keep_out_s)
     return out, lse, q.new_empty(0) if out_s is None else out_s
+
+
+def _forward(problem: Problem, operands: Operands, keep_out_s: bool) -> tuple[Tensor, Tensor, Tensor | None]:
+    return backend_for(problem, *operands[:3]).forward(problem, operands, keep_out_s)
+
+
+class PlainCall(NamedTuple):
+    """A call that only kernels have to see, as those that look like it have, while nobody watches."""
+
+    problem: Problem
+    autocast: bool  # is on: not so for calls that look like it
+
+    @classmethod
+    def of(cls, problem: Problem, tensors: Sequence[Tensor]) -> "PlainCall | None":
+        """None where somebody else has to see the call."""
+        return cls(problem, _is_autocast_on(tensors[0].device)) if nobody_watches() and _are_plain(tensors) else None
+
+    def attend(self, operands: Operands) -> tuple[Tensor, Tensor]:
+        """The operator of that name, past PyTorch, without the coarse output: ``(out, lse)``."""
+        if self.autocast:
+            with autocast_off(operands.q.device):
+                return _forward(self.problem, operands, False)[:2]
+        return _forward(self.problem, operands, False)[:2]
 
 
 @_fake(attend)

@@ -23,7 +23,6 @@ from vsa_jit.names import check_name
 from vsa_jit.problem import Gradients, Operands, Problem
 
 ENVIRONMENT_VARIABLE = "VSA_JIT_BACKEND"
-_DECIDING_VARIABLES = (ENVIRONMENT_VARIABLE, "VSA_JIT_ENGINE", "TRITON_INTERPRET")
 _MOST_CHOSEN = 4096
 OLDEST_TRITON_CAPABILITY = (8, 0)
 HOPPER_CAPABILITY = (9, 0)
@@ -227,9 +226,14 @@ def backend_for(problem: Problem, *tensors: Tensor) -> Backend:
         NotWarmError: its kernels are not loaded, and a CUDA graph is being captured.
     """
     device, dtype = tensors[0].device, tensors[0].dtype
-    # All that a choice depends on: addresses matter to a backend by their alignment.
-    places = tuple((x.stride(), x.data_ptr() % 16) for x in tensors)
-    key = (problem, device, dtype, places, *map(os.environ.get, _DECIDING_VARIABLES))
+    # All that a choice depends on: addresses matter to a backend by their alignment, and the last variable on a CPU
+    # only. A variable takes as long to look up as two tensors.
+    variable = os.environ.get
+    interpreted = variable("TRITON_INTERPRET") if tensors[0].is_cpu else None
+    places: tuple = ()
+    for x in tensors:
+        places = (places, x.stride(), x.data_ptr() % 16)
+    key = (problem, device, dtype, places, variable(ENVIRONMENT_VARIABLE), variable("VSA_JIT_ENGINE"), interpreted)
     backend = _chosen.get(key)
     if backend is None:
         if len(_chosen) >= _MOST_CHOSEN:

@@ -20,6 +20,9 @@ _TENSOR_MAP_BYTES = 128
 _TENSOR_MAP_ALIGNMENT = 64
 
 
+_OnePointer = ctypes.c_void_p * 1
+
+
 class TensorMap(ctypes.Array[ctypes.c_uint64]):
     _type_ = ctypes.c_uint64
     _length_ = _TENSOR_MAP_BYTES // 8
@@ -133,6 +136,8 @@ class Launcher:
                 return self(blocks, params)
         # As Triton asks: the public way makes an object of it, which takes longer than all else here.
         stream = torch._C._cuda_getCurrentRawStream(self._device)
-        arguments = (ctypes.c_void_p * 1)(ctypes.addressof(params))
+        pointers = _OnePointer(ctypes.addressof(params))
         configuration = (self._function, blocks, 1, 1, self._threads, 1, 1, self._smem_bytes, ctypes.c_void_p(stream))
-        call(self._device, self._label, self._launch, *configuration, arguments, None)
+        if self._launch(*configuration, pointers, None) != 0:
+            # Once more, for a thread that has no context yet, or to say what is wrong.
+            call(self._device, self._label, self._launch, *configuration, pointers, None)

@@ -210,8 +210,13 @@ def forward(problem: Problem, operands: Operands, keep_out_s: bool) -> tuple[Ten
         q.dtype,
         q.get_device(),
         q2k_idx.shape[-1],
-        *map(place_of, (q, k, v, out, out_s)),
-        *map(sizes_of, (q_sizes, kv_sizes)),
+        place_of(q),
+        place_of(k),
+        place_of(v),
+        place_of(out),
+        place_of(out_s),
+        sizes_of(q_sizes),
+        sizes_of(kv_sizes),
     )
     plan = q.new_empty(prepared.plan_bytes, dtype=torch.uint8)
     counter = plan.data_ptr()

@@ -130,7 +130,8 @@ def _prepared(
     params.frames, params.height, params.tiles_h = frames, height, -(-height // tile[1])
     params.tile[:], params.box[:] = tile, box
     _, head_axis, token_axis, _ = axes(problem.layout)
-    params.heads_first = q.strides[head_axis] < q.strides[token_axis]
+    _, strides = q
+    params.heads_first = strides[head_axis] < strides[token_axis]
     blocks = sum(operand.num_items for operand in params.operands)
     return _Prepared(params, blocks, module.launcher(block_means_kernel(dtype, problem.head_dim), device))
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import math
-from typing import NamedTuple
+from typing import NamedTuple, TypeAlias
 
 import torch
 from torch import Tensor
@@ -19,26 +19,18 @@ ALIGNMENT_BYTES = 16
 STRIDE_LIMIT_BYTES = 2**40
 
 
-class Place(NamedTuple):
-    """Where a tensor is, in elements."""
-
-    address: int
-    strides: tuple[int, ...]
+# Where a tensor is: its address, and its strides in elements. And where the sizes of blocks are, and whether they are
+# of 64 bits. Bare tuples: every call makes some, and ones with names take several times as long.
+Place: TypeAlias = tuple[int, tuple[int, ...]]
+Sizes: TypeAlias = tuple[int, bool]
 
 
 def place_of(x: Tensor | None) -> Place | None:
-    return None if x is None else Place(x.data_ptr(), x.stride())
-
-
-class Sizes(NamedTuple):
-    """Where the sizes of blocks are."""
-
-    address: int
-    are_64_bit: bool
+    return None if x is None else (x.data_ptr(), x.stride())
 
 
 def sizes_of(sizes: Tensor | None) -> Sizes | None:
-    return None if sizes is None else Sizes(sizes.data_ptr(), sizes.dtype == torch.int64)
+    return None if sizes is None else (sizes.data_ptr(), sizes.dtype == torch.int64)
 
 
 class Heads(NamedTuple):
@@ -118,14 +110,15 @@ def map_of(
         video: the sequence as (frames, height, width), see ``video_of``.
         box: tokens of a box along (t, h, w).
     """
-    batch_stride, head_stride, token_stride, _ = (place.strides[axis] for axis in axes(problem.layout))
+    address, strides = place
+    batch_stride, head_stride, token_stride, _ = (strides[axis] for axis in axes(problem.layout))
     in_map = heads_of(problem.batch, heads, problem.head_dim, batch_stride, head_stride)
     frames, height, width = video
     extents = (width, height, frames, in_map.outer)
     steps = (token_stride, token_stride * width, token_stride * width * height, in_map.outer_stride)
     encoded = tensor_map(
         device,
-        place.address,
+        address,
         dtype,
         (in_map.channels, *extents),
         # What is one long is never stepped along, and any stride that TMA takes does.
