@@ -64,78 +64,63 @@ __device__ __forceinline__ uint64_t descriptor(const void* start, int leading_by
            uint64_t(leading_bytes / kDescriptorBytes) << 16 | shared_address(start) / kDescriptorBytes;
 }
 
-// One wgmma instruction, d = a b or d += a b with 16 columns of a; the operands' numbers have to be spelt out.
-#define KITTENS_D4(i) "+f"(d[i]), "+f"(d[i + 1]), "+f"(d[i + 2]), "+f"(d[i + 3])
-#define KITTENS_D16(i) KITTENS_D4(i), KITTENS_D4(i + 4), KITTENS_D4(i + 8), KITTENS_D4(i + 12)
-#define KITTENS_D32(i) KITTENS_D16(i), KITTENS_D16(i + 16)
-#define KITTENS_WGMMA_64(TYPE) \
-    asm volatile( \
-        "{\n .reg .pred add;\n setp.ne.b32 add, %37, 0;\n" \
-        "wgmma.mma_async.sync.aligned.m64n64k16.f32." TYPE "." TYPE " {" \
-        "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, " \
-        "%16, %17, %18, %19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31" \
-        "}, {%32, %33, %34, %35}, %36, add, 1, 1, %38;\n}" \
-        : KITTENS_D32(0) \
-        : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "r"(int(accumulate)), "n"(transposed))
-#define KITTENS_WGMMA_128(TYPE) \
-    asm volatile( \
-        "{\n .reg .pred add;\n setp.ne.b32 add, %69, 0;\n" \
-        "wgmma.mma_async.sync.aligned.m64n128k16.f32." TYPE "." TYPE " {" \
-        "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, " \
-        "%16, %17, %18, %19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31, " \
-        "%32, %33, %34, %35, %36, %37, %38, %39, %40, %41, %42, %43, %44, %45, %46, %47, " \
-        "%48, %49, %50, %51, %52, %53, %54, %55, %56, %57, %58, %59, %60, %61, %62, %63" \
-        "}, {%64, %65, %66, %67}, %68, add, 1, 1, %70;\n}" \
-        : KITTENS_D32(0), KITTENS_D32(32) \
-        : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "r"(int(accumulate)), "n"(transposed))
+// One wgmma instruction, d = a b or d += a b with 16 columns of a; the operands' numbers have to be spelt out. Where nothing is
+// added, d is no input: the compiler can then tell the product from what its registers held before, whatever is under way.
+#define KITTENS_D4(MODE, i) MODE "f"(d[i]), MODE "f"(d[i + 1]), MODE "f"(d[i + 2]), MODE "f"(d[i + 3])
+#define KITTENS_D16(MODE, i) KITTENS_D4(MODE, i), KITTENS_D4(MODE, i + 4), KITTENS_D4(MODE, i + 8), KITTENS_D4(MODE, i + 12)
+#define KITTENS_D32(MODE, i) KITTENS_D16(MODE, i), KITTENS_D16(MODE, i + 16)
+#define KITTENS_NAMES_32 \
+    "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, " \
+    "%16, %17, %18, %19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31"
+#define KITTENS_NAMES_64 \
+    KITTENS_NAMES_32 \
+    ", %32, %33, %34, %35, %36, %37, %38, %39, %40, %41, %42, %43, %44, %45, %46, %47, " \
+    "%48, %49, %50, %51, %52, %53, %54, %55, %56, %57, %58, %59, %60, %61, %62, %63"
+#define KITTENS_WGMMA(N, TYPE, ADD, NAMES) \
+    "{\n .reg .pred add;\n setp.ne.b32 add, " ADD ", 0;\n" \
+    "wgmma.mma_async.sync.aligned.m64n" N "k16.f32." TYPE "." TYPE " {" NAMES "}, "
+#define KITTENS_WGMMA_64(TYPE, MODE, ADD) \
+    asm volatile(KITTENS_WGMMA("64", TYPE, ADD, KITTENS_NAMES_32) "{%32, %33, %34, %35}, %36, add, 1, 1, %37;\n}" \
+                 : KITTENS_D32(MODE, 0) \
+                 : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "n"(transposed))
+#define KITTENS_WGMMA_128(TYPE, MODE, ADD) \
+    asm volatile(KITTENS_WGMMA("128", TYPE, ADD, KITTENS_NAMES_64) "{%64, %65, %66, %67}, %68, add, 1, 1, %69;\n}" \
+                 : KITTENS_D32(MODE, 0), KITTENS_D32(MODE, 32) \
+                 : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "n"(transposed))
+#define KITTENS_WGMMA_SHARED_64(TYPE, MODE, ADD) \
+    asm volatile(KITTENS_WGMMA("64", TYPE, ADD, KITTENS_NAMES_32) "%32, %33, add, 1, 1, 0, %34;\n}" \
+                 : KITTENS_D32(MODE, 0) \
+                 : "l"(a), "l"(b), "n"(transposed))
 
-#define KITTENS_WGMMA_SHARED_64(TYPE) \
-    asm volatile( \
-        "{\n .reg .pred add;\n setp.ne.b32 add, %34, 0;\n" \
-        "wgmma.mma_async.sync.aligned.m64n64k16.f32." TYPE "." TYPE " {" \
-        "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, " \
-        "%16, %17, %18, %19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31" \
-        "}, %32, %33, add, 1, 1, 0, %35;\n}" \
-        : KITTENS_D32(0) \
-        : "l"(a), "l"(b), "r"(int(accumulate)), "n"(transposed))
-#define KITTENS_WGMMA_SHARED_128(TYPE) \
-    asm volatile( \
-        "{\n .reg .pred add;\n setp.ne.b32 add, %66, 0;\n" \
-        "wgmma.mma_async.sync.aligned.m64n128k16.f32." TYPE "." TYPE " {" \
-        "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, " \
-        "%16, %17, %18, %19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31, " \
-        "%32, %33, %34, %35, %36, %37, %38, %39, %40, %41, %42, %43, %44, %45, %46, %47, " \
-        "%48, %49, %50, %51, %52, %53, %54, %55, %56, %57, %58, %59, %60, %61, %62, %63" \
-        "}, %64, %65, add, 1, 1, 0, %67;\n}" \
-        : KITTENS_D32(0), KITTENS_D32(32) \
-        : "l"(a), "l"(b), "r"(int(accumulate)), "n"(transposed))
-
-template <typename T, int N, int transposed>
-__device__ __forceinline__ void mma_step(float (&d)[N / 2], const uint32_t* a, uint64_t b, bool accumulate) {
+template <typename T, int N, int transposed, bool add>
+__device__ __forceinline__ void mma_step(float (&d)[N / 2], const uint32_t* a, uint64_t b) {
     constexpr bool kIsBf16 = is_same<T, bf16>;
-    static_assert((kIsBf16 || is_same<T, half>) && (N == 64 || N == 128));
-    if constexpr (N == 64 && kIsBf16) KITTENS_WGMMA_64("bf16");
-    if constexpr (N == 64 && !kIsBf16) KITTENS_WGMMA_64("f16");
-    if constexpr (N == 128 && kIsBf16) KITTENS_WGMMA_128("bf16");
-    if constexpr (N == 128 && !kIsBf16) KITTENS_WGMMA_128("f16");
+    static_assert((kIsBf16 || is_same<T, half>) && (N == 64 || (N == 128 && add)));
+    if constexpr (N == 64 && kIsBf16 && add) KITTENS_WGMMA_64("bf16", "+", "1");
+    if constexpr (N == 64 && kIsBf16 && !add) KITTENS_WGMMA_64("bf16", "=", "0");
+    if constexpr (N == 64 && !kIsBf16 && add) KITTENS_WGMMA_64("f16", "+", "1");
+    if constexpr (N == 64 && !kIsBf16 && !add) KITTENS_WGMMA_64("f16", "=", "0");
+    if constexpr (N == 128 && kIsBf16) KITTENS_WGMMA_128("bf16", "+", "1");
+    if constexpr (N == 128 && !kIsBf16) KITTENS_WGMMA_128("f16", "+", "1");
 }
 
-template <typename T, int N, int transposed>
-__device__ __forceinline__ void mma_step(float (&d)[N / 2], uint64_t a, uint64_t b, bool accumulate) {
+template <typename T, int N, int transposed, bool add>
+__device__ __forceinline__ void mma_step(float (&d)[N / 2], uint64_t a, uint64_t b) {
     constexpr bool kIsBf16 = is_same<T, bf16>;
-    if constexpr (N == 64 && kIsBf16) KITTENS_WGMMA_SHARED_64("bf16");
-    if constexpr (N == 64 && !kIsBf16) KITTENS_WGMMA_SHARED_64("f16");
-    if constexpr (N == 128 && kIsBf16) KITTENS_WGMMA_SHARED_128("bf16");
-    if constexpr (N == 128 && !kIsBf16) KITTENS_WGMMA_SHARED_128("f16");
+    static_assert((kIsBf16 || is_same<T, half>) && N == 64 && add);
+    if constexpr (kIsBf16) KITTENS_WGMMA_SHARED_64("bf16", "+", "1");
+    if constexpr (!kIsBf16) KITTENS_WGMMA_SHARED_64("f16", "+", "1");
 }
 
 #undef KITTENS_D4
 #undef KITTENS_D16
 #undef KITTENS_D32
+#undef KITTENS_NAMES_32
+#undef KITTENS_NAMES_64
+#undef KITTENS_WGMMA
 #undef KITTENS_WGMMA_64
 #undef KITTENS_WGMMA_128
 #undef KITTENS_WGMMA_SHARED_64
-#undef KITTENS_WGMMA_SHARED_128
 
 constexpr int kStepCols = 16;
 
@@ -151,10 +136,12 @@ __device__ __forceinline__ void mm_ABt(rt_fl<16, N>& d, const rt<T, 16, in_regis
     for (int k = 0; k < K; k += kStepCols) {
         const int in_panel = k % B::panel_cols * sizeof(T);
         const uint64_t b_step = start + (k / B::panel_cols * B::panel_bytes + in_panel) / kDescriptorBytes;
-        if (k < in_registers) {
-            mma_step<T, N, 0>(d.data, a.data + k / 4, b_step, k > 0);
+        if (k == 0) {
+            mma_step<T, N, 0, false>(d.data, a.data, b_step);
+        } else if (k < in_registers) {
+            mma_step<T, N, 0, true>(d.data, a.data + k / 4, b_step);
         } else {
-            mma_step<T, N, 0>(d.data, a_start + (k / A::panel_cols * A::panel_bytes + in_panel) / kDescriptorBytes, b_step, k > 0);
+            mma_step<T, N, 0, true>(d.data, a_start + (k / A::panel_cols * A::panel_bytes + in_panel) / kDescriptorBytes, b_step);
         }
     }
 }
@@ -165,7 +152,7 @@ __device__ __forceinline__ void mma_AB(rt_fl<16, N>& d, const rt<T, 16, K>& a, c
     const uint64_t start = descriptor(&b, st<T, K, N>::panel_bytes, kSwizzleAtomBytes);
 #pragma unroll
     for (int k = 0; k < K; k += kStepCols) {
-        mma_step<T, N, 1>(d.data, a.data + k / 4, start + k * kSwizzleBytes / kDescriptorBytes, true);
+        mma_step<T, N, 1, true>(d.data, a.data + k / 4, start + k * kSwizzleBytes / kDescriptorBytes);
     }
 }
 

@@ -22,6 +22,7 @@ constexpr int kKStages = VSA_K_STAGES;
 constexpr int kVStages = VSA_V_STAGES;
 // Columns of Q that registers hold beside all else; the others are read from shared memory.
 constexpr int kQCols = 32;
+constexpr float kLn2 = 0.693147181f;
 constexpr int kThreads = (kConsumers + 1) * kWarpgroupThreads;
 
 // Registers for each thread: the launch gives all of them as many, and then the consumers take from the others.
@@ -59,7 +60,7 @@ struct Params {
     int num_groups, groups_per_head;
     int heads, kv_group;  // query heads, and those that share a key/value head
     int num_q_blocks, q_len;
-    float scale, scale_log2;
+    float scale_log2;
 };
 static_assert(sizeof(Params) == VSA_PARAMS_BYTES, "the host's description of the parameters differs");
 
@@ -113,6 +114,15 @@ struct Place {
     uint32_t index, phase;
     __device__ __forceinline__ explicit Place(uint32_t count) : index(count % N), phase(count / N % 2) {}
 };
+
+// Waits for two, whose tests take no longer than one where both have ended.
+__device__ __forceinline__ void wait_both(semaphore& a, int phase_a, semaphore& b, int phase_b) {
+    const bool a_ended = test(a, phase_a), b_ended = test(b, phase_b);
+    if (__builtin_expect(!(a_ended && b_ended), 0)) {
+        wait(a, phase_a);
+        wait(b, phase_b);
+    }
+}
 
 __device__ __forceinline__ void release(semaphore& empty) {
     if (laneid() == 0) arrive(empty);
@@ -237,40 +247,46 @@ __device__ void load(const Params& params, SharedStorage& shared) {
 
 // The tiles of one consumer, in order.
 struct TileQueue {
-    static constexpr int kNone = -1;
-
     SharedStorage& shared;
     const int consumer;
-    uint32_t taken = 0;  // of all items so far
-    int seen = kNone;    // the next one, packed, if it was looked at already
+    uint32_t taken = 0;     // of all items so far
+    bool is_known = false;  // the next one was looked at already, and
+    Ticket upcoming = {};   // this is its ticket
 
-    // The lane reads that will say when the stages, and with them the ticket, are free.
-    __device__ __forceinline__ int read() const {
-        int packed = 0;
-        if (laneid() == 0) {
-            const PackedTicket& ticket = shared.queue[consumer][taken % kQueue];
-            packed = ticket.k | ticket.v << 8;
-        }
-        return uniform(packed);
+    // Whether the next tile is on its way: for a lane, which the others may be ahead of.
+    __device__ __forceinline__ bool test_next() const {
+        const Place<kQueue> at(taken);
+        return test(shared.queue_full[consumer][at.index], at.phase);
     }
 
-    // Looks whether the next tile is on its way, and does not wait.
-    __device__ __forceinline__ void peek() {
-        const Place<kQueue> at(taken);
-        // Only a test that has succeeded makes the ticket readable: the branch keeps the order.
-        if (__all_sync(kAllLanes, test(shared.queue_full[consumer][at.index], at.phase))) seen = read();
+    // Looks at the next tile's ticket if a test of every lane has found it on its way: nothing less makes it readable.
+    __device__ __forceinline__ void look(bool is_ready) {
+        is_known = is_ready;
+        upcoming = read(is_ready);
     }
 
     // Waits until the next tile is on its way, and takes it.
     __device__ __forceinline__ Ticket next() {
-        if (seen == kNone) {
+        if (__builtin_expect(!is_known, 0)) {
             const Place<kQueue> at(taken);
             wait(shared.queue_full[consumer][at.index], at.phase);
-            seen = read();
+            upcoming = read(true);
         }
-        const int k = seen & 255, v = seen >> 8;
         ++taken;
-        seen = kNone;
+        is_known = false;
+        return upcoming;
+    }
+
+  private:
+    // The lane reads that will say when the stages, and with them the ticket, are free.
+    __device__ __forceinline__ Ticket read(bool is_readable) const {
+        int packed = 0;
+        if (is_readable && laneid() == 0) {
+            const PackedTicket& ticket = shared.queue[consumer][taken % kQueue];
+            packed = ticket.k | ticket.v << 8;
+        }
+        packed = uniform(packed);
+        const int k = packed & 255, v = packed >> 8;
         return {k & PackedTicket::kStageMask,
                 v & PackedTicket::kStageMask,
                 k >> PackedTicket::kPhaseShift & 1,
@@ -294,42 +310,53 @@ __device__ __forceinline__ void mask(const Order& keys, const uint32_t& valid, s
     }
 }
 
+// Scores become probabilities, and what was summed so far keeps up with their reference. Meanwhile the next tile is looked at.
+__device__ __forceinline__ void soften(const Params& params, SharedStorage& shared, TileQueue& tiles, const Ticket& tile,
+                                       bool is_next_ready, Softmax& softmax, s_fragment& scores, o_fragment& out) {
+    if (__builtin_expect(tile.is_partial, 0)) mask(params.keys, shared.valid[tile.v_stage], scores);
+    col_vec largest;
+    const bool is_outgrown = softmax.is_outgrown(scores, largest);
+    is_next_ready = __all_sync(kAllLanes, is_next_ready);
+    if (__builtin_expect(is_outgrown, 0)) {
+        const col_vec correction = softmax.raise(largest);
+        warpgroup::mma_async_wait<0>(out);
+        mul_row(out, correction);
+    }
+    tiles.look(is_next_ready);
+    softmax.exponentiate(scores);
+}
+
 // Attends the tiles of an item, the scores of one under way while the output of the one before is. Where the next is far, the
 // run ends, and what is held is given back before the next is waited for.
 __device__ __forceinline__ void attend(const Params& params, SharedStorage& shared, TileQueue& tiles, int num_tiles,
                                        const q_fragment& q, const box_tile& q_shared, Softmax& softmax, o_fragment& out) {
     s_fragment scores;
     p_fragment p;
-    col_vec correction;
     for (int left = num_tiles; left > 0; --left) {
         Ticket before = tiles.next();
         wait(shared.k_full[before.k_stage], before.k_phase);
         warpgroup::mma_fence();
         warpgroup::mm_ABt(scores, q, q_shared, shared.k[before.k_stage]);
         warpgroup::mma_commit_group();
-        tiles.peek();
+        const bool is_next_ready = tiles.test_next();
         warpgroup::mma_async_wait<0>(scores);
         release(shared.k_empty[before.k_stage]);
-        if (before.is_partial) mask(params.keys, shared.valid[before.v_stage], scores);
-        if (softmax(scores, correction, params.scale_log2)) mul_row(out, correction);
+        soften(params, shared, tiles, before, is_next_ready, softmax, scores, out);
         copy(p, scores);
         for (; before.next_is_near; --left) {
             const Ticket tile = tiles.next();
-            wait(shared.k_full[tile.k_stage], tile.k_phase);
-            wait(shared.v_full[before.v_stage], before.v_phase);
+            wait_both(shared.k_full[tile.k_stage], tile.k_phase, shared.v_full[before.v_stage], before.v_phase);
             warpgroup::mma_fence(p);
             warpgroup::mm_ABt(scores, q, q_shared, shared.k[tile.k_stage]);
             warpgroup::mma_commit_group();
             warpgroup::mma_AB(out, p, shared.v[before.v_stage]);
             warpgroup::mma_commit_group();
-            tiles.peek();
+            const bool is_next_ready = tiles.test_next();
             warpgroup::mma_async_wait<1>(scores);
             release(shared.k_empty[tile.k_stage]);
-            if (tile.is_partial) mask(params.keys, shared.valid[tile.v_stage], scores);
-            const bool grew = softmax(scores, correction, params.scale_log2);
+            soften(params, shared, tiles, tile, is_next_ready, softmax, scores, out);
             warpgroup::mma_async_wait<0>(out);
             release(shared.v_empty[before.v_stage]);
-            if (grew) mul_row(out, correction);
             copy(p, scores);
             before = tile;
         }
@@ -437,7 +464,7 @@ __device__ void consume(const Params& params, SharedStorage& shared, int consume
         warpgroup::load(q, q_shared);
         o_fragment out;
         zero(out);
-        Softmax softmax;
+        Softmax softmax{params.scale_log2};
         attend(params, shared, tiles, item.group.tiles_of[consumer], q, q_shared, softmax, out);
 
         // Epilogue
@@ -450,7 +477,7 @@ __device__ void consume(const Params& params, SharedStorage& shared, int consume
 #pragma unroll
         for (int i = 0; i < 2; ++i) {
             share[i] = sum[i] == 0.0f ? 0.0f : 1.0f / sum[i];
-            float lse = sum[i] == 0.0f ? -infinity() : softmax.reference[i] * params.scale + logf(sum[i]);
+            float lse = sum[i] == 0.0f ? -infinity() : softmax.shift[i] * kLn2 + logf(sum[i]);
             if (poisoned) share[i] = lse = not_a_number();
             if (!rows.valid[i]) lse = -infinity();
             if (rows.exists[i] && laneid() % 4 == 0) params.lse[rows.bh * params.q_len + rows.token[i]] = lse;

@@ -3,41 +3,44 @@
 
 #include "kittens/register_tile.cuh"
 
-// What a row's sums are relative to: its largest score, or an older one that no score has outgrown by much since.
+// What a row's sums are relative to: a reference, its largest score at some time, that no score has outgrown by much since.
 struct Softmax {
-    // How far, as a power of two, a score may outgrow it. Probabilities then stay far below what 16-bit elements hold.
+    // How far, as a power of two, a score may outgrow the reference. Probabilities then stay far below what 16-bit elements hold.
     static constexpr float kSlack = 8.0f;
 
-    kittens::col_vec reference = {-kittens::infinity(), -kittens::infinity()};
-    kittens::col_vec sum = {0.0f, 0.0f};  // of a lane's own columns
+    float scale_log2;
+    kittens::col_vec shift = {0.0f, 0.0f};                                   // the reference, scaled
+    kittens::col_vec limit = {-kittens::infinity(), -kittens::infinity()};  // of scores; -inf: there is no reference yet
+    kittens::col_vec sum = {0.0f, 0.0f};                                     // of a lane's own columns
 
-    __device__ __forceinline__ float shift(int row, float scale_log2) const {
-        return reference[row] == -kittens::infinity() ? 0.0f : reference[row] * scale_log2;
+    // Whether a score of the warp is beyond the limit of its row: rarely, after the first tiles. Gives the largest.
+    template <int cols>
+    __device__ __forceinline__ bool is_outgrown(const kittens::rt_fl<16, cols>& scores, kittens::col_vec& largest) const {
+        kittens::row_max_of_lane(largest, scores, limit);
+        return __any_sync(kittens::kAllLanes, largest[0] > limit[0] || largest[1] > limit[1]);
     }
 
-    // Scores become probabilities relative to the reference. Returns whether the output so far has to be multiplied by
-    // `correction`: rarely, after the first tiles.
-    template <int cols>
-    __device__ __forceinline__ bool operator()(kittens::rt_fl<16, cols>& scores, kittens::col_vec& correction, float scale_log2) {
-        kittens::col_vec largest;
-        kittens::row_max_of_lane(largest, scores, reference);
-        // Also where a row has no reference yet.
-        bool grew = false;
+    // Takes the largest scores as references where they are beyond the limit. What was summed so far is to be multiplied by
+    // what is returned.
+    __device__ __forceinline__ kittens::col_vec raise(kittens::col_vec largest) {
+        kittens::max_over_lanes(largest);
+        kittens::col_vec correction = {1.0f, 1.0f};
 #pragma unroll
-        for (int i = 0; i < 2; ++i) grew = grew || !((largest[i] - reference[i]) * scale_log2 <= kSlack);
-        grew = __any_sync(kittens::kAllLanes, grew);
-        if (grew) {
-            kittens::max_over_lanes(largest);
-#pragma unroll
-            for (int i = 0; i < 2; ++i) {
-                const float grown = (reference[i] - largest[i]) * scale_log2;
-                correction[i] = largest[i] > reference[i] ? kittens::exp2(grown) : 1.0f;
-                sum[i] *= correction[i];
-            }
-            reference = largest;
+        for (int i = 0; i < 2; ++i) {
+            if (!(largest[i] > limit[i])) continue;
+            const float raised = largest[i] * scale_log2;
+            if (limit[i] != -kittens::infinity()) correction[i] = kittens::exp2(shift[i] - raised);
+            shift[i] = raised;
+            limit[i] = largest[i] + kSlack / scale_log2;
+            sum[i] *= correction[i];
         }
-        kittens::exp2_scaled(scores, scale_log2, {shift(0, scale_log2), shift(1, scale_log2)});
+        return correction;
+    }
+
+    // Scores become probabilities relative to the reference.
+    template <int cols>
+    __device__ __forceinline__ void exponentiate(kittens::rt_fl<16, cols>& scores) {
+        kittens::exp2_scaled(scores, scale_log2, shift);
         kittens::add_row_sum_of_lane(sum, scores);
-        return grew;
     }
 };

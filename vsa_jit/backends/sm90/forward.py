@@ -139,9 +139,7 @@ class Params(ctypes.Structure):
         ("kv_group", ctypes.c_int),
         ("num_q_blocks", ctypes.c_int),
         ("q_len", ctypes.c_int),
-        ("scale", ctypes.c_float),
         ("scale_log2", ctypes.c_float),
-        ("padding", ctypes.c_uint8 * 56),
     )
 
 
@@ -310,7 +308,6 @@ def _prepared(
         kv_group=problem.group,
         num_q_blocks=problem.num_q_blocks,
         q_len=problem.q_len,
-        scale=problem.softmax_scale,
         scale_log2=problem.softmax_scale * LOG2E,
     )
     for name, place in (("q", q), ("out", out), ("out_s", out_s)):
