@@ -49,7 +49,7 @@ struct Params {
     const Group* groups;
     const KeyTile* tiles;  // those of group i start at i * tiles_per_group
     int64_t tiles_per_group;
-    int* next;           // the next item of work
+    int* next;           // the next item of work after the first of every thread block
     float* lse;          // [batch, heads, q_len]
     const float* out_c;  // [batch, heads, num_q_blocks, kHeadDim], or null
     const void* gate;    // of q's shape, or null
@@ -145,7 +145,8 @@ __device__ void schedule(const Params& params, SharedStorage& shared) {
     for (int round = 0, last = 0; !last; ++round) {
         const Place<kItems> at(round);
         Item& item = shared.items[at.index];
-        const int number = uniform(laneid() == 0 ? atomicAdd(params.next, 1) : 0);
+        // The first ones are dealt out: the counter is far.
+        const int number = round == 0 ? blockIdx.x : gridDim.x + uniform(laneid() == 0 ? atomicAdd(params.next, 1) : 0);
         last = number >= params.num_groups;
         const int index = last ? 0 : number;
         wait(shared.item_empty[at.index], at.phase ^ 1);
@@ -177,8 +178,8 @@ __device__ void load(const Params& params, SharedStorage& shared) {
     constexpr int kStages = kIsK ? kKStages : kVStages;
     const int lane = laneid();
     const Tensor& tensor = kIsK ? params.k : params.v;
-    int loaded = 0;       // tiles of all items so far
-    uint32_t queued = 0;  // by each consumer, modulo the queue, a byte each
+    int stage = 0, phase = 0;  // of the next tile
+    uint32_t queued = 0;       // tiles of each consumer so far, modulo the queue, a byte each
     for (int round = 0;; ++round) {
         const Place<kItems> from(round);
         const Item& item = shared.items[from.index];
@@ -192,20 +193,21 @@ __device__ void load(const Params& params, SharedStorage& shared) {
         arrive(shared.item_empty[from.index]);
         if (last) return;
 
+        // Each lane takes a tile. The lists are read long before their tiles' turn, since memory is far.
+        const auto tile_at = [&](int i) { return i < num_tiles ? tiles[i] : KeyTile{}; };
+        KeyTile own = tile_at(lane), next = tile_at(kWarpThreads + lane);
 #pragma unroll 1
         for (int first = 0; first < num_tiles; first += kWarpThreads) {
-            // Each lane takes a tile, and finds its place in the queues of the consumers and whether their next is near.
-            const int count = min(kWarpThreads, num_tiles - first), next = first + kWarpThreads + lane;
-            const KeyTile own = tiles[first + min(lane, count - 1)];
-            const int members = lane < count ? own.members() & active : 0;
-            const int next_members = kIsK && next < num_tiles ? tiles[next].members() & active : 0;
+            const KeyTile later = tile_at(first + 2 * kWarpThreads + lane);
+            // A lane finds its place in the queues of the consumers, and whether their next tile is near.
+            const int members = own.members() & active, next_members = next.members() & active;
             uint32_t place = queued;
 #pragma unroll
             for (int i = 0; i < kConsumers; ++i) {
                 const uint32_t attended = __ballot_sync(kAllLanes, members >> i & 1);
                 if (kIsK) {
-                    const uint64_t later = __ballot_sync(kAllLanes, next_members >> i & 1);
-                    const bool is_near = (later << 32 | attended) >> lane & ((uint64_t(2) << kNear) - 2);
+                    const uint64_t follow = __ballot_sync(kAllLanes, next_members >> i & 1);
+                    const bool is_near = (follow << 32 | attended) >> lane & ((uint64_t(2) << kNear) - 2);
                     place |= uint32_t(is_near) << (8 * i + PackedTicket::kNearShift);
                 }
                 place += __popc(attended & ((1u << lane) - 1)) << 8 * i;
@@ -214,21 +216,21 @@ __device__ void load(const Params& params, SharedStorage& shared) {
             queued &= 0x01010101u * (kQueue - 1);
 
             // Then they load theirs in turn.
+            const int count = min(kWarpThreads, num_tiles - first);
 #pragma unroll 1
-            for (int i = 0; i < count; ++i, ++loaded) {
+            for (int i = 0; i < count; ++i) {
                 // All of them wait: it also tells each that the consumers are done with the entries of the queues. And nobody
                 // goes on before all have seen it, since the stage may be free once more then, in the other phase.
-                const Place<kStages> at(loaded);
-                semaphore& empty = (kIsK ? shared.k_empty : shared.v_empty)[at.index];
-                wait(empty, at.phase ^ 1);
+                semaphore& empty = (kIsK ? shared.k_empty : shared.v_empty)[stage];
+                wait(empty, phase ^ 1);
                 __syncwarp();
                 if (lane == i) {
                     const int absent = kConsumers - __popc(members);
                     if (absent > 0) arrive(empty, absent * kWarpgroupWarps);
-                    if (!kIsK) shared.valid[at.index] = own.valid;
-                    load_box((kIsK ? shared.k : shared.v)[at.index], tensor, {{start.x[0], own.w, own.h, own.t(), start.x[4]}},
-                             (kIsK ? shared.k_full : shared.v_full)[at.index]);
-                    uint8_t code = at.index | at.phase << PackedTicket::kPhaseShift;
+                    if (!kIsK) shared.valid[stage] = own.valid;
+                    load_box((kIsK ? shared.k : shared.v)[stage], tensor, {{start.x[0], own.w, own.h, own.t(), start.x[4]}},
+                             (kIsK ? shared.k_full : shared.v_full)[stage]);
+                    uint8_t code = stage | phase << PackedTicket::kPhaseShift;
                     if (kIsK) code |= (own.valid != KeyTile::kWhole) << PackedTicket::kPartialShift;
 #pragma unroll
                     for (int j = 0; j < kConsumers; ++j) {
@@ -240,7 +242,10 @@ __device__ void load(const Params& params, SharedStorage& shared) {
                         arrive(shared.queue_full[j][entry]);
                     }
                 }
+                if (++stage == kStages) stage = 0, phase ^= 1;
             }
+            own = next;
+            next = later;
         }
     }
 }

@@ -16,6 +16,7 @@ namespace {
 constexpr int kThreads = 256;
 constexpr int kWarps = kThreads / kWarpThreads;
 constexpr int kMostRows = 24;
+constexpr int kRowsOfWarp = (kMostRows + kWarps - 1) / kWarps;
 // Which of a group select a box of keys, a bit each: its kind.
 constexpr int kKinds = 1 << kConsumers;
 
@@ -47,13 +48,10 @@ struct SharedStorage {
     short likeness[kMostRows][kMostRows + 2];
     int count[kMostRows];
     int poisoned[kMostRows];
-    uint32_t best[2][kMostRows];
-    int matched[kMostRows / kConsumers][kConsumers];  // rows of blocks of one box
+    int matched[kMostRows][kConsumers];  // rows of blocks of one box
     Listing listings[kWarps];
 };
 static_assert(sizeof(SharedStorage) <= VSA_SMEM_BYTES, "the host launches with less shared memory");
-
-__device__ __forceinline__ uint64_t bit(int i) { return uint64_t(1) << i; }
 
 // Of candidates the most alike wins, and of equals the lower row; 0 is no candidate.
 constexpr int kLikenessBias = 1 << 15;
@@ -79,30 +77,58 @@ __device__ __forceinline__ int sum_before(int x) {
     return sum - x;
 }
 
-// Sets the bits of the boxes that a row names and that have tokens. One warp.
-__device__ void read_row(const Params& params, int row, int64_t index, uint32_t* selected, SharedStorage& shared) {
-    const int lane = laneid();
-    const int* names = params.q2k_idx + index * params.width;
-    const int num = max(0, min(params.q2k_num[index], params.width));
-    bool poisoned = false;
-    for (int i = lane; i < num; i += kWarpThreads) {
-        const int block = names[i];
-        const bool exists = block >= 0 && block < params.num_kv_blocks;
-        poisoned = poisoned || !exists;
-        for (int box = 0; exists && box < params.keys.boxes; ++box) {
-            if (params.keys.partial && KeyTile::of(params.keys, block, box, 0).is_empty()) continue;
-            const int key = block * params.keys.boxes + box;
-            atomicOr(&selected[key / 32], 1u << key % 32);
+// Sets the bits of the boxes that a warp's rows name and that have tokens. Rows are read side by side, and names before it is
+// known whether they count, so that memory is waited for as seldom as can be. One warp.
+__device__ void read_rows(const Params& params, int rows, int64_t first_index, int stride, SharedStorage& shared) {
+    const int lane = laneid(), words = words_of(params);
+    int num[kRowsOfWarp], upcoming[kRowsOfWarp], most = 0;
+    bool poisoned[kRowsOfWarp] = {};
+#pragma unroll
+    for (int i = 0; i < kRowsOfWarp; ++i) {
+        const int row = warpid() + i * kWarps;
+        num[i] = upcoming[i] = 0;
+        if (row >= rows) continue;
+        num[i] = params.q2k_num[first_index + row];
+        if (lane < params.width) upcoming[i] = params.q2k_idx[(first_index + row) * params.width + lane];
+    }
+#pragma unroll
+    for (int i = 0; i < kRowsOfWarp; ++i) {
+        num[i] = max(0, min(num[i], params.width));
+        most = max(most, num[i]);
+    }
+    for (int entry = lane; entry < most; entry += kWarpThreads) {
+        int block[kRowsOfWarp];
+#pragma unroll
+        for (int i = 0; i < kRowsOfWarp; ++i) {
+            block[i] = upcoming[i];
+            const int64_t row = first_index + warpid() + i * kWarps;
+            if (entry + kWarpThreads < num[i]) upcoming[i] = params.q2k_idx[row * params.width + entry + kWarpThreads];
+        }
+#pragma unroll
+        for (int i = 0; i < kRowsOfWarp; ++i) {
+            if (entry >= num[i]) continue;
+            const bool exists = block[i] >= 0 && block[i] < params.num_kv_blocks;
+            poisoned[i] = poisoned[i] || !exists;
+            for (int box = 0; exists && box < params.keys.boxes; ++box) {
+                if (params.keys.partial && KeyTile::of(params.keys, block[i], box, 0).is_empty()) continue;
+                const int key = block[i] * params.keys.boxes + box;
+                atomicOr(&shared.selected[(warpid() + i * kWarps) * stride + key / 32], 1u << key % 32);
+            }
         }
     }
-    poisoned = __any_sync(kAllLanes, poisoned);
     __syncwarp();
-    int count = 0;
-    for (int word = lane; word < words_of(params); word += kWarpThreads) count += __popc(selected[word]);
-    count = __reduce_add_sync(kAllLanes, count);
-    if (lane == 0) {
-        shared.count[row] = count;
-        shared.poisoned[row] = poisoned;
+#pragma unroll
+    for (int i = 0; i < kRowsOfWarp; ++i) {
+        const int row = warpid() + i * kWarps;
+        if (row >= rows) break;
+        int count = 0;
+        for (int word = lane; word < words; word += kWarpThreads) count += __popc(shared.selected[row * stride + word]);
+        count = __reduce_add_sync(kAllLanes, count);
+        const bool is_poisoned = __any_sync(kAllLanes, poisoned[i]);
+        if (lane == 0) {
+            shared.count[row] = count;
+            shared.poisoned[row] = is_poisoned;
+        }
     }
 }
 
@@ -120,44 +146,49 @@ __device__ void compare_rows(int rows, int words, int stride, SharedStorage& sha
     }
 }
 
-// Groups: the two rows that are most alike, then whoever is most like those, until no row is left. Every warp decides the
-// same from what all of them found.
-__device__ void match_rows(int rows, SharedStorage& shared) {
-    const int warp = warpid(), lane = laneid();
-    uint64_t free = bit(rows) - 1;
-    for (int group = 0; free != 0; ++group) {
-        uint32_t* best = shared.best[group % 2];
-        for (int row = warp; row < rows; row += kWarps) {
-            uint32_t found = 0;
-            for (int other = lane; other < rows; other += kWarpThreads) {
-                if ((free & bit(other)) && other != row) found = max(found, candidate(shared.likeness[row][other], row));
-            }
-            found = __reduce_max_sync(kAllLanes, found);
-            // A row that is left alone is its own candidate.
-            if (lane == 0) best[row] = free & bit(row) ? max(found, candidate(-kLikenessBias, row)) : 0;
+// Groups of nearly as many rows each: the two that are most alike, then whoever is most like those, until no row is left. One
+// warp, a lane for each row: it takes less time than many that have to wait for each other.
+__device__ void match_rows(int rows, int num_groups, SharedStorage& shared) {
+    static_assert(kMostRows <= kWarpThreads, "each row has a lane");
+    const int lane = laneid(), own = min(lane, kMostRows - 1);
+    const int fewest = rows / num_groups;
+    uint32_t free = (1u << rows) - 1;
+    for (int group = 0; group < num_groups; ++group) {
+        const int left_to_others = fewest * (num_groups - 1 - group);
+        // A row that is left alone is its own candidate.
+        int most = -kLikenessBias;
+#pragma unroll
+        for (int other = 0; other < kMostRows; ++other) {
+            const int likeness = shared.likeness[own][other];
+            if ((free >> other & 1) && other != lane) most = max(most, likeness);
         }
-        __syncthreads();
+        uint32_t best = candidate(most, lane);
         int member[kConsumers];
 #pragma unroll
         for (int next = 0; next < kConsumers; ++next) {
-            uint32_t found = 0;
-            for (int other = lane; other < rows; other += kWarpThreads) {
-                if (!(free & bit(other))) continue;
+            if (next > 0) {
                 int likeness = 0;
-                // While some row is free, those before were found.
 #pragma unroll
-                for (int i = 0; i < next; ++i) likeness += shared.likeness[member[i]][other];
-                found = max(found, next == 0 ? best[other] : candidate(likeness, other));
+                for (int i = 0; i < next; ++i) likeness += shared.likeness[max(member[i], 0)][own];
+                best = candidate(likeness, lane);
             }
-            found = __reduce_max_sync(kAllLanes, found);
+            const bool is_candidate = (free >> lane & 1) && __popc(free) > left_to_others;
+            const uint32_t found = __reduce_max_sync(kAllLanes, is_candidate ? best : 0);
             member[next] = found == 0 ? -1 : row_of(found);
-            if (found != 0) free &= ~bit(member[next]);
+            if (found != 0) free &= ~(1u << member[next]);
         }
-        if (threadIdx.x == 0) {
+        if (lane == 0) {
 #pragma unroll
             for (int i = 0; i < kConsumers; ++i) shared.matched[group][i] = member[i];
         }
     }
+}
+
+// How many groups the rows of a chunk make: of blocks of one box, in the proportion of a full chunk.
+__device__ __forceinline__ int groups_of(const Params& params, int rows) {
+    const int boxes = params.keys.boxes;
+    if (boxes > 1) return (rows * boxes + kConsumers - 1) / kConsumers;
+    return (rows * params.groups_per_chunk + params.rows_per_chunk - 1) / params.rows_per_chunk;
 }
 
 // What a consumer attends: a row of the chunk, or -1, and which box of that query block.
@@ -166,8 +197,8 @@ struct Member {
 };
 __device__ __forceinline__ Member member_of(const Params& params, const SharedStorage& shared, int rows, int group, int i) {
     const int boxes = params.keys.boxes, index = group * kConsumers + i;
+    if (boxes == 1) return {group < groups_of(params, rows) ? shared.matched[group][i] : -1, 0};
     if (index >= rows * boxes) return {-1, 0};
-    if (boxes == 1) return {shared.matched[group][i], 0};
     return {index / boxes, index % boxes};
 }
 
@@ -203,42 +234,50 @@ __device__ __forceinline__ void write_tile(const Params& params, const Listing& 
 #pragma unroll
     for (int other = 1; other < kKinds; ++other) {
         if (other == kind) continue;
-        // Of equal places the lower kind's comes first. Up to 2^20 tiles the quotient in fp32 is at most one too high or low.
-        const int of_other = listing.total[other];
+        // Of equal places the lower kind's comes first. Up to 2^20 tiles the quotient in fp32 is at most one too high or low,
+        // so that the rest is small, whatever overflows on the way to it.
+        const uint32_t of_other = listing.total[other];
         int quotient = static_cast<int>((float(2 * rank + 1) * of_other + of_kind) * inverse);
-        const int64_t rest = int64_t(2 * rank + 1) * of_other + of_kind - (other > kind) - int64_t(quotient) * twice;
+        const int rest = (2 * rank + 1) * of_other + of_kind - (other > kind) - uint32_t(quotient) * twice;
         quotient += rest < 0 ? -1 : rest >= twice ? 1 : 0;
         place += quotient;
     }
     tiles[place] = KeyTile::of(params.keys, key / params.keys.boxes, key % params.keys.boxes, kind);
 }
 
-// Writes the tiles of a group, and returns how many. One warp.
-__device__ int write_tiles(const Params& params, const uint32_t* const (&rows)[kConsumers], Listing& listing, KeyTile* tiles) {
+// Writes those tiles of a group that are in some of the words, and returns how many there are in all. One warp.
+__device__ int write_tiles(const Params& params, const uint32_t* const (&rows)[kConsumers], int begin, int end, Listing& listing,
+                           KeyTile* tiles) {
     const int lane = laneid();
     const int words = words_of(params);
     const uint32_t lower_lanes = (1u << lane) - 1;
-    int total[kKinds] = {};
+    int total[kKinds] = {}, counted[kKinds] = {};
     for (int word = lane; word < words; word += kWarpThreads) {
         uint32_t selected[kConsumers];
 #pragma unroll
         for (int i = 0; i < kConsumers; ++i) selected[i] = rows[i][word];
 #pragma unroll
-        for (int kind = 1; kind < kKinds; ++kind) total[kind] += __popc(of_kind(kind, selected));
+        for (int kind = 1; kind < kKinds; ++kind) {
+            const int count = __popc(of_kind(kind, selected));
+            total[kind] += count;
+            if (word < begin) counted[kind] += count;
+        }
     }
+    int num_tiles = 0;
 #pragma unroll
     for (int kind = 1; kind < kKinds; ++kind) {
         total[kind] = __reduce_add_sync(kAllLanes, total[kind]);
+        counted[kind] = __reduce_add_sync(kAllLanes, counted[kind]);
+        num_tiles += total[kind];
         if (lane == 0) listing.total[kind] = total[kind];
     }
 
     int found = 0, written = 0;
-    int counted[kKinds] = {};
-    for (int first = 0; first < words; first += kWarpThreads) {
+    for (int first = begin; first < end; first += kWarpThreads) {
         // A lane counts in its word what each kind has there.
         uint32_t own[kConsumers];
 #pragma unroll
-        for (int i = 0; i < kConsumers; ++i) own[i] = first + lane < words ? rows[i][first + lane] : 0;
+        for (int i = 0; i < kConsumers; ++i) own[i] = first + lane < end ? rows[i][first + lane] : 0;
 #pragma unroll
         for (int kind = 1; kind < kKinds; ++kind) {
             const int count = __popc(of_kind(kind, own)), before = counted[kind] + sum_before(count);
@@ -247,7 +286,7 @@ __device__ int write_tiles(const Params& params, const uint32_t* const (&rows)[k
         }
         __syncwarp();
         // A lane takes a bit of each word. What is found is gathered, so that all lanes have a tile to write.
-        for (int word = first; word < min(words, first + kWarpThreads); ++word) {
+        for (int word = first; word < min(end, first + kWarpThreads); ++word) {
             uint32_t selected[kConsumers], any = 0;
             int kind = 0;
 #pragma unroll
@@ -271,19 +310,19 @@ __device__ int write_tiles(const Params& params, const uint32_t* const (&rows)[k
     }
     if (lane < found - written) write_tile(params, listing, (written + lane) % (2 * kWarpThreads), tiles);
     __syncwarp();
-    return found;
+    return num_tiles;
 }
 
 }  // namespace
 
-extern "C" __global__ void __launch_bounds__(kThreads, 4) plan_forward(const __grid_constant__ Params params) {
+extern "C" __global__ void __launch_bounds__(kThreads, 3) plan_forward(const __grid_constant__ Params params) {
     extern __shared__ __align__(16) uint8_t raw[];
     SharedStorage& shared = *reinterpret_cast<SharedStorage*>(raw);
     const int warp = warpid(), lane = laneid();
     const int chunk = blockIdx.x % params.chunks_per_head, head = blockIdx.x / params.chunks_per_head;
     const int first_row = chunk * params.rows_per_chunk;
     const int rows = max(0, min(params.rows_per_chunk, params.num_q_blocks - first_row));
-    const int num_groups = (rows * params.keys.boxes + kConsumers - 1) / kConsumers;
+    const int num_groups = groups_of(params, rows);
     // An odd stride keeps rows apart in the banks. After the rows there is one that selects nothing.
     const int words = words_of(params), stride = words | 1;
     if (blockIdx.x == 0 && threadIdx.x == 0) *params.next = 0;
@@ -291,21 +330,21 @@ extern "C" __global__ void __launch_bounds__(kThreads, 4) plan_forward(const __g
     // What the rows select.
     for (int i = threadIdx.x; i < (rows + 1) * stride; i += kThreads) shared.selected[i] = 0;
     __syncthreads();
-    for (int row = warp; row < rows; row += kWarps) {
-        const int64_t index = int64_t(head) * params.num_q_blocks + first_row + row;
-        read_row(params, row, index, shared.selected + row * stride, shared);
-    }
+    read_rows(params, rows, int64_t(head) * params.num_q_blocks + first_row, stride, shared);
     __syncthreads();
 
     if (params.keys.boxes == 1) {
         compare_rows(rows, words, stride, shared);
         __syncthreads();
-        match_rows(rows, shared);
+        if (warp == 0) match_rows(rows, num_groups, shared);
         __syncthreads();
     }
 
-    // Group i of every chunk of a head comes before group i + 1 of any.
-    for (int group = warp; group < params.groups_per_chunk; group += kWarps) {
+    // Group i of every chunk of a head comes before group i + 1 of any. Where there are few groups, each has several warps.
+    const int warps_of_group = max(1, kWarps / params.groups_per_chunk);
+    const int words_of_warp = (words + warps_of_group - 1) / warps_of_group;
+    for (int task = warp; task < params.groups_per_chunk * warps_of_group; task += kWarps) {
+        const int group = task % params.groups_per_chunk, begin = task / params.groups_per_chunk * words_of_warp;
         int place = group;
         if (group < num_groups) {
             const int work = work_of(params, shared, rows, group);
@@ -329,7 +368,8 @@ extern "C" __global__ void __launch_bounds__(kThreads, 4) plan_forward(const __g
             planned.tiles_of[i] = exists ? shared.count[member.row] : 0;
             planned.poisoned |= exists ? shared.poisoned[member.row] << i : 0;
         }
-        planned.num_tiles = write_tiles(params, selected, shared.listings[warp], params.tiles + slot * params.tiles_per_group);
-        if (lane == 0) params.groups[slot] = planned;
+        planned.num_tiles = write_tiles(params, selected, begin, min(words, begin + words_of_warp), shared.listings[warp],
+                                        params.tiles + slot * params.tiles_per_group);
+        if (lane == 0 && begin == 0) params.groups[slot] = planned;
     }
 }

@@ -97,7 +97,7 @@ inline std::vector<Warp> warps;
 inline Meeting barriers[kBarriers];
 inline std::vector<std::function<void()>> loads;  // bulk copies to shared memory under way
 inline Thread* current;
-inline Index block_index;
+inline Index block_index, grid_size;
 inline jmp_buf scheduler;
 inline std::function<void()> kernel;
 inline std::string error;
@@ -257,6 +257,7 @@ inline const char* run(int num_blocks, int num_threads, uint64_t seed, std::func
     kernel = std::move(function);
     random_state = seed | 1;
     error.clear();
+    grid_size.x = num_blocks;
     for (block_index.x = 0; int(block_index.x) < num_blocks && error.empty(); ++block_index.x) run_block(num_threads);
     return error.empty() ? nullptr : error.c_str();
 }
@@ -265,6 +266,7 @@ inline const char* run(int num_blocks, int num_threads, uint64_t seed, std::func
 
 #define threadIdx (emulator::self().index)
 #define blockIdx (emulator::block_index)
+#define gridDim (emulator::grid_size)
 
 template <typename T>
 T __shfl_sync(uint32_t, T x, int source) {

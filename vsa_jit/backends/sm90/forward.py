@@ -48,7 +48,7 @@ MOST_QUERY_BLOCKS = 1 << DIVISOR_SHIFT // 2
 CONSUMERS = 3
 PLAN_THREADS = 256
 # Boxes of queries in a chunk: many find better groups, few keep more multiprocessors busy.
-MOST_PLAN_BOXES, FEWEST_PLAN_BOXES = 24, 6
+MOST_PLAN_BOXES, FEWEST_PLAN_BOXES = 24, 8
 PLAN_MAP_WORDS = 9 * 1024
 PLAN_SMEM_BYTES = 4 * PLAN_MAP_WORDS + 18 * 1024
 # Where the plan's counter ends, and the size of its records.
@@ -164,6 +164,8 @@ def _plan_kernel() -> Kernel:
 def _attend_kernel(dtype: torch.dtype, head_dim: int) -> Kernel:
     box_bytes = BOX_TOKENS * head_dim * dtype.itemsize
     stages = (MOST_SHARED_MEMORY - SMEM_BESIDE_TILES) // box_bytes - CONSUMERS
+    # A tile of V waits for the probabilities of its keys: it is held for longer than the K.
+    k_stages = stages // 2 - 1
     return Kernel(
         source="vsa/attend_forward.cu",
         entry="attend_forward",
@@ -171,8 +173,8 @@ def _attend_kernel(dtype: torch.dtype, head_dim: int) -> Kernel:
         defines=(
             ("VSA_DTYPE", DTYPES[dtype]),
             ("VSA_HEAD_DIM", str(head_dim)),
-            ("VSA_K_STAGES", str(stages // 2)),
-            ("VSA_V_STAGES", str(stages - stages // 2)),
+            ("VSA_K_STAGES", str(k_stages)),
+            ("VSA_V_STAGES", str(stages - k_stages)),
         ),
         params=Params,
         threads=(CONSUMERS + 1) * WARPGROUP_THREADS,
@@ -271,13 +273,21 @@ def _prepared(
     boxes = problem.block // BOX_TOKENS
     heads = problem.batch * problem.heads
     processors = torch.cuda.get_device_properties(device).multi_processor_count
-    fair = heads * problem.num_q_blocks * boxes // processors
-    plan_boxes = max(FEWEST_PLAN_BOXES, min(fair, MOST_PLAN_BOXES))
-    # Rows by threes: consumers without work are in the last chunk of a head only.
-    rows = max(1, min(plan_boxes // boxes, _most_rows(problem)) // CONSUMERS) * CONSUMERS
+    all_boxes = heads * problem.num_q_blocks * boxes
+    plan_boxes = max(FEWEST_PLAN_BOXES, min(all_boxes // processors, MOST_PLAN_BOXES))
+    rows = max(CONSUMERS, min(plan_boxes // boxes, _most_rows(problem)))
+    if boxes > 1:
+        # By threes, so that no consumer is without work but in the last chunk of a head.
+        rows -= rows % CONSUMERS
     chunks = -(-problem.num_q_blocks // rows)
-    rows = -(-problem.num_q_blocks // (chunks * CONSUMERS)) * CONSUMERS
-    groups_per_chunk = rows * boxes // CONSUMERS
+    rows = -(-problem.num_q_blocks // chunks)
+    if boxes > 1:
+        rows = -(-rows // CONSUMERS) * CONSUMERS
+        groups_per_chunk = rows * boxes // CONSUMERS
+    else:
+        # As many as all multiprocessors take in the same number of rounds: small groups take less time.
+        rounds = -(-all_boxes // (CONSUMERS * processors))
+        groups_per_chunk = max(-(-rows // CONSUMERS), min(rows * rounds * processors // all_boxes, rows))
     groups_per_head = chunks * groups_per_chunk
     num_groups = groups_per_head * heads
     # Boxes that follow each other are of at most two blocks where these have several.
