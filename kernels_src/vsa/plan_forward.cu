@@ -151,7 +151,7 @@ __device__ void compare_rows(int rows, int words, int stride, SharedStorage& sha
 __device__ void match_rows(int rows, int num_groups, SharedStorage& shared) {
     static_assert(kMostRows <= kWarpThreads, "each row has a lane");
     const int lane = laneid(), own = min(lane, kMostRows - 1);
-    const int fewest = rows / num_groups;
+    const int fewest = rows / num_groups, most_of_group = (rows + num_groups - 1) / num_groups;
     uint32_t free = (1u << rows) - 1;
     for (int group = 0; group < num_groups; ++group) {
         const int left_to_others = fewest * (num_groups - 1 - group);
@@ -172,7 +172,7 @@ __device__ void match_rows(int rows, int num_groups, SharedStorage& shared) {
                 for (int i = 0; i < next; ++i) likeness += shared.likeness[max(member[i], 0)][own];
                 best = candidate(likeness, lane);
             }
-            const bool is_candidate = (free >> lane & 1) && __popc(free) > left_to_others;
+            const bool is_candidate = (free >> lane & 1) && next < most_of_group && __popc(free) > left_to_others;
             const uint32_t found = __reduce_max_sync(kAllLanes, is_candidate ? best : 0);
             member[next] = found == 0 ? -1 : row_of(found);
             if (found != 0) free &= ~(1u << member[next]);

@@ -291,7 +291,7 @@ def _prepared(
     groups_per_head = chunks * groups_per_chunk
     num_groups = groups_per_head * heads
     # Boxes that follow each other are of at most two blocks where these have several.
-    rows_of_group = CONSUMERS if boxes == 1 else 2
+    rows_of_group = -(-rows // groups_per_chunk) if boxes == 1 else 2
     tiles_per_group = min(rows_of_group * width, problem.num_kv_blocks) * boxes
     group_bytes = -(-num_groups * GROUP_BYTES // TILE_BYTES) * TILE_BYTES
 

@@ -1,0 +1,158 @@
+"""Measures what the README says of the Hopper forward: ``python tests/measure_forward.py``, on a Hopper GPU.
+
+Every line is checked against Triton's kernels on the same map before it is timed. Its ratio is to PyTorch's dense
+attention by cuDNN of the same head dimension, timed just before it: such work runs at the GPU's limit of power, so that
+its clock is not the same from one minute to the next. "Random" means that every query block selects key blocks drawn
+uniformly, "neighbouring" the nearest blocks of a video of 6x8x13 blocks by distance less twice a uniform number.
+"""
+
+from __future__ import annotations
+
+import argparse
+import math
+import time
+from collections.abc import Callable
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from triton.testing import do_bench
+
+import vsa_jit
+
+DEVICE = torch.device("cuda")
+
+
+class Work(NamedTuple):
+    name: str
+    tokens: int
+    heads: int
+    head_dim: int
+    block: int | tuple[int, int, int]
+    topk: int
+    neighbouring: tuple[int, int, int] | None = None
+    grid: tuple[int, int, int] | None = None
+    layout: str = "bhsd"
+
+
+# Of a round: fewer launches than wait in a queue at most.
+CALLS = 200
+KERNELS = ("plan_forward", "attend_forward")
+W1 = 39936
+WORKS = [
+    Work("W1, random", W1, 12, 128, 64, 64),
+    Work("W1, neighbouring", W1, 12, 128, 64, 64, neighbouring=(6, 8, 13)),
+    Work("W1, D=64, random", W1, 12, 64, 64, 64),
+    Work("W1, D=64, neighbouring", W1, 12, 64, 64, 64, neighbouring=(6, 8, 13)),
+    Work("W1, raster, bhsd", W1, 12, 128, (4, 4, 4), 64, grid=(24, 32, 52)),
+    Work("W1, raster, bshd", W1, 12, 128, (4, 4, 4), 64, grid=(24, 32, 52), layout="bshd"),
+    Work("W1, blocks of 128", W1, 12, 128, 128, 32),
+    Work("W1, blocks of 192", W1, 12, 128, 192, 21),
+    Work("W1, blocks of 256", W1, 12, 128, 256, 16),
+    Work("W14, random", 92160, 40, 128, 64, 144),
+    Work("small, random", 8192, 8, 128, 64, 16),
+]
+
+
+def random_map(heads: int, blocks: int, topk: int) -> Tensor:
+    return torch.rand(1, heads, blocks, blocks, device=DEVICE).topk(topk, -1).indices.int()
+
+
+def neighbouring_map(heads: int, grid: tuple[int, int, int], topk: int) -> Tensor:
+    axes = torch.meshgrid(*(torch.arange(side, device=DEVICE).float() for side in grid), indexing="ij")
+    at = torch.stack(axes, -1).flatten(0, 2)
+    scores = 2 * torch.rand(1, heads, len(at), len(at), device=DEVICE) - torch.cdist(at, at)
+    return scores.topk(topk, -1).indices.int()
+
+
+def inputs_of(work: Work) -> tuple[list[Tensor], Tensor, Tensor, dict]:
+    """q, k and v, the map, and the arguments that say where the tokens are."""
+    shape = (1, work.heads, work.tokens, work.head_dim)
+    if work.layout == "bshd":
+        shape = (1, work.tokens, work.heads, work.head_dim)
+    qkv = [torch.randn(shape, device=DEVICE).bfloat16() for _ in range(3)]
+    block = work.block if isinstance(work.block, int) else math.prod(work.block)
+    if work.neighbouring is None:
+        q2k_idx = random_map(work.heads, work.tokens // block, work.topk)
+    else:
+        q2k_idx = neighbouring_map(work.heads, work.neighbouring, work.topk)
+    q2k_num = torch.full(q2k_idx.shape[:3], work.topk, dtype=torch.int32, device=DEVICE)
+    return qkv, q2k_idx, q2k_num, {"block_size": work.block, "grid": work.grid, "layout": work.layout}
+
+
+def median_ms(call: Callable) -> float:
+    return do_bench(call, warmup=30, rep=100, return_mode="median")
+
+
+def share_of_plan(call: Callable) -> float:
+    """Of the time of both kernels."""
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
+        for _ in range(5):
+            call()
+        torch.cuda.synchronize()
+    times = {event.key: event.device_time_total for event in profile.key_averages()}
+    plan, attend = (sum(time for name, time in times.items() if kernel in name) for kernel in KERNELS)
+    return plan / (plan + attend)
+
+
+def dense_tflops(head_dim: int, backend: SDPBackend) -> float:
+    q, k, v = torch.randn(3, 1, 12, W1, head_dim, device=DEVICE).bfloat16()
+    with sdpa_kernel(backend):
+        ms = median_ms(lambda: F.scaled_dot_product_attention(q, k, v))
+    return 4 * 12 * W1 * W1 * head_dim / ms * 1e-9
+
+
+def measure(work: Work) -> None:
+    qkv, q2k_idx, q2k_num, order = inputs_of(work)
+    results, times = {}, {}
+    for backend in ("triton", "sm90"):
+
+        def call(backend: str = backend) -> tuple[Tensor, Tensor]:
+            return vsa_jit.block_sparse_attn_from_indices(*qkv, q2k_idx, q2k_num, backend=backend, **order)
+
+        results[backend] = call()
+        dense = dense_tflops(work.head_dim, SDPBackend.CUDNN_ATTENTION)
+        times[backend] = median_ms(call)
+    torch.testing.assert_close(results["sm90"][0], results["triton"][0], rtol=2e-2, atol=2e-3)
+    torch.testing.assert_close(results["sm90"][1], results["triton"][1], rtol=1e-5, atol=1e-5)
+    block = work.block if isinstance(work.block, int) else math.prod(work.block)
+    flops = 4 * work.heads * work.tokens * work.topk * block * work.head_dim
+    tflops = {backend: flops / ms * 1e-9 for backend, ms in times.items()}
+    print(
+        f"{work.name}: {times['sm90']:.3f} ms, {tflops['sm90']:.0f} TFLOP/s, {tflops['sm90'] / dense:.3f} of dense, "
+        f"{tflops['sm90'] / tflops['triton']:.2f} times Triton, plan {100 * share_of_plan(call):.1f} %",
+        flush=True,
+    )
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("names", nargs="*", help="only works whose name has one of these")
+    names = parser.parse_args().names
+    for head_dim in (128, 64):
+        cudnn, flash = (dense_tflops(head_dim, by) for by in (SDPBackend.CUDNN_ATTENTION, SDPBackend.FLASH_ATTENTION))
+        print(f"dense, D={head_dim}: cuDNN {cudnn:.0f} TFLOP/s, FlashAttention-2 {flash:.0f}", flush=True)
+    for work in WORKS:
+        if not names or any(name in work.name for name in names):
+            measure(work)
+    measure_host_time()
+
+
+def measure_host_time() -> None:
+    q, k, v = torch.randn(3, 1, 2, 1024, 128, device=DEVICE).bfloat16()
+    q2k_idx = random_map(2, 16, 4)
+    q2k_num = torch.full((1, 2, 16), 4, dtype=torch.int32, device=DEVICE)
+    rounds = []
+    for _ in range(21):
+        torch.cuda.synchronize()
+        start = time.perf_counter()
+        for _ in range(CALLS):
+            vsa_jit.block_sparse_attn_from_indices(q, k, v, q2k_idx, q2k_num)
+        rounds.append((time.perf_counter() - start) / CALLS * 1e6)
+    print(f"host time of a call: {sorted(rounds)[10]:.1f} us ({min(rounds):.1f} to {max(rounds):.1f})")
+
+
+if __name__ == "__main__":
+    main()
