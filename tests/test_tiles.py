@@ -205,4 +205,4 @@ def test_more_key_blocks_than_can_be_planned(block, most):
 def test_the_parameters_fit_a_launch():
     assert ctypes.sizeof(means.Params) == 640 <= 4096
     assert ctypes.sizeof(forward.PlanParams) <= 4096
-    assert ctypes.sizeof(forward.Params) == 1408 <= 4096
+    assert ctypes.sizeof(forward.Params) == 1344 <= 4096
