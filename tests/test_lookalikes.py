@@ -3,9 +3,11 @@
 import gc
 import itertools
 import weakref
+from collections.abc import Sequence
 
 import pytest
 import torch
+import torch.utils.checkpoint
 from problems import Case, Inputs
 from test_arguments import WRONG_CALLS, WRONG_INDICES, indices, qkv
 from test_ops import WATCHES
@@ -15,6 +17,18 @@ from vsa_jit import api, lookalikes
 from vsa_jit.lookalikes import LookAlikes
 
 call = vsa_jit.block_sparse_attn_from_indices
+
+
+class Claims(int):
+    """A number that says that it is another."""
+
+    def __repr__(self):
+        return "64"
+
+
+class Raises:
+    def __repr__(self):
+        raise RuntimeError
 
 
 @pytest.fixture(autouse=True)
@@ -72,6 +86,8 @@ def test_wrong_indices_are_found_after_a_right_call(changes, error, message):
     [
         ("block_size", 64, 64.0),
         ("block_size", (1, 1, 64), (1.0, 1, 64)),
+        ("block_size", 64, Claims(128)),
+        ("block_size", 64, Raises()),
         ("softmax_scale", 1, True),
         ("layout", "bhsd", "BHSD"),
         ("backend", "torch", "TORCH"),
@@ -79,8 +95,29 @@ def test_wrong_indices_are_found_after_a_right_call(changes, error, message):
 )
 def test_a_setting_that_equals_or_resembles_a_right_one_is_wrong(setting, right, wrong):
     call(**qkv(), **indices(), **{setting: right})
-    with pytest.raises((TypeError, ValueError), match=f"{setting}: expected"):
+    with pytest.raises((TypeError, ValueError), match=rf"({setting}|q2k_idx): expected"):
         call(**qkv(), **indices(), **{setting: wrong})
+
+
+class Grid(Sequence):
+    """A video whose size changes."""
+
+    sides = (5, 6, 7)
+
+    def __len__(self):
+        return 3
+
+    def __getitem__(self, axis):
+        return self.sides[axis]
+
+
+def test_a_setting_that_changes_is_looked_at_again():
+    inputs, grid = inputs_of(grid=(5, 6, 7), q_len=210), Grid()
+    idx, num, _ = inputs.uneven_indices()
+    call(inputs.q, inputs.k, inputs.v, idx, num, grid=grid)
+    grid.sides = (5, 6, 8)
+    with pytest.raises(ValueError, match="grid: expected"):
+        call(inputs.q, inputs.k, inputs.v, idx, num, grid=grid)
 
 
 def test_lists_are_settings_too(unchecked):
@@ -108,6 +145,15 @@ def test_sizes_of_keys_are_not_those_of_queries():
         assert not torch.equal(of_queries[0], of_both[0])
 
 
+def test_the_same_sizes_for_both(unchecked):
+    tensors, where = qkv(), indices()
+    sizes = torch.tensor([64, 3, 0, 64])
+    first = call(**tensors, **where, variable_block_sizes=sizes, q_variable_block_sizes=sizes)
+    unchecked()
+    again = call(**tensors, **where, variable_block_sizes=sizes, q_variable_block_sizes=sizes)
+    torch.testing.assert_close(again, first, rtol=0, atol=0)
+
+
 def test_a_tensor_that_is_there_twice():
     tensors = qkv()
     tensors["v"] = tensors["k"]
@@ -118,15 +164,29 @@ def test_a_tensor_that_is_there_twice():
 
 @pytest.mark.parametrize("name", ["q", "k", "v"])
 def test_gradients_are_recorded_after_a_call_without(name):
-    tensors = qkv()
+    tensors, where = qkv(), indices()
     for _ in range(2):
-        assert not call(**tensors, **indices())[0].requires_grad
+        assert not call(**tensors, **where)[0].requires_grad
     tensors[name].requires_grad_()
-    out, _ = call(**tensors, **indices())
+    with torch.no_grad():
+        # A leaf that needs a gradient looks the same where none is recorded.
+        for _ in range(2):
+            assert not call(**tensors, **where)[0].requires_grad
+    for _ in range(2):
+        out, _ = call(**tensors, **where, backend="auto")
+        assert "attend" in out.grad_fn.name()
     out.sum().backward()
     assert tensors[name].grad is not None
-    with torch.no_grad():
-        assert not call(**tensors, **indices())[0].requires_grad
+
+
+def test_checkpoint():
+    """Runs without gradients first."""
+    tensors, where = qkv(), indices()
+    q = tensors.pop("q").requires_grad_()
+    out = torch.utils.checkpoint.checkpoint(lambda q: call(q, **tensors, **where)[0], q, use_reentrant=True)
+    out.sum().backward()
+    (expected,) = torch.autograd.grad(call(q, **tensors, **where)[0].sum(), q)
+    torch.testing.assert_close(q.grad, expected)
 
 
 @pytest.mark.parametrize("watch", WATCHES)
@@ -185,13 +245,15 @@ def test_no_tensor_is_kept():
     assert kept() is None
 
 
-def test_what_is_kept_is_bounded(monkeypatch):
-    monkeypatch.setattr(lookalikes, "_MOST_KEPT", 3)
+@pytest.mark.parametrize("bound", ["_MOST_KEPT", "_MOST_OF_A_KIND"])
+def test_what_is_kept_is_bounded(monkeypatch, bound):
+    monkeypatch.setattr(lookalikes, bound, 3)
     known = LookAlikes()
-    for size in range(1, 9):
-        known.keep((), [torch.empty(size)], size)
-        found = [known.find((), [torch.empty(other)]) for other in range(1, 9)]
-        assert found[size - 1] == size
+    shape = {"_MOST_KEPT": lambda i: torch.empty(i), "_MOST_OF_A_KIND": lambda i: torch.empty(9 * i)[::i][:9]}[bound]
+    for i in range(1, 9):
+        known.keep((), [shape(i)], i)
+        found = [known.find((), [shape(other)]) for other in range(1, 9)]
+        assert found[i - 1] == i
         assert sum(x is not None for x in found) <= 3
 
 

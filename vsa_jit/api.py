@@ -166,9 +166,13 @@ def block_sparse_attn_from_indices(
         ``(out, lse)``, as ``block_sparse_attn``.
     """
     # A call that looks like an earlier one is not checked again: that would take longer than its launches.
-    settings = (block_size, grid, layout, softmax_scale, backend, variable_block_sizes is None)
+    same_sizes = q_variable_block_sizes is variable_block_sizes
+    settings = (block_size, grid, layout, softmax_scale, backend, variable_block_sizes is None, same_sizes)
     tensors = [q, k, v, q2k_idx, q2k_num]
-    tensors += [x for x in (variable_block_sizes, q_variable_block_sizes) if x is not None]
+    if variable_block_sizes is not None:
+        tensors.append(variable_block_sizes)
+    if not same_sizes and q_variable_block_sizes is not None:
+        tensors.append(q_variable_block_sizes)
     call = _plain_calls.find(settings, tensors) if ops.nobody_watches() else None
     if call is not None:
         q_sizes, kv_sizes = _sizes(call.problem, variable_block_sizes, q_variable_block_sizes)

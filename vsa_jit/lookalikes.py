@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import marshal
 from collections.abc import Callable, Sequence
 from typing import Any, Generic, TypeVar
 
@@ -11,58 +12,72 @@ from torch import Tensor
 
 T = TypeVar("T")
 
-# Calls that look different, before all are forgotten.
+# Tensors that are no more than that.
+PLAIN = (Tensor, torch.nn.Parameter)
+# Calls that differ in more than settings and shapes, before the oldest is forgotten, and all calls, before all are.
+_MOST_OF_A_KIND = 8
 _MOST_KEPT = 1024
 
 
 class LookAlikes(Generic[T]):
-    """Something for each call, by its settings and by what its tensors look like.
+    """Something for each call, by its settings, by what its tensors look like and by whether gradients are recorded.
 
     Two tensors look alike that have the same type, dtype, device, shape, strides, need of a gradient and dispatch keys:
-    all that a check may depend on but the values. Tensors of a call are told apart by their order, and a call that has
-    one of them twice is not kept. No tensor is.
+    all that a check may depend on but the values. Tensors of a call are told apart by their order. Calls are not kept
+    that have a tensor of a subclass, one tensor twice, or settings that are not plain numbers, strings, None and
+    sequences of those. No tensor is kept.
     """
 
     def __init__(self) -> None:
-        self._kept: dict[str, list[tuple[Callable[..., bool], T]]] = {}
+        self._kept: dict[tuple, list[tuple[Callable[..., bool], T]]] = {}
         self._count = 0
 
-    def find(self, settings: Sequence[Any], tensors: Sequence[Any]) -> T | None:
+    def find(self, settings: tuple, tensors: Sequence[Any]) -> T | None:
         """What is kept for a call that looks like this one, or None."""
-        for looks_alike, value in self._kept.get(_text(settings, tensors), ()):
+        for looks_alike, value in self._kept.get(_kind(settings, tensors), ()):
             if looks_alike(*tensors):
                 return value
         return None
 
-    def keep(self, settings: Sequence[Any], tensors: Sequence[Tensor], value: T) -> None:
+    def keep(self, settings: tuple, tensors: Sequence[Tensor], value: T) -> None:
         """Keeps a value for calls that look like this one."""
-        looks_alike = _looks_like(tensors)
-        if looks_alike is None or not looks_alike(*tensors):
+        kind, guards = _kind(settings, tensors), _tensor_guards()
+        if kind == () or guards is None or len(set(map(id, tensors))) < len(tensors):
             return
         if self._count >= _MOST_KEPT:
             self._kept.clear()
             self._count = 0
-        self._kept.setdefault(_text(settings, tensors), []).append((looks_alike, value))
+        sizes, strides = ([list(of(x)) for x in tensors] for of in (Tensor.size, Tensor.stride))
+        looks_alike = guards(*tensors, dynamic_dims_sizes=sizes, dynamic_dims_strides=strides).check
+        kept = self._kept.get(kind, [])[1 - _MOST_OF_A_KIND :]
+        self._kept[kind] = [*kept, (looks_alike, value)]
         self._count += 1
 
 
-def _text(settings: Sequence[Any], tensors: Sequence[Any]) -> str:
-    """What tells calls apart but for their tensors' looks. As text, 64 differs from 64.0, and 1 from True."""
-    return f"{len(tensors)} {settings!r}"
+def _kind(settings: tuple, tensors: Sequence[Any]) -> tuple:
+    """What tells calls apart at a glance; empty where none like it is kept.
 
-
-def _looks_like(tensors: Sequence[Tensor]) -> Callable[..., bool] | None:
-    """Whether others look like these: PyTorch's own guards, which its compiler asks at every call of what it compiled.
-
-    In Python the same takes longer than a launch. A PyTorch without them keeps nothing.
+    As bytes, 64 differs from 64.0, and 1 from True; what could change later, or claim to be what it is not, has none.
     """
-    guards = _tensor_guards()
-    if guards is None:
-        return None
-    sizes, strides = ([list(of(x)) for x in tensors] for of in (Tensor.size, Tensor.stride))
-    return guards(*tensors, dynamic_dims_sizes=sizes, dynamic_dims_strides=strides).check
+    shapes = []
+    for x in tensors:
+        if type(x) not in PLAIN:
+            return ()
+        shapes.append(x.shape)
+    try:
+        return torch.is_grad_enabled(), marshal.dumps(settings, 2), *shapes
+    except ValueError:
+        return ()
 
 
 @functools.cache
 def _tensor_guards() -> Callable[..., Any] | None:
-    return getattr(torch._C._dynamo.guards, "TensorGuards", None)
+    """PyTorch's own test whether tensors look like others, which its compiler runs at every call of what it compiled.
+
+    In Python the same takes longer than a launch. Where a PyTorch has none, nothing is kept.
+    """
+    try:
+        from torch._C._dynamo.guards import TensorGuards
+    except ImportError:
+        return None
+    return TensorGuards

@@ -15,12 +15,11 @@ from torch import Tensor, library
 from torch.autograd import forward_ad, profiler
 
 from vsa_jit.backends.choose import backend_for
+from vsa_jit.lookalikes import PLAIN
 from vsa_jit.problem import Operands, Problem, bhsd, empty_like
 
 # Scores that are computed at a time, so that selection needs little memory however many blocks there are.
 SCORES_AT_A_TIME = 1 << 24
-# Tensors that are no more than that.
-_PLAIN = (Tensor, torch.nn.Parameter)
 
 
 _LIBRARY = library.Library("vsa_jit", "DEF")
@@ -55,7 +54,7 @@ def _are_plain(args: Sequence[Any]) -> bool:
     # A loop, which is quicker than a generator: this runs at every call.
     for x in args:
         if isinstance(x, Tensor) and (
-            type(x) not in _PLAIN or torch._C._dispatch_keys(x).raw_repr() & others or (recorded and x.requires_grad)
+            type(x) not in PLAIN or torch._C._dispatch_keys(x).raw_repr() & others or (recorded and x.requires_grad)
         ):
             return False
     return True
@@ -271,10 +270,14 @@ def _forward(problem: Problem, operands: Operands, keep_out_s: bool) -> tuple[Te
 
 
 class PlainCall(NamedTuple):
-    """A call that only kernels have to see, as those that look like it have, while nobody watches."""
+    """A call that only kernels have to see; so do all that look like it, while nobody watches.
+
+    Attributes:
+        autocast: whether it was on; calls that look alike agree in that, since it is among their dispatch keys.
+    """
 
     problem: Problem
-    autocast: bool  # is on: not so for calls that look like it
+    autocast: bool
 
     @classmethod
     def of(cls, problem: Problem, tensors: Sequence[Tensor]) -> "PlainCall | None":

@@ -57,11 +57,13 @@ __device__ __forceinline__ void mma_async_wait(Tiles&... tiles) {
 // Addresses in matrix descriptors count in words of 16 bytes.
 constexpr int kDescriptorBytes = 16;
 
-// The matrix descriptor of PTX for a tile with 128-byte swizzle.
-__device__ __forceinline__ uint64_t descriptor(const void* start, int leading_bytes, int stride_bytes) {
+// The matrix descriptor of PTX for one of some tiles with 128-byte swizzle. All but its part is the same for every tile.
+template <typename ST>
+__device__ __forceinline__ uint64_t descriptor(const ST* tiles, int index, int leading_bytes, int stride_bytes) {
     constexpr uint64_t kSwizzle128 = uint64_t(1) << 62;
-    return kSwizzle128 | uint64_t(stride_bytes / kDescriptorBytes) << 32 |
-           uint64_t(leading_bytes / kDescriptorBytes) << 16 | shared_address(start) / kDescriptorBytes;
+    return (kSwizzle128 | uint64_t(stride_bytes / kDescriptorBytes) << 32 |
+            uint64_t(leading_bytes / kDescriptorBytes) << 16 | shared_address(tiles) / kDescriptorBytes) +
+           uint32_t(index) * (ST::bytes / kDescriptorBytes);
 }
 
 // One wgmma instruction, d = a b or d += a b with 16 columns of a; the operands' numbers have to be spelt out. Where nothing is
@@ -124,14 +126,14 @@ __device__ __forceinline__ void mma_step(float (&d)[N / 2], uint64_t a, uint64_t
 
 constexpr int kStepCols = 16;
 
-// d = a bᵀ, asynchronously: b's rows are the columns of d. The first columns of a are in registers; the rest, if any, are in
-// shared memory.
-template <typename T, int N, int K, int in_registers>
+// d = a bᵀ, asynchronously, b the tile of a ring that is in a stage: its rows are the columns of d. The first columns of a are
+// in registers; the rest, if any, are in shared memory.
+template <typename T, int N, int K, int in_registers, int stages>
 __device__ __forceinline__ void mm_ABt(rt_fl<16, N>& d, const rt<T, 16, in_registers>& a, const st<T, 64, K>& a_shared,
-                                       const st<T, N, K>& b) {
+                                       const st<T, N, K> (&b)[stages], int stage) {
     using A = st<T, 64, K>;
     using B = st<T, N, K>;
-    const uint64_t start = descriptor(&b, 0, kSwizzleAtomBytes), a_start = descriptor(&a_shared, 0, kSwizzleAtomBytes);
+    const uint64_t start = descriptor(b, stage, 0, kSwizzleAtomBytes), a_start = descriptor(&a_shared, 0, 0, kSwizzleAtomBytes);
 #pragma unroll
     for (int k = 0; k < K; k += kStepCols) {
         const int in_panel = k % B::panel_cols * sizeof(T);
@@ -146,10 +148,10 @@ __device__ __forceinline__ void mm_ABt(rt_fl<16, N>& d, const rt<T, 16, in_regis
     }
 }
 
-// d += a b, asynchronously.
-template <typename T, int N, int K>
-__device__ __forceinline__ void mma_AB(rt_fl<16, N>& d, const rt<T, 16, K>& a, const st<T, K, N>& b) {
-    const uint64_t start = descriptor(&b, st<T, K, N>::panel_bytes, kSwizzleAtomBytes);
+// d += a b, asynchronously, b the tile of a ring that is in a stage.
+template <typename T, int N, int K, int stages>
+__device__ __forceinline__ void mma_AB(rt_fl<16, N>& d, const rt<T, 16, K>& a, const st<T, K, N> (&b)[stages], int stage) {
+    const uint64_t start = descriptor(b, stage, st<T, K, N>::panel_bytes, kSwizzleAtomBytes);
 #pragma unroll
     for (int k = 0; k < K; k += kStepCols) {
         mma_step<T, N, 1, true>(d.data, a.data + k / 4, start + k * kSwizzleBytes / kDescriptorBytes);

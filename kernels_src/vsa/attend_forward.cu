@@ -341,7 +341,7 @@ __device__ __forceinline__ void attend(const Params& params, SharedStorage& shar
         Ticket before = tiles.next();
         wait(shared.k_full[before.k_stage], before.k_phase);
         warpgroup::mma_fence();
-        warpgroup::mm_ABt(scores, q, q_shared, shared.k[before.k_stage]);
+        warpgroup::mm_ABt(scores, q, q_shared, shared.k, before.k_stage);
         warpgroup::mma_commit_group();
         const bool is_next_ready = tiles.test_next();
         warpgroup::mma_async_wait<0>(scores);
@@ -352,9 +352,9 @@ __device__ __forceinline__ void attend(const Params& params, SharedStorage& shar
             const Ticket tile = tiles.next();
             wait_both(shared.k_full[tile.k_stage], tile.k_phase, shared.v_full[before.v_stage], before.v_phase);
             warpgroup::mma_fence(p);
-            warpgroup::mm_ABt(scores, q, q_shared, shared.k[tile.k_stage]);
+            warpgroup::mm_ABt(scores, q, q_shared, shared.k, tile.k_stage);
             warpgroup::mma_commit_group();
-            warpgroup::mma_AB(out, p, shared.v[before.v_stage]);
+            warpgroup::mma_AB(out, p, shared.v, before.v_stage);
             warpgroup::mma_commit_group();
             const bool is_next_ready = tiles.test_next();
             warpgroup::mma_async_wait<1>(scores);
@@ -367,7 +367,7 @@ __device__ __forceinline__ void attend(const Params& params, SharedStorage& shar
         }
         wait(shared.v_full[before.v_stage], before.v_phase);
         warpgroup::mma_fence(p);
-        warpgroup::mma_AB(out, p, shared.v[before.v_stage]);
+        warpgroup::mma_AB(out, p, shared.v, before.v_stage);
         warpgroup::mma_commit_group();
         warpgroup::mma_async_wait<0>(out);
         release(shared.v_empty[before.v_stage]);

@@ -18,8 +18,6 @@ _L2_PROMOTION_256B = 3
 SWIZZLE_NONE, SWIZZLE_128B = 0, 3
 _TENSOR_MAP_BYTES = 128
 _TENSOR_MAP_ALIGNMENT = 64
-
-
 _OnePointer = ctypes.c_void_p * 1
 
 
@@ -138,6 +136,7 @@ class Launcher:
         stream = torch._C._cuda_getCurrentRawStream(self._device)
         pointers = _OnePointer(ctypes.addressof(params))
         configuration = (self._function, blocks, 1, 1, self._threads, 1, 1, self._smem_bytes, ctypes.c_void_p(stream))
-        if self._launch(*configuration, pointers, None) != 0:
-            # Once more, for a thread that has no context yet, or to say what is wrong.
-            call(self._device, self._label, self._launch, *configuration, pointers, None)
+        status = self._launch(*configuration, pointers, None)
+        if status == _ERROR_INVALID_CONTEXT:
+            return call(self._device, self._label, self._launch, *configuration, pointers, None)
+        check(status, self._label)

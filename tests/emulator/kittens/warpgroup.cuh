@@ -109,14 +109,15 @@ void run_mma_AB(const std::vector<Product*>& lanes, int) {
     }
 }
 
-template <typename T, int N, int K, int in_registers>
-void mm_ABt(rt_fl<16, N>& d, const rt<T, 16, in_registers>& a, const st<T, 64, K>& a_shared, const st<T, N, K>& b) {
-    emulator::self().products.push_back({run_mm_ABt<T, N, K, in_registers>, d.data, a.data, &a_shared, &b, emulator::self().product_group});
+template <typename T, int N, int K, int in_registers, int stages>
+void mm_ABt(rt_fl<16, N>& d, const rt<T, 16, in_registers>& a, const st<T, 64, K>& a_shared, const st<T, N, K> (&b)[stages], int stage) {
+    emulator::self().products.push_back(
+        {run_mm_ABt<T, N, K, in_registers>, d.data, a.data, &a_shared, &b[stage], emulator::self().product_group});
 }
 
-template <typename T, int N, int K>
-void mma_AB(rt_fl<16, N>& d, const rt<T, 16, K>& a, const st<T, K, N>& b) {
-    emulator::self().products.push_back({run_mma_AB<T, N, K>, d.data, a.data, nullptr, &b, emulator::self().product_group});
+template <typename T, int N, int K, int stages>
+void mma_AB(rt_fl<16, N>& d, const rt<T, 16, K>& a, const st<T, K, N> (&b)[stages], int stage) {
+    emulator::self().products.push_back({run_mma_AB<T, N, K>, d.data, a.data, nullptr, &b[stage], emulator::self().product_group});
 }
 
 // Where a word of a lane's fragment is in a tile.
