@@ -202,6 +202,26 @@ def test_more_key_blocks_than_can_be_planned(block, most):
     assert reason == f"the kernels plan at most {most} key blocks, and there are {most + 1}"
 
 
+@pytest.mark.parametrize(
+    ("num_rows", "heads", "most_rows", "groups", "rounds"),
+    [
+        (624, 12, 24, 2496, 19),
+        (624, 3, 14, 624, 5),
+        (128, 8, 8, 384, 3),
+        (32, 12, 8, 132, 1),
+        (353, 1, 8, 118, 1),
+        (2, 1, 3, 2, 1),
+    ],
+)
+def test_groups_take_as_few_rounds_as_full_ones(num_rows, heads, most_rows, groups, rounds):
+    processors = 132
+    chunks, rows, groups_per_chunk = forward._chunks_of_boxes(num_rows, heads, most_rows, processors)
+    last = num_rows - (chunks - 1) * rows
+    assert 0 < last <= rows <= most_rows
+    assert groups == heads * ((chunks - 1) * groups_per_chunk + -(-last * groups_per_chunk // rows))
+    assert rounds == -(-groups // processors) == -(-heads * num_rows // (3 * processors))
+
+
 def test_the_parameters_fit_a_launch():
     assert ctypes.sizeof(means.Params) == 640 <= 4096
     assert ctypes.sizeof(forward.PlanParams) <= 4096

@@ -2,7 +2,7 @@
 // output added before the store.
 //
 // A thread block stays on its multiprocessor and takes one item of work after the other: 64 rows for each of its consumer
-// warpgroups. One warp schedules, one loads the tiles of K and one those of V by TMA into rings of stages, and the consumers
+// warpgroups, or for some of them. One warp schedules, one loads the tiles of K and one those of V by TMA into rings of stages, and the consumers
 // attend them; a tile that several consumers need is loaded once. A stage is free when every consumer has arrived, and for
 // those that have no use for its tile the loader arrives itself, so that a consumer never meets a tile that is not its own.
 //
@@ -82,9 +82,9 @@ struct Ticket {
     bool is_partial;    // not every key is valid
     bool next_is_near;  // the consumer's next tile of the item is at most kNear tiles later
 };
-// A consumer may wait for a tile that is so near while it holds another: the oldest one that is held is never in the way of
-// its holder's next.
-constexpr int kNear = kKStages < kVStages ? kKStages : kVStages - 1;
+// A consumer may wait for a tile that is so near while it holds the V of another: the oldest one that is held is never in the
+// way of its holder's next.
+constexpr int kNear = kVStages - 1;
 
 // As it lies in the queue: five bits of the stages, above them the phases, and for K the rest.
 struct PackedTicket {

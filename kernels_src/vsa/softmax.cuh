@@ -5,8 +5,9 @@
 
 // What a row's sums are relative to: a reference, its largest score at some time, that no score has outgrown by much since.
 struct Softmax {
-    // How far, as a power of two, a score may outgrow the reference. Probabilities then stay far below what 16-bit elements hold.
-    static constexpr float kSlack = 8.0f;
+    // How far, as a power of two, a score may outgrow the reference. Rounding at most doubles it: probabilities stay far below
+    // what 16-bit elements hold.
+    static constexpr float kSlack = 4.0f;
 
     float scale_log2;
     kittens::col_vec shift = {0.0f, 0.0f};                                   // the reference, scaled

@@ -273,21 +273,16 @@ def _prepared(
     boxes = problem.block // BOX_TOKENS
     heads = problem.batch * problem.heads
     processors = torch.cuda.get_device_properties(device).multi_processor_count
-    all_boxes = heads * problem.num_q_blocks * boxes
-    plan_boxes = max(FEWEST_PLAN_BOXES, min(all_boxes // processors, MOST_PLAN_BOXES))
-    rows = max(CONSUMERS, min(plan_boxes // boxes, _most_rows(problem)))
-    if boxes > 1:
-        # By threes, so that no consumer is without work but in the last chunk of a head.
-        rows -= rows % CONSUMERS
-    chunks = -(-problem.num_q_blocks // rows)
-    rows = -(-problem.num_q_blocks // chunks)
-    if boxes > 1:
-        rows = -(-rows // CONSUMERS) * CONSUMERS
-        groups_per_chunk = rows * boxes // CONSUMERS
+    fair = heads * problem.num_q_blocks * boxes // processors
+    plan_boxes = max(FEWEST_PLAN_BOXES, min(fair, MOST_PLAN_BOXES))
+    most_rows = max(CONSUMERS, min(plan_boxes // boxes, _most_rows(problem)))
+    if boxes == 1:
+        chunks, rows, groups_per_chunk = _chunks_of_boxes(problem.num_q_blocks, heads, most_rows, processors)
     else:
-        # As many as all multiprocessors take in the same number of rounds: small groups take less time.
-        rounds = -(-all_boxes // (CONSUMERS * processors))
-        groups_per_chunk = max(-(-rows // CONSUMERS), min(rows * rounds * processors // all_boxes, rows))
+        # Rows by threes: consumers without work are in the last chunk of a head only.
+        chunks = -(-problem.num_q_blocks // (most_rows // CONSUMERS * CONSUMERS))
+        rows = -(-problem.num_q_blocks // (chunks * CONSUMERS)) * CONSUMERS
+        groups_per_chunk = rows * boxes // CONSUMERS
     groups_per_head = chunks * groups_per_chunk
     num_groups = groups_per_head * heads
     # Boxes that follow each other are of at most two blocks where these have several.
@@ -336,6 +331,25 @@ def _prepared(
         module.launcher(plan_kernel, device),
         module.launcher(attend_kernel, device),
     )
+
+
+def _chunks_of_boxes(num_rows: int, heads: int, most_rows: int, processors: int) -> tuple[int, int, int]:
+    """How the rows of a head, of one box each, are cut: chunks, rows of a chunk, and groups of a full one.
+
+    Multiprocessors take a group each, round after round. Of what takes the fewest rounds, the chunks are long, since in
+    these better groups are found, and the groups many, since small ones take less time.
+    """
+    rounds = -(-heads * num_rows // (CONSUMERS * processors))
+    cuts = []
+    for wanted in range(most_rows, min(most_rows, 2 * CONSUMERS) - 1, -1):
+        chunks = -(-num_rows // wanted)
+        rows = -(-num_rows // chunks)
+        groups = max(-(-rows // CONSUMERS), min(rows * rounds * processors // (heads * num_rows), rows))
+        of_last = -(-(num_rows - (chunks - 1) * rows) * groups // rows)
+        all_groups = heads * ((chunks - 1) * groups + of_last)
+        cuts.append((-(-all_groups // processors), chunks, rows, groups))
+    _, *cut = min(cuts, key=lambda cut: cut[0])
+    return cut[0], cut[1], cut[2]
 
 
 def _view(problem: Problem, length: int, padded: bool) -> tuple[tuple[int, int, int], tuple[int, int, int]]:
