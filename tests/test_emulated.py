@@ -119,6 +119,10 @@ BREAKS = {
         "            warpgroup::mma_async_wait<0>(out);\n            release(shared.v_empty[before.v_stage]);\n",
         "            release(shared.v_empty[before.v_stage]);\n            warpgroup::mma_async_wait<0>(out);\n",
     ),
+    "a warp alone waits for its products": (
+        "if (__builtin_expect(is_outgrown, 0)) correction = softmax.raise(largest);",
+        "if (is_outgrown) { correction = softmax.raise(largest); warpgroup::mma_async_wait<0>(); }",
+    ),
     "the output is written over Q too early": (
         "        warpgroup::sync(barrier);\n        if (!__all_sync",
         "        if (!__all_sync",

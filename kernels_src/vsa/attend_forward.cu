@@ -315,20 +315,18 @@ __device__ __forceinline__ void mask(const Order& keys, const uint32_t& valid, s
     }
 }
 
-// Scores become probabilities, and what was summed so far keeps up with their reference. Meanwhile the next tile is looked at.
-__device__ __forceinline__ void soften(const Params& params, SharedStorage& shared, TileQueue& tiles, const Ticket& tile,
-                                       bool is_next_ready, Softmax& softmax, s_fragment& scores, o_fragment& out) {
+// Scores become probabilities. Returns whether the output so far has to be multiplied by `correction`: a warp may not wait for
+// its products here, since others of its warpgroup may not. Meanwhile the next tile is looked at.
+__device__ __forceinline__ bool soften(const Params& params, SharedStorage& shared, TileQueue& tiles, const Ticket& tile,
+                                       bool is_next_ready, Softmax& softmax, s_fragment& scores, col_vec& correction) {
     if (__builtin_expect(tile.is_partial, 0)) mask(params.keys, shared.valid[tile.v_stage], scores);
     col_vec largest;
     const bool is_outgrown = softmax.is_outgrown(scores, largest);
     is_next_ready = __all_sync(kAllLanes, is_next_ready);
-    if (__builtin_expect(is_outgrown, 0)) {
-        const col_vec correction = softmax.raise(largest);
-        warpgroup::mma_async_wait<0>(out);
-        mul_row(out, correction);
-    }
+    if (__builtin_expect(is_outgrown, 0)) correction = softmax.raise(largest);
     tiles.look(is_next_ready);
     softmax.exponentiate(scores);
+    return is_outgrown;
 }
 
 // Attends the tiles of an item, the scores of one under way while the output of the one before is. Where the next is far, the
@@ -337,6 +335,7 @@ __device__ __forceinline__ void attend(const Params& params, SharedStorage& shar
                                        const q_fragment& q, const box_tile& q_shared, Softmax& softmax, o_fragment& out) {
     s_fragment scores;
     p_fragment p;
+    col_vec correction;
     for (int left = num_tiles; left > 0; --left) {
         Ticket before = tiles.next();
         wait(shared.k_full[before.k_stage], before.k_phase);
@@ -346,7 +345,7 @@ __device__ __forceinline__ void attend(const Params& params, SharedStorage& shar
         const bool is_next_ready = tiles.test_next();
         warpgroup::mma_async_wait<0>(scores);
         release(shared.k_empty[before.k_stage]);
-        soften(params, shared, tiles, before, is_next_ready, softmax, scores, out);
+        if (soften(params, shared, tiles, before, is_next_ready, softmax, scores, correction)) mul_row(out, correction);
         copy(p, scores);
         for (; before.next_is_near; --left) {
             const Ticket tile = tiles.next();
@@ -359,9 +358,10 @@ __device__ __forceinline__ void attend(const Params& params, SharedStorage& shar
             const bool is_next_ready = tiles.test_next();
             warpgroup::mma_async_wait<1>(scores);
             release(shared.k_empty[tile.k_stage]);
-            soften(params, shared, tiles, tile, is_next_ready, softmax, scores, out);
+            const bool is_outgrown = soften(params, shared, tiles, tile, is_next_ready, softmax, scores, correction);
             warpgroup::mma_async_wait<0>(out);
             release(shared.v_empty[before.v_stage]);
+            if (__builtin_expect(is_outgrown, 0)) mul_row(out, correction);
             copy(p, scores);
             before = tile;
         }

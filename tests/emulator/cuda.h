@@ -90,6 +90,7 @@ struct Meeting {
 struct Warp {
     Meeting meeting;
     uint64_t slots[kWarp];
+    std::string steps;  // instructions of warpgroups so far, a letter each
 };
 
 inline std::vector<Thread> threads;

@@ -18,8 +18,22 @@ inline void sync(int barrier) { emulator::meet(emulator::barriers[barrier], kWar
 
 using emulator::Product;
 
+// All warps of a warpgroup take the same steps.
+inline void take_step(char kind) {
+    if (emulator::lane() != 0) return;
+    std::string& own = emulator::warp().steps;
+    own.push_back(kind);
+    const size_t warp = threadIdx.x / kWarpThreads, first = warp - warp % kWarpgroupWarps;
+    for (size_t other = first; other < first + kWarpgroupWarps; ++other) {
+        const std::string& steps = emulator::warps[other].steps;
+        if (steps.size() >= own.size() && steps[own.size() - 1] != kind) emulator::fail("warps of a warpgroup take other steps");
+    }
+}
+
 template <typename... Tiles>
-void mma_fence(Tiles&...) {}
+void mma_fence(Tiles&...) {
+    take_step('f');
+}
 
 // Products of earlier groups, of all lanes of the warp.
 inline void finish_products(int before_group) {
@@ -43,6 +57,7 @@ inline void finish_products(int before_group) {
 }
 
 inline void mma_commit_group() {
+    take_step('c');
     ++emulator::self().product_group;
     const bool at_once = uniform(emulator::random_below(3) == 0);
     if (at_once) finish_products(emulator::self().product_group);
@@ -50,6 +65,7 @@ inline void mma_commit_group() {
 
 template <int left, typename... Tiles>
 void mma_async_wait(Tiles&...) {
+    take_step('0' + left);
     finish_products(emulator::self().product_group - left);
 }
 
@@ -111,12 +127,14 @@ void run_mma_AB(const std::vector<Product*>& lanes, int) {
 
 template <typename T, int N, int K, int in_registers, int stages>
 void mm_ABt(rt_fl<16, N>& d, const rt<T, 16, in_registers>& a, const st<T, 64, K>& a_shared, const st<T, N, K> (&b)[stages], int stage) {
+    take_step('s');
     emulator::self().products.push_back(
         {run_mm_ABt<T, N, K, in_registers>, d.data, a.data, &a_shared, &b[stage], emulator::self().product_group});
 }
 
 template <typename T, int N, int K, int stages>
 void mma_AB(rt_fl<16, N>& d, const rt<T, 16, K>& a, const st<T, K, N> (&b)[stages], int stage) {
+    take_step('o');
     emulator::self().products.push_back({run_mma_AB<T, N, K>, d.data, a.data, nullptr, &b[stage], emulator::self().product_group});
 }
 
