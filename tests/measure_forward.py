@@ -1,9 +1,10 @@
 """Measures what the README says of the Hopper forward: ``python tests/measure_forward.py``, on a Hopper GPU.
 
 Every line is checked against Triton's kernels on the same map before it is timed. Its ratio is to PyTorch's dense
-attention by cuDNN of the same head dimension, timed just before it: such work runs at the GPU's limit of power, so that
-its clock is not the same from one minute to the next. "Random" means that every query block selects key blocks drawn
-uniformly, "neighbouring" the nearest blocks of a video of 6x8x13 blocks by distance less twice a uniform number.
+attention by cuDNN of the same head dimension. All three are timed in turn, in several rounds, and medians count: such
+work runs at the GPU's limit of power, so that its clock is not the same from one second to the next. "Random" means that
+every query block selects key blocks drawn uniformly, "neighbouring" the nearest blocks of a video of 6x8x13 blocks by
+Euclidean distance less twice a uniform number.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ import argparse
 import math
 import time
 from collections.abc import Callable
+from statistics import median
 from typing import NamedTuple
 
 import torch
@@ -37,7 +39,8 @@ class Work(NamedTuple):
     layout: str = "bhsd"
 
 
-# Of a round: fewer launches than wait in a queue at most.
+ROUNDS = 5
+# Between two looks at the clock of the host: fewer launches than wait in a queue at most.
 CALLS = 200
 KERNELS = ("plan_forward", "attend_forward")
 W1 = 39936
@@ -83,7 +86,7 @@ def inputs_of(work: Work) -> tuple[list[Tensor], Tensor, Tensor, dict]:
 
 
 def median_ms(call: Callable) -> float:
-    return do_bench(call, warmup=30, rep=100, return_mode="median")
+    return do_bench(call, warmup=20, rep=60, return_mode="median")
 
 
 def share_of_plan(call: Callable) -> float:
@@ -97,32 +100,41 @@ def share_of_plan(call: Callable) -> float:
     return plan / (plan + attend)
 
 
-def dense_tflops(head_dim: int, backend: SDPBackend) -> float:
+def dense_call(head_dim: int, backend: SDPBackend) -> Callable:
     q, k, v = torch.randn(3, 1, 12, W1, head_dim, device=DEVICE).bfloat16()
-    with sdpa_kernel(backend):
-        ms = median_ms(lambda: F.scaled_dot_product_attention(q, k, v))
+
+    def call() -> Tensor:
+        with sdpa_kernel(backend):
+            return F.scaled_dot_product_attention(q, k, v)
+
+    return call
+
+
+def dense_tflops(head_dim: int, ms: float) -> float:
     return 4 * 12 * W1 * W1 * head_dim / ms * 1e-9
 
 
 def measure(work: Work) -> None:
     qkv, q2k_idx, q2k_num, order = inputs_of(work)
-    results, times = {}, {}
-    for backend in ("triton", "sm90"):
 
-        def call(backend: str = backend) -> tuple[Tensor, Tensor]:
-            return vsa_jit.block_sparse_attn_from_indices(*qkv, q2k_idx, q2k_num, backend=backend, **order)
+    def sparse_call(backend: str) -> Callable:
+        arguments = {**order, "backend": backend}
+        return lambda: vsa_jit.block_sparse_attn_from_indices(*qkv, q2k_idx, q2k_num, **arguments)
 
-        results[backend] = call()
-        dense = dense_tflops(work.head_dim, SDPBackend.CUDNN_ATTENTION)
-        times[backend] = median_ms(call)
-    torch.testing.assert_close(results["sm90"][0], results["triton"][0], rtol=2e-2, atol=2e-3)
-    torch.testing.assert_close(results["sm90"][1], results["triton"][1], rtol=1e-5, atol=1e-5)
+    calls = {name: sparse_call(name) for name in ("triton", "sm90")}
+    for ours, theirs, tolerance in zip(calls["sm90"](), calls["triton"](), (2e-2, 1e-5), strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=tolerance, atol=tolerance / 10)
+    calls["dense"] = dense_call(work.head_dim, SDPBackend.CUDNN_ATTENTION)
+    rounds = [{name: median_ms(call) for name, call in calls.items()} for _ in range(ROUNDS)]
     block = work.block if isinstance(work.block, int) else math.prod(work.block)
     flops = 4 * work.heads * work.tokens * work.topk * block * work.head_dim
-    tflops = {backend: flops / ms * 1e-9 for backend, ms in times.items()}
+    tflops = [flops / times["sm90"] * 1e-9 for times in rounds]
+    of_dense = [ours / dense_tflops(work.head_dim, times["dense"]) for ours, times in zip(tflops, rounds, strict=True)]
     print(
-        f"{work.name}: {times['sm90']:.3f} ms, {tflops['sm90']:.0f} TFLOP/s, {tflops['sm90'] / dense:.3f} of dense, "
-        f"{tflops['sm90'] / tflops['triton']:.2f} times Triton, plan {100 * share_of_plan(call):.1f} %",
+        f"{work.name}: {median([times['sm90'] for times in rounds]):.3f} ms, {median(tflops):.0f} TFLOP/s, "
+        f"{median(of_dense):.3f} of dense ({min(of_dense):.3f} to {max(of_dense):.3f}), "
+        f"{median([times['triton'] / times['sm90'] for times in rounds]):.2f} times Triton, "
+        f"plan {100 * share_of_plan(calls['sm90']):.1f} %",
         flush=True,
     )
 
@@ -132,8 +144,9 @@ def main() -> None:
     parser.add_argument("names", nargs="*", help="only works whose name has one of these")
     names = parser.parse_args().names
     for head_dim in (128, 64):
-        cudnn, flash = (dense_tflops(head_dim, by) for by in (SDPBackend.CUDNN_ATTENTION, SDPBackend.FLASH_ATTENTION))
-        print(f"dense, D={head_dim}: cuDNN {cudnn:.0f} TFLOP/s, FlashAttention-2 {flash:.0f}", flush=True)
+        for backend in (SDPBackend.CUDNN_ATTENTION, SDPBackend.FLASH_ATTENTION):
+            tflops = dense_tflops(head_dim, median_ms(dense_call(head_dim, backend)))
+            print(f"dense, D={head_dim}, {backend.name}: {tflops:.0f} TFLOP/s", flush=True)
     for work in WORKS:
         if not names or any(name in work.name for name in names):
             measure(work)
