@@ -2,7 +2,7 @@
 
 Every line is checked against Triton's kernels on the same map before it is timed. Its ratio is to PyTorch's dense
 attention by cuDNN of the same head dimension. All three are timed in turn, in several rounds, and medians count: such
-work runs at the GPU's limit of power, so that its clock is not the same from one second to the next. "Random" means that
+work runs at the GPU's limit of power, so that its clock changes from one second to the next. "Random" means that
 every query block selects key blocks drawn uniformly, "neighbouring" the nearest blocks of a video of 6x8x13 blocks by
 Euclidean distance less twice a uniform number.
 """
