@@ -129,10 +129,10 @@ class Launcher:
             blocks: thread blocks.
             params: the kernel's parameters, copied.
         """
-        if torch.cuda.current_device() != self._device:
+        # As PyTorch and Triton ask inside: the public ways see first whether CUDA has started, and make objects.
+        if torch._C._cuda_getDevice() != self._device:
             with torch.cuda.device(self._device):
                 return self(blocks, params)
-        # As Triton asks: the public way makes an object of it, which takes longer than all else here.
         stream = torch._C._cuda_getCurrentRawStream(self._device)
         pointers = _OnePointer(ctypes.addressof(params))
         configuration = (self._function, blocks, 1, 1, self._threads, 1, 1, self._smem_bytes, ctypes.c_void_p(stream))
