@@ -1,4 +1,4 @@
-"""Measures what the README says of the Hopper forward: ``python tests/measure_forward.py``, on a Hopper GPU.
+"""Measures the forward on a Hopper GPU: ``python tests/measure_forward.py``.
 
 Every line is checked against Triton's kernels on the same map before it is timed. Its ratio is to PyTorch's dense
 attention by cuDNN of the same head dimension. All three are timed in turn, in several rounds, and medians count: such
@@ -11,13 +11,13 @@ from __future__ import annotations
 
 import argparse
 import math
-import time
 from collections.abc import Callable
 from statistics import median
 from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
+from measure_jit import host_time
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from triton.testing import do_bench
@@ -40,7 +40,7 @@ class Work(NamedTuple):
 
 
 ROUNDS = 5
-# Between two looks at the clock of the host: fewer launches than wait in a queue at most.
+# Of two launches each, fewer than the GPU's queue holds.
 CALLS = 200
 KERNELS = ("plan_forward", "attend_forward")
 W1 = 39936
@@ -157,14 +157,8 @@ def measure_host_time() -> None:
     q, k, v = torch.randn(3, 1, 2, 1024, 128, device=DEVICE).bfloat16()
     q2k_idx = random_map(2, 16, 4)
     q2k_num = torch.full((1, 2, 16), 4, dtype=torch.int32, device=DEVICE)
-    rounds = []
-    for _ in range(21):
-        torch.cuda.synchronize()
-        start = time.perf_counter()
-        for _ in range(CALLS):
-            vsa_jit.block_sparse_attn_from_indices(q, k, v, q2k_idx, q2k_num)
-        rounds.append((time.perf_counter() - start) / CALLS * 1e6)
-    print(f"host time of a call: {sorted(rounds)[10]:.1f} us ({min(rounds):.1f} to {max(rounds):.1f})")
+    of_a_call = host_time(lambda: vsa_jit.block_sparse_attn_from_indices(q, k, v, q2k_idx, q2k_num), CALLS)
+    print(f"host time of a call: {of_a_call}")
 
 
 if __name__ == "__main__":

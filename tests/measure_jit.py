@@ -18,6 +18,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -85,20 +86,23 @@ def measure_first_calls() -> None:
             print(f"{engine.name} {name}: kernels {kernels:.3f} s, whole call {whole:.3f} s")
 
 
-def measure_host_time() -> None:
-    q, k, v = torch.randn(3, 1, 2, 256, 128, device=DEVICE).bfloat16()
-    problem = problem_of(q, k, v)
+def host_time(call: Callable[[], object], calls: int) -> str:
+    """How long the host takes for one of so many calls, which the GPU's queue has to hold."""
     rounds = []
     for _ in range(ROUNDS):
         torch.cuda.synchronize()
         start = time.perf_counter()
-        for _ in range(CALLS):
-            backend.block_means(problem, q, k, v, None, None)
-        rounds.append((time.perf_counter() - start) / CALLS * 1e6)
-    print(
-        f"host time of a launch, with its three outputs: {statistics.median(rounds):.1f} us "
-        f"({min(rounds):.1f} to {max(rounds):.1f} in {ROUNDS} rounds)"
-    )
+        for _ in range(calls):
+            call()
+        rounds.append((time.perf_counter() - start) / calls * 1e6)
+    return f"{statistics.median(rounds):.1f} us ({min(rounds):.1f} to {max(rounds):.1f} in {ROUNDS} rounds)"
+
+
+def measure_host_time() -> None:
+    q, k, v = torch.randn(3, 1, 2, 256, 128, device=DEVICE).bfloat16()
+    problem = problem_of(q, k, v)
+    of_a_launch = host_time(lambda: backend.block_means(problem, q, k, v, None, None), CALLS)
+    print(f"host time of a launch, with its three outputs: {of_a_launch}")
 
 
 def problem_of(q, k, v, **others):

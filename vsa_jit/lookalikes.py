@@ -49,9 +49,9 @@ class LookAlikes(Generic[T]):
             self._count = 0
         sizes, strides = ([list(of(x)) for x in tensors] for of in (Tensor.size, Tensor.stride))
         looks_alike = guards(*tensors, dynamic_dims_sizes=sizes, dynamic_dims_strides=strides).check
-        kept = self._kept.get(kind, [])[1 - _MOST_OF_A_KIND :]
-        self._kept[kind] = [*kept, (looks_alike, value)]
-        self._count += 1
+        kept = self._kept.get(kind, [])
+        self._kept[kind] = [*kept[1 - _MOST_OF_A_KIND :], (looks_alike, value)]
+        self._count += len(self._kept[kind]) - len(kept)
 
 
 def _kind(settings: tuple, tensors: Sequence[Any]) -> tuple:

@@ -89,9 +89,9 @@ __device__ __forceinline__ uint64_t descriptor(const ST* tiles, int index, int l
     asm volatile(KITTENS_WGMMA("128", TYPE, ADD, KITTENS_NAMES_64) "{%64, %65, %66, %67}, %68, add, 1, 1, %69;\n}" \
                  : KITTENS_D32(MODE, 0), KITTENS_D32(MODE, 32) \
                  : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "n"(transposed))
-#define KITTENS_WGMMA_SHARED_64(TYPE, MODE, ADD) \
-    asm volatile(KITTENS_WGMMA("64", TYPE, ADD, KITTENS_NAMES_32) "%32, %33, add, 1, 1, 0, %34;\n}" \
-                 : KITTENS_D32(MODE, 0) \
+#define KITTENS_WGMMA_SHARED_64(TYPE) \
+    asm volatile(KITTENS_WGMMA("64", TYPE, "1", KITTENS_NAMES_32) "%32, %33, add, 1, 1, 0, %34;\n}" \
+                 : KITTENS_D32("+", 0) \
                  : "l"(a), "l"(b), "n"(transposed))
 
 template <typename T, int N, int transposed, bool add>
@@ -106,12 +106,13 @@ __device__ __forceinline__ void mma_step(float (&d)[N / 2], const uint32_t* a, u
     if constexpr (N == 128 && !kIsBf16) KITTENS_WGMMA_128("f16", "+", "1");
 }
 
-template <typename T, int N, int transposed, bool add>
+// Adds.
+template <typename T, int N, int transposed>
 __device__ __forceinline__ void mma_step(float (&d)[N / 2], uint64_t a, uint64_t b) {
     constexpr bool kIsBf16 = is_same<T, bf16>;
-    static_assert((kIsBf16 || is_same<T, half>) && N == 64 && add);
-    if constexpr (kIsBf16) KITTENS_WGMMA_SHARED_64("bf16", "+", "1");
-    if constexpr (!kIsBf16) KITTENS_WGMMA_SHARED_64("f16", "+", "1");
+    static_assert((kIsBf16 || is_same<T, half>) && N == 64);
+    if constexpr (kIsBf16) KITTENS_WGMMA_SHARED_64("bf16");
+    if constexpr (!kIsBf16) KITTENS_WGMMA_SHARED_64("f16");
 }
 
 #undef KITTENS_D4
@@ -133,7 +134,8 @@ __device__ __forceinline__ void mm_ABt(rt_fl<16, N>& d, const rt<T, 16, in_regis
                                        const st<T, N, K> (&b)[stages], int stage) {
     using A = st<T, 64, K>;
     using B = st<T, N, K>;
-    const uint64_t start = descriptor(b, stage, 0, kSwizzleAtomBytes), a_start = descriptor(&a_shared, 0, 0, kSwizzleAtomBytes);
+    const uint64_t start = descriptor(b, stage, 0, kSwizzleAtomBytes);
+    const uint64_t a_start = descriptor(&a_shared, 0, 0, kSwizzleAtomBytes);
 #pragma unroll
     for (int k = 0; k < K; k += kStepCols) {
         const int in_panel = k % B::panel_cols * sizeof(T);
@@ -143,7 +145,7 @@ __device__ __forceinline__ void mm_ABt(rt_fl<16, N>& d, const rt<T, 16, in_regis
         } else if (k < in_registers) {
             mma_step<T, N, 0, true>(d.data, a.data + k / 4, b_step);
         } else {
-            mma_step<T, N, 0, true>(d.data, a_start + (k / A::panel_cols * A::panel_bytes + in_panel) / kDescriptorBytes, b_step);
+            mma_step<T, N, 0>(d.data, a_start + (k / A::panel_cols * A::panel_bytes + in_panel) / kDescriptorBytes, b_step);
         }
     }
 }

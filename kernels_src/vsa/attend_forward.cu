@@ -2,9 +2,10 @@
 // output added before the store.
 //
 // A thread block stays on its multiprocessor and takes one item of work after the other: 64 rows for each of its consumer
-// warpgroups, or for some of them. One warp schedules, one loads the tiles of K and one those of V by TMA into rings of stages, and the consumers
-// attend them; a tile that several consumers need is loaded once. A stage is free when every consumer has arrived, and for
-// those that have no use for its tile the loader arrives itself, so that a consumer never meets a tile that is not its own.
+// warpgroups, or for some of them. One warp schedules, one loads the tiles of K and one those of V by TMA into rings of
+// stages, and the consumers attend them; a tile that several consumers need is loaded once. A stage is free when every
+// consumer has arrived, and for those that have no use for its tile the loader arrives itself, so that a consumer never meets
+// a tile that is not its own.
 //
 // Specialised at compile time: VSA_DTYPE (bf16, half), VSA_HEAD_DIM (64, 128), VSA_K_STAGES and VSA_V_STAGES.
 #include "kittens/tma.cuh"

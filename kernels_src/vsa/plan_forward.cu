@@ -83,9 +83,10 @@ __device__ void read_rows(const Params& params, int rows, int64_t first_index, i
     const int lane = laneid(), words = words_of(params);
     int num[kRowsOfWarp], upcoming[kRowsOfWarp], most = 0;
     bool poisoned[kRowsOfWarp] = {};
+    const auto row_at = [](int i) { return int(warpid()) + i * kWarps; };
 #pragma unroll
     for (int i = 0; i < kRowsOfWarp; ++i) {
-        const int row = warpid() + i * kWarps;
+        const int row = row_at(i);
         num[i] = upcoming[i] = 0;
         if (row >= rows) continue;
         num[i] = params.q2k_num[first_index + row];
@@ -101,8 +102,8 @@ __device__ void read_rows(const Params& params, int rows, int64_t first_index, i
 #pragma unroll
         for (int i = 0; i < kRowsOfWarp; ++i) {
             block[i] = upcoming[i];
-            const int64_t row = first_index + warpid() + i * kWarps;
-            if (entry + kWarpThreads < num[i]) upcoming[i] = params.q2k_idx[row * params.width + entry + kWarpThreads];
+            const int64_t index = first_index + row_at(i);
+            if (entry + kWarpThreads < num[i]) upcoming[i] = params.q2k_idx[index * params.width + entry + kWarpThreads];
         }
 #pragma unroll
         for (int i = 0; i < kRowsOfWarp; ++i) {
@@ -112,14 +113,14 @@ __device__ void read_rows(const Params& params, int rows, int64_t first_index, i
             for (int box = 0; exists && box < params.keys.boxes; ++box) {
                 if (params.keys.partial && KeyTile::of(params.keys, block[i], box, 0).is_empty()) continue;
                 const int key = block[i] * params.keys.boxes + box;
-                atomicOr(&shared.selected[(warpid() + i * kWarps) * stride + key / 32], 1u << key % 32);
+                atomicOr(&shared.selected[row_at(i) * stride + key / 32], 1u << key % 32);
             }
         }
     }
     __syncwarp();
 #pragma unroll
     for (int i = 0; i < kRowsOfWarp; ++i) {
-        const int row = warpid() + i * kWarps;
+        const int row = row_at(i);
         if (row >= rows) break;
         int count = 0;
         for (int word = lane; word < words; word += kWarpThreads) count += __popc(shared.selected[row * stride + word]);
@@ -146,14 +147,14 @@ __device__ void compare_rows(int rows, int words, int stride, SharedStorage& sha
     }
 }
 
-// Groups of nearly as many rows each: the two that are most alike, then whoever is most like those, until no row is left. One
-// warp, a lane for each row: it takes less time than many that have to wait for each other.
-__device__ void match_rows(int rows, int num_groups, SharedStorage& shared) {
+// Groups of nearly as many rows each: the two that are most alike, then whoever is most like those, until no row is left; a
+// short chunk's last groups have none. One warp, a lane for each row: it takes less time than many that wait for each other.
+__device__ void match_rows(int rows, int num_groups, int groups_per_chunk, SharedStorage& shared) {
     static_assert(kMostRows <= kWarpThreads, "each row has a lane");
     const int lane = laneid(), own = min(lane, kMostRows - 1);
     const int fewest = rows / num_groups, most_of_group = (rows + num_groups - 1) / num_groups;
     uint32_t free = (1u << rows) - 1;
-    for (int group = 0; group < num_groups; ++group) {
+    for (int group = 0; group < groups_per_chunk; ++group) {
         const int left_to_others = fewest * (num_groups - 1 - group);
         // A row that is left alone is its own candidate.
         int most = -kLikenessBias;
@@ -197,7 +198,7 @@ struct Member {
 };
 __device__ __forceinline__ Member member_of(const Params& params, const SharedStorage& shared, int rows, int group, int i) {
     const int boxes = params.keys.boxes, index = group * kConsumers + i;
-    if (boxes == 1) return {group < groups_of(params, rows) ? shared.matched[group][i] : -1, 0};
+    if (boxes == 1) return {shared.matched[group][i], 0};
     if (index >= rows * boxes) return {-1, 0};
     return {index / boxes, index % boxes};
 }
@@ -336,7 +337,7 @@ extern "C" __global__ void __launch_bounds__(kThreads, 3) plan_forward(const __g
     if (params.keys.boxes == 1) {
         compare_rows(rows, words, stride, shared);
         __syncthreads();
-        if (warp == 0) match_rows(rows, num_groups, shared);
+        if (warp == 0) match_rows(rows, num_groups, params.groups_per_chunk, shared);
         __syncthreads();
     }
 

@@ -10,9 +10,9 @@ struct Softmax {
     static constexpr float kSlack = 4.0f;
 
     float scale_log2;
-    kittens::col_vec shift = {0.0f, 0.0f};                                   // the reference, scaled
+    kittens::col_vec shift = {0.0f, 0.0f};                                  // the reference, scaled
     kittens::col_vec limit = {-kittens::infinity(), -kittens::infinity()};  // of scores; -inf: there is no reference yet
-    kittens::col_vec sum = {0.0f, 0.0f};                                     // of a lane's own columns
+    kittens::col_vec sum = {0.0f, 0.0f};                                    // of a lane's own columns
 
     // Whether a score of the warp is beyond the limit of its row: rarely, after the first tiles. Gives the largest.
     template <int cols>
