@@ -17,7 +17,7 @@ import pytest
 import torch
 
 from vsa_jit.backends.sm90 import forward, means, tiles
-from vsa_jit.jit import module
+from vsa_jit.jit import counter, module
 from vsa_jit.jit.driver import SWIZZLE_128B, TensorMap
 from vsa_jit.jit.kernel import Kernel
 from vsa_jit.jit.source import kernels_dir
@@ -109,5 +109,7 @@ def emulate(monkeypatch: pytest.MonkeyPatch, processors: int, sources: Path | No
     means._prepared.cache_clear()
     monkeypatch.setattr(module, "launcher", functools.partial(launcher, sources=sources))
     monkeypatch.setattr(tiles, "tensor_map", tensor_map)
+    zero = torch.zeros((), dtype=torch.int32)
+    monkeypatch.setattr(counter, "counter", lambda device: zero)
     properties = SimpleNamespace(multi_processor_count=processors)
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: properties)

@@ -26,9 +26,11 @@ CASES = [
     Case("256, other keys", q_len=300, kv_len=1300, block_size=256),
     Case("256, raster", grid=(7, 13, 11), block_size=(4, 8, 8)),
     Case("320, plain", q_len=1600, block_size=320),
+    Case("64, more keys than a list is made of at a time", q_len=200, kv_len=67000, heads=1),
+    Case("128, more keys than a list is made of at a time", q_len=400, kv_len=67000, heads=1, block_size=128),
     Case("1728, one block cut on all three axes", grid=(5, 6, 7), block_size=(12, 12, 12)),
 ]
-# Chunks of the plan have many rows where there is one multiprocessor, and few where there are many.
+# With one multiprocessor a thread block takes all items, and with many one item, of as few rows as can be.
 KINDS = [(torch.bfloat16, 128, 1), (torch.float16, 64, 200)]
 
 
@@ -107,9 +109,11 @@ def test_a_key_block_that_does_not_exist_spoils_its_rows_only(monkeypatch, block
 
 # Texts of the forward kernel, each with what takes its place.
 BREAKS = {
-    "warps of an idle consumer run ahead": (
-        "            warpgroup::sync(barrier);\n            arrive(shared.item_empty[at.index]);\n",
-        "            arrive(shared.item_empty[at.index]);\n",
+    "a late lane misses that Q is free": (
+        "            wait(shared.q_empty[i], phases >> i & 1 ^ 1);\n"
+        "            // Every lane has seen it before it is free once more, in the other phase.\n"
+        "            __syncwarp();\n",
+        "            wait(shared.q_empty[i], phases >> i & 1 ^ 1);\n",
     ),
     "nobody frees a stage for who has no use for it": (
         "if (absent > 0) arrive(empty, absent * kWarpgroupWarps);",
@@ -123,15 +127,23 @@ BREAKS = {
         "if (__builtin_expect(is_outgrown, 0)) correction = softmax.raise(largest);",
         "if (is_outgrown) { correction = softmax.raise(largest); warpgroup::mma_async_wait<0>(); }",
     ),
-    "the output is written over Q too early": (
-        "        warpgroup::sync(barrier);\n        if (!__all_sync",
-        "        if (!__all_sync",
-    ),
-    "an item is told before it is written": (
-        "        if (laneid() == 0) {\n            const int bh",
-        "        if (laneid() == 0) {\n            arrive(shared.item_full[at.index]);\n            const int bh",
-        "        if (laneid() == 0) arrive(shared.item_full[at.index]);\n",
+    "the next Q is loaded too early": (
+        "        if (left == 1) release(q_empty);\n",
         "",
+        "        warpgroup::mma_async_wait<0>(scores);\n",
+        "        if (left == num_tiles) release(q_empty);\n        warpgroup::mma_async_wait<0>(scores);\n",
+    ),
+    "rows are told before they are written": (
+        "        const int64_t first_row = last ? 0 : write_rows(params, number, item);\n        __syncwarp();\n"
+        "        if (laneid() == 0) arrive(shared.rows_known[at.index]);\n",
+        "        if (laneid() == 0) arrive(shared.rows_known[at.index]);\n"
+        "        const int64_t first_row = last ? 0 : write_rows(params, number, item);\n        __syncwarp();\n",
+    ),
+    "a list is told before it is written": (
+        "        if (!last) write_list(",
+        "        if (laneid() == 0) arrive(shared.item_full[at.index]);\n        if (!last) write_list(",
+        "list_of(params, at));\n        if (laneid() == 0) arrive(shared.item_full[at.index]);\n",
+        "list_of(params, at));\n",
     ),
     "a ticket is told before it is written": (
         "if (kIsK) ticket.k = code",
@@ -139,17 +151,9 @@ BREAKS = {
         "                        arrive(shared.queue_full[j][entry]);\n",
         "",
     ),
-    "a thread block ends before its outputs are stored": (
-        "    if (is_leader) tma::store_async_read_wait();\n}",
-        "}",
-    ),
     "lanes of a loader do not wait for each other": (
         "                wait(empty, phase ^ 1);\n                __syncwarp();\n",
         "                wait(empty, phase ^ 1);\n",
-    ),
-    "Q is loaded over an output on its way": (
-        "        if (is_leader) {\n            tma::store_async_read_wait();\n",
-        "        if (is_leader) {\n",
     ),
 }
 

@@ -112,3 +112,30 @@ def test_never_waits_for_the_gpu():
         attend(inputs, idx, num)
     finally:
         torch.cuda.set_sync_debug_mode("default")
+
+
+def test_streams_and_graphs_side_by_side():
+    """What deals out the work of a launch is not shared with another that runs at the same time."""
+    inputs = Inputs(Case("streams", q_len=6400, heads=8, head_dim=64), "cuda", torch.bfloat16)
+    idx, num, _ = inputs.uneven_indices()
+    expected = attend(inputs, idx, num)
+    streams = [torch.cuda.Stream() for _ in range(3)]
+    graphs = []
+    for stream in streams[:2]:
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph, stream=stream):
+            captured = attend(inputs, idx, num)
+        graphs.append((graph, captured))
+    torch.cuda.synchronize()
+    results = []
+    for _ in range(30):
+        for stream, (graph, _) in zip(streams, graphs, strict=False):
+            with torch.cuda.stream(stream):
+                graph.replay()
+        for stream in streams:
+            with torch.cuda.stream(stream):
+                results.append(attend(inputs, idx, num))
+    torch.cuda.synchronize()
+    for out, lse in (*results, *(captured for _, captured in graphs)):
+        assert torch.equal(out, expected[0])
+        assert torch.equal(lse, expected[1])

@@ -192,37 +192,55 @@ def test_what_tma_cannot_read(shape, strides, address, grid, reason):
     assert found is None if reason is None else found.startswith(reason)
 
 
-@pytest.mark.parametrize(("block", "most"), [(64, 73696), (128, 36848), (192, 24565)])
-def test_more_key_blocks_than_can_be_planned(block, most):
-    def problem(blocks):
-        return Problem(1, 1, 1, 64, blocks * block, 64, (1, 1, block), None, "bhsd", 0.1, "auto")
+@pytest.mark.parametrize(("block", "most"), [(64, 2**20), (128, 2**19), (192, 2**20 // 3)])
+def test_more_blocks_than_the_kernels_take(block, most):
+    def problem(query_blocks, key_blocks):
+        tokens = query_blocks * block, key_blocks * block
+        return Problem(1, 1, 1, *tokens, 64, (1, 1, block), None, "bhsd", 0.1, "auto")
 
-    assert forward.why_not_plan(problem(most)) is None
-    reason = forward.why_not_plan(problem(most + 1))
-    assert reason == f"the kernels plan at most {most} key blocks, and there are {most + 1}"
+    assert forward.why_not_size(problem(2**20, most)) is None
+    reason = forward.why_not_size(problem(1, most + 1))
+    assert reason == f"the kernels take at most {most} key blocks, and there are {most + 1}"
+    reason = forward.why_not_size(problem(2**20 + 1, 1))
+    assert reason == f"the kernels take at most {2**20} query blocks, and there are {2**20 + 1}"
 
 
 @pytest.mark.parametrize(
-    ("num_rows", "heads", "most_rows", "groups", "rounds"),
+    ("num_rows", "heads", "first_heads", "trio_rows", "groups"),
     [
-        (624, 12, 24, 2496, 19),
-        (624, 3, 14, 624, 5),
-        (128, 8, 8, 384, 3),
-        (32, 12, 8, 132, 1),
-        (353, 1, 8, 118, 1),
-        (2, 1, 3, 2, 1),
+        (624, 12, 12, 3, 2496),
+        (624, 3, 3, 3, 624),
+        (128, 8, 6, 3, 386),
+        (32, 12, 12, 3, 132),
+        (32, 8, 8, 2, 128),
+        (31, 4, 4, 1, 124),
+        (353, 1, 1, 3, 118),
+        (2, 1, 1, 1, 2),
     ],
 )
-def test_groups_take_as_few_rounds_as_full_ones(num_rows, heads, most_rows, groups, rounds):
+def test_groups_take_as_few_rounds_as_the_longest(num_rows, heads, first_heads, trio_rows, groups):
+    """Of blocks of one box, on 132 multiprocessors."""
     processors = 132
-    chunks, rows, groups_per_chunk = forward._chunks_of_boxes(num_rows, heads, most_rows, processors)
-    last = num_rows - (chunks - 1) * rows
-    assert 0 < last <= rows <= most_rows
-    assert groups == heads * ((chunks - 1) * groups_per_chunk + -(-last * groups_per_chunk // rows))
-    assert rounds == -(-groups // processors) == -(-heads * num_rows // (3 * processors))
+    assert forward._trios(num_rows, 1, heads, processors) == (first_heads, trio_rows)
+    long, short = (forward._cut(num_rows, max(1, rows), 1) for rows in (trio_rows, trio_rows - 1))
+    assert groups == first_heads * long.trios + (heads - first_heads) * short.trios
+    assert -(-groups // processors) == -(-heads * -(-num_rows // 3) // processors)
+
+
+@pytest.mark.parametrize("boxes", [1, 2, 5])
+@pytest.mark.parametrize("num_rows", [1, 2, 3, 31, 128, 1000])
+@pytest.mark.parametrize("trio_rows", [1, 2, 3])
+def test_every_row_is_in_a_trio_and_a_window_has_a_lane_for_each(num_rows, trio_rows, boxes):
+    cut = forward._cut(num_rows, trio_rows if boxes == 1 else 3, boxes)
+    starts = [min(i * cut.trio_rows + min(i, cut.longer_trios), num_rows) for i in range(cut.trios + 1)]
+    assert starts[0] == 0
+    assert starts[-1] == num_rows
+    assert all(1 <= end - start <= 3 for start, end in itertools.pairwise(starts))
+    windows = [i * cut.window_trios + min(i, cut.longer_windows) for i in range(cut.windows + 1)]
+    assert windows[-1] == cut.trios
+    assert all(starts[end] - starts[start] <= 32 for start, end in itertools.pairwise(windows))
 
 
 def test_the_parameters_fit_a_launch():
     assert ctypes.sizeof(means.Params) == 640 <= 4096
-    assert ctypes.sizeof(forward.PlanParams) <= 4096
-    assert ctypes.sizeof(forward.Params) == 1344 <= 4096
+    assert ctypes.sizeof(forward.Params) == 1088 <= 4096

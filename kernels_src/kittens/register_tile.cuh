@@ -102,4 +102,38 @@ __device__ __forceinline__ void exp2_scaled(rt_fl<16, cols>& tile, float scale, 
     for (int i = 0; i < cols / 2; ++i) tile.data[i] = kittens::exp2(fmaf(tile.data[i], scale, -shift[row_of(i)]));
 }
 
+// Of 32 columns a lane has two of each eight. It gives them to the three that have the others', and gets eight of its own.
+__device__ __forceinline__ uint4 exchange_columns(const uint32_t (&words)[4]) {
+    const bool is_odd = laneid() & 1, is_upper = laneid() & 2;
+    uint32_t half[2][2];  // two times eight columns, from the lower and from the upper two lanes
+#pragma unroll
+    for (int i = 0; i < 2; ++i) {
+        const uint32_t other = __shfl_xor_sync(kAllLanes, is_upper ? words[i] : words[2 + i], 2);
+        half[i][0] = is_upper ? other : words[i];
+        half[i][1] = is_upper ? words[2 + i] : other;
+    }
+    uint32_t own[4];
+#pragma unroll
+    for (int i = 0; i < 2; ++i) {
+        const uint32_t other = __shfl_xor_sync(kAllLanes, is_odd ? half[0][i] : half[1][i], 1);
+        own[2 * i] = is_odd ? other : half[0][i];
+        own[2 * i + 1] = is_odd ? half[1][i] : other;
+    }
+    return {own[0], own[1], own[2], own[3]};
+}
+
+// Stores a lane's two rows to memory, each if it is there: addresses are multiples of 16 bytes.
+template <typename T, int cols>
+__device__ __forceinline__ void store_rows(T* const (&destination)[2], const bool (&is_there)[2], const rt<T, 16, cols>& source) {
+#pragma unroll
+    for (int first = 0; first < cols; first += 32) {
+#pragma unroll
+        for (int row = 0; row < 2; ++row) {
+            const uint32_t* words = source.data + first / 4 + row;
+            const uint4 columns = exchange_columns({words[0], words[2], words[4], words[6]});
+            if (is_there[row]) reinterpret_cast<uint4*>(destination[row])[first / 8 + laneid() % 4] = columns;
+        }
+    }
+}
+
 }  // namespace kittens

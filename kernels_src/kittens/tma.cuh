@@ -32,20 +32,12 @@ __device__ __forceinline__ void load_async(void* destination, const tensor_map& 
         : "memory");
 }
 
-// Elements of the box that lie outside the tensor are left out.
-__device__ __forceinline__ void store_async(const tensor_map& map, const coordinates& at, const void* source) {
-    asm volatile("cp.async.bulk.tensor.5d.global.shared::cta.bulk_group [%0, {%2, %3, %4, %5, %6}], [%1];" ::"l"(&map),
-                 "r"(shared_address(source)), "r"(at.x[0]), "r"(at.x[1]), "r"(at.x[2]), "r"(at.x[3]), "r"(at.x[4])
+// Brings a box as far as L2.
+__device__ __forceinline__ void prefetch(const tensor_map& map, const coordinates& at) {
+    asm volatile("cp.async.bulk.prefetch.tensor.5d.L2.global [%0, {%1, %2, %3, %4, %5}];" ::"l"(&map), "r"(at.x[0]),
+                 "r"(at.x[1]), "r"(at.x[2]), "r"(at.x[3]), "r"(at.x[4])
                  : "memory");
 }
-
-// Makes what this thread wrote to shared memory visible to the stores that follow.
-__device__ __forceinline__ void fence_before_store() { asm volatile("fence.proxy.async.shared::cta;" ::: "memory"); }
-
-__device__ __forceinline__ void store_commit_group() { asm volatile("cp.async.bulk.commit_group;" ::: "memory"); }
-
-// Waits until the stores of this thread have read their sources.
-__device__ __forceinline__ void store_async_read_wait() { asm volatile("cp.async.bulk.wait_group.read 0;" ::: "memory"); }
 
 }  // namespace tma
 }  // namespace kittens

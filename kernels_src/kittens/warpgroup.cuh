@@ -160,7 +160,7 @@ __device__ __forceinline__ void mma_AB(rt_fl<16, N>& d, const rt<T, 16, K>& a, c
     }
 }
 
-// Where a lane's part of a matrix of 16 x 16 lies, as ldmatrix and stmatrix take it for a register tile.
+// Where a lane's part of a matrix of 16 x 16 lies, as ldmatrix takes it for a register tile.
 template <typename ST>
 __device__ __forceinline__ uint32_t address_of_lane(const ST& tile, int col) {
     const int row = warpid() * 16 + kittens::laneid() % 16;
@@ -176,18 +176,6 @@ __device__ __forceinline__ void load(rt<T, 16, K>& destination, const st<T, 64, 
         asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];"
                      : "=r"(words[0]), "=r"(words[1]), "=r"(words[2]), "=r"(words[3])
                      : "r"(address_of_lane(source, k))
-                     : "memory");
-    }
-}
-
-template <typename T, int K>
-__device__ __forceinline__ void store(st<T, 64, K>& destination, const rt<T, 16, K>& source) {
-#pragma unroll
-    for (int k = 0; k < K; k += kStepCols) {
-        const uint32_t* words = source.data + k / 4;
-        asm volatile("stmatrix.sync.aligned.m8n8.x4.shared.b16 [%0], {%1, %2, %3, %4};" ::"r"(
-                         address_of_lane(destination, k)),
-                     "r"(words[0]), "r"(words[1]), "r"(words[2]), "r"(words[3])
                      : "memory");
     }
 }

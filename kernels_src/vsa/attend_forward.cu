@@ -2,15 +2,16 @@
 // output added before the store.
 //
 // A thread block stays on its multiprocessor and takes one item of work after the other: 64 rows for each of its consumer
-// warpgroups, or for some of them. One warp schedules, one loads the tiles of K and one those of V by TMA into rings of
-// stages, and the consumers attend them; a tile that several consumers need is loaded once. A stage is free when every
-// consumer has arrived, and for those that have no use for its tile the loader arrives itself, so that a consumer never meets
-// a tile that is not its own.
+// warpgroups, or for some of them. Of the other four warps one schedules: it takes the items and lists the tiles of each while
+// the one before is attended. One loads Q, one the tiles of K and one those of V by TMA, into rings of stages, and the
+// consumers attend them; a tile that several consumers need is loaded once. A stage is free when every consumer has arrived,
+// and for those that have no use for its tile the loader arrives itself, so that a consumer never meets a tile that is not its
+// own.
 //
 // Specialised at compile time: VSA_DTYPE (bf16, half), VSA_HEAD_DIM (64, 128), VSA_K_STAGES and VSA_V_STAGES.
 #include "kittens/tma.cuh"
 #include "kittens/warpgroup.cuh"
-#include "vsa/groups.cuh"
+#include "vsa/listing.cuh"
 #include "vsa/softmax.cuh"
 
 using namespace kittens;
@@ -45,31 +46,35 @@ struct Tensor {
 };
 
 struct Params {
-    Tensor q, k, v, out, out_s;
+    Tensor q, k, v;
+    element* out;
+    element* out_s;          // the output without the coarse part, or null
+    int64_t out_strides[3];  // of both: batches, heads, tokens
     Order queries, keys;
-    const Group* groups;
-    const KeyTile* tiles;  // those of group i start at i * tiles_per_group
-    int64_t tiles_per_group;
-    int* next;           // the next item of work after the first of every thread block
+    Map selected;
+    // Of the first heads of all batches and of the others, whose trios are shorter: so that thread blocks end together.
+    Cut cuts[2];
+    int first_heads, first_groups;
+    KeyTile* lists;  // kItems for each thread block, of list_length each
+    int64_t list_length;
+    int* next;           // the next item of work after the first of every thread block: 0 before and after
     float* lse;          // [batch, heads, q_len]
     const float* out_c;  // [batch, heads, num_q_blocks, kHeadDim], or null
     const void* gate;    // of q's shape, or null
     int64_t gate_strides[4];
     float gate_value;
     int gate_is_fp32;
-    int keep_out_s;
-    int num_groups, groups_per_head;
+    int num_groups;
     int heads, kv_group;  // query heads, and those that share a key/value head
-    int num_q_blocks, q_len;
+    int q_len;
     float scale_log2;
 };
 static_assert(sizeof(Params) == VSA_PARAMS_BYTES, "the host's description of the parameters differs");
 
-// An item of work: a group, and whose.
+// An item of work: a group, and whose. Who attends is known before what.
 struct Item {
     Group group;
     Video origin[kConsumers];  // of the boxes of queries
-    int index;                 // of the group
     int batch, head, kv_head;
     int last;  // there is no more work
 };
@@ -97,15 +102,16 @@ static_assert(kKStages <= kVStages && kVStages + 1 < kQueue);
 
 struct SharedStorage {
     box_tile k[kKStages], v[kVStages];
-    box_tile q[kConsumers];  // later the output on its way to memory
+    box_tile q[kConsumers];
     Item items[kItems];
+    Listing listing;
     PackedTicket queue[kConsumers][kQueue];
     uint32_t valid[kVStages];  // tokens of the tile whose V is in the stage, see KeyTile
     semaphore k_full[kKStages], k_empty[kKStages];
     semaphore v_full[kVStages], v_empty[kVStages];
     semaphore queue_full[kConsumers][kQueue];
-    semaphore q_full[kConsumers];
-    semaphore item_full[kItems], item_empty[kItems];
+    semaphore q_full[kConsumers], q_empty[kConsumers];
+    semaphore rows_known[kItems], item_full[kItems], item_empty[kItems];
 };
 static_assert(sizeof(SharedStorage) <= VSA_SMEM_BYTES, "the host launches with less shared memory");
 
@@ -142,31 +148,104 @@ __device__ __forceinline__ void load_box(box_tile& tile, const Tensor& tensor, c
     }
 }
 
+__device__ __forceinline__ KeyTile* list_of(const Params& params, const Place<kItems>& at) {
+    return params.lists + (blockIdx.x * kItems + at.index) * params.list_length;
+}
+
+// Writes an item but what it attends: who does, by its number. Returns the first row of its head.
+__device__ __forceinline__ int64_t write_rows(const Params& params, int number, Item& item) {
+    const int boxes = params.queries.boxes;
+    const bool is_of_first = number < params.first_groups;
+    const Cut& cut = params.cuts[is_of_first ? 0 : 1];
+    if (!is_of_first) number -= params.first_groups;
+    const int of_head = number / (cut.trios * boxes), group = number - of_head * cut.trios * boxes;
+    const int bh = of_head + (is_of_first ? 0 : params.first_heads), in_head = group / boxes;
+    const int64_t first_row = int64_t(bh) * params.selected.num_q_blocks;
+    const Trio trio(params.selected, cut, first_row, in_head);
+
+    // A lane for each box of queries.
+    const int lane = laneid(), index = (group - in_head * boxes) * kConsumers + lane, row = index / boxes;
+    int block = -1;
+#pragma unroll
+    for (int i = 0; i < kTrioRows; ++i) {
+        const int of_trio = trio.row(i);
+        if (i == row) block = of_trio;
+    }
+    if (lane < kConsumers) {
+        item.group.q_block[lane] = block;
+        item.group.q_box[lane] = index - row * boxes;
+        item.origin[lane] = origin_of_box(params.queries, max(block, 0), index - row * boxes);
+        item.batch = bh / params.heads;
+        item.head = bh % params.heads;
+        item.kv_head = item.head / params.kv_group;
+    }
+    return first_row;
+}
+
+// Takes items of work, and lists their tiles.
 __device__ void schedule(const Params& params, SharedStorage& shared) {
-    for (int round = 0, last = 0; !last; ++round) {
+    // Nobody needs what is there: the page's address is what is far.
+    if (laneid() == 0) prefetch(list_of(params, Place<kItems>(0)));
+    // The first ones are dealt out: the counter is far.
+    int number = blockIdx.x;
+    for (int round = 0;; ++round) {
         const Place<kItems> at(round);
         Item& item = shared.items[at.index];
-        // The first ones are dealt out: the counter is far.
-        const int number = round == 0 ? blockIdx.x : gridDim.x + uniform(laneid() == 0 ? atomicAdd(params.next, 1) : 0);
-        last = number >= params.num_groups;
-        const int index = last ? 0 : number;
+        const bool last = number >= params.num_groups;
         wait(shared.item_empty[at.index], at.phase ^ 1);
-        if (laneid() == 0) {
-            const int bh = index / params.groups_per_head;
-            item.group = params.groups[index];
-#pragma unroll
-            for (int i = 0; i < kConsumers; ++i) {
-                item.origin[i] = origin_of_box(params.queries, max(item.group.q_block[i], 0), item.group.q_box[i]);
-            }
-            item.index = index;
-            item.batch = bh / params.heads;
-            item.head = bh % params.heads;
-            item.kv_head = item.head / params.kv_group;
-            item.last = last;
-        }
         // Every lane has seen that the item is free before somebody can free it again.
         __syncwarp();
+        if (laneid() == 0) item.last = last;
+        const int64_t first_row = last ? 0 : write_rows(params, number, item);
+        __syncwarp();
+        if (laneid() == 0) arrive(shared.rows_known[at.index]);
+        if (!last) write_list(params.selected, params.keys, first_row, shared.listing, item.group, list_of(params, at));
         if (laneid() == 0) arrive(shared.item_full[at.index]);
+        if (last) return;
+        // Thread blocks ask once for every item but the first ones, and once more: as often as there are items.
+        const int asked = uniform(laneid() == 0 ? atomicAdd(params.next, 1) : 0);
+        if (asked == params.num_groups - 1 && laneid() == 0) *params.next = 0;
+        number = gridDim.x + asked;
+    }
+}
+
+// Brings the first keys nearer while their list is made: each thread block some of those of its first head.
+__device__ __forceinline__ void fetch_keys(const Params& params, const Item& item) {
+    constexpr int kBoxes = 4;
+    const int num_boxes = params.selected.num_kv_blocks * params.keys.boxes;
+    if (laneid() >= kBoxes || laneid() >= num_boxes) return;
+    const int box = (blockIdx.x * kBoxes + laneid()) % num_boxes;
+    const KeyTile tile = KeyTile::of(params.keys, box / params.keys.boxes, box % params.keys.boxes, 0);
+    for (const Tensor* tensor : {&params.k, &params.v}) {
+        coordinates from = coordinates_of(*tensor, item.batch, item.kv_head, {tile.t(), tile.h, tile.w});
+#pragma unroll
+        for (int panel = 0; panel < box_tile::panels; ++panel, from.x[0] += box_tile::panel_cols) {
+            tma::prefetch(tensor->map, from);
+        }
+    }
+}
+
+// Loads the boxes of queries, as soon as it is known which.
+__device__ void load_queries(const Params& params, SharedStorage& shared) {
+    int phases = 0;  // of the consumers, a bit each
+    for (int round = 0;; ++round) {
+        const Place<kItems> at(round);
+        const Item& item = shared.items[at.index];
+        wait(shared.rows_known[at.index], at.phase);
+        if (item.last) return;
+#pragma unroll 1
+        for (int i = 0; i < kConsumers; ++i) {
+            if (item.group.q_block[i] < 0) continue;
+            wait(shared.q_empty[i], phases >> i & 1 ^ 1);
+            // Every lane has seen it before it is free once more, in the other phase.
+            __syncwarp();
+            phases ^= 1 << i;
+            const coordinates from = coordinates_of(params.q, item.batch, item.head, item.origin[i]);
+            if (laneid() == 0) load_box(shared.q[i], params.q, from, shared.q_full[i]);
+        }
+        if (round == 0) fetch_keys(params, item);
+        __syncwarp();
+        arrive(shared.item_empty[at.index]);
     }
 }
 
@@ -185,23 +264,19 @@ __device__ void load(const Params& params, SharedStorage& shared) {
         const Place<kItems> from(round);
         const Item& item = shared.items[from.index];
         wait(shared.item_full[from.index], from.phase);
+        if (item.last) return;
         const coordinates start = coordinates_of(tensor, item.batch, item.kv_head, {});
-        const KeyTile* tiles = params.tiles + item.index * params.tiles_per_group;
-        const int num_tiles = item.group.num_tiles, last = item.last;
-        int active = 0;
-#pragma unroll
-        for (int i = 0; i < kConsumers; ++i) active |= (item.group.q_block[i] >= 0) << i;
-        arrive(shared.item_empty[from.index]);
-        if (last) return;
+        const KeyTile* tiles = list_of(params, from);
+        const int num_tiles = item.group.num_tiles;
 
-        // Each lane takes a tile. The lists are read long before their tiles' turn, since memory is far.
+        // Each lane takes a tile. The list is read long before its tiles' turn, since memory is far.
         const auto tile_at = [&](int i) { return i < num_tiles ? tiles[i] : KeyTile{}; };
         KeyTile own = tile_at(lane), next = tile_at(kWarpThreads + lane);
 #pragma unroll 1
         for (int first = 0; first < num_tiles; first += kWarpThreads) {
             const KeyTile later = tile_at(first + 2 * kWarpThreads + lane);
             // A lane finds its place in the queues of the consumers, and whether their next tile is near.
-            const int members = own.members() & active, next_members = next.members() & active;
+            const int members = own.members(), next_members = next.members();
             uint32_t place = queued;
 #pragma unroll
             for (int i = 0; i < kConsumers; ++i) {
@@ -248,6 +323,7 @@ __device__ void load(const Params& params, SharedStorage& shared) {
             own = next;
             next = later;
         }
+        arrive(shared.item_empty[from.index]);
     }
 }
 
@@ -331,9 +407,15 @@ __device__ __forceinline__ bool soften(const Params& params, SharedStorage& shar
 }
 
 // Attends the tiles of an item, the scores of one under way while the output of the one before is. Where the next is far, the
-// run ends, and what is held is given back before the next is waited for.
+// run ends, and what is held is given back before the next is waited for. After the last scores Q is given back.
 __device__ __forceinline__ void attend(const Params& params, SharedStorage& shared, TileQueue& tiles, int num_tiles,
-                                       const q_fragment& q, const box_tile& q_shared, Softmax& softmax, o_fragment& out) {
+                                       const q_fragment& q, Softmax& softmax, o_fragment& out) {
+    const box_tile& q_shared = shared.q[tiles.consumer];
+    semaphore& q_empty = shared.q_empty[tiles.consumer];
+    if (num_tiles == 0) {
+        __syncwarp();
+        release(q_empty);
+    }
     s_fragment scores;
     p_fragment p;
     col_vec correction;
@@ -370,6 +452,7 @@ __device__ __forceinline__ void attend(const Params& params, SharedStorage& shar
         warpgroup::mma_fence(p);
         warpgroup::mma_AB(out, p, shared.v, before.v_stage);
         warpgroup::mma_commit_group();
+        if (left == 1) release(q_empty);
         warpgroup::mma_async_wait<0>(out);
         release(shared.v_empty[before.v_stage]);
     }
@@ -410,7 +493,7 @@ __device__ __forceinline__ float load_gate(const Params& params, int64_t offset)
 // Adds the coarse output of the query block, weighted.
 __device__ __forceinline__ void combine(const Params& params, const Rows& rows, o_fragment& out) {
     const int first_channel = laneid() % 4 * 2;
-    const float* out_c = params.out_c + (rows.bh * params.num_q_blocks + rows.block) * kHeadDim;
+    const float* out_c = params.out_c + (rows.bh * params.selected.num_q_blocks + rows.block) * kHeadDim;
 #pragma unroll
     for (int i = 0; i < kHeadDim / 2; ++i) {
         const int row = row_of(i), channel = i / 4 * 8 + first_channel + i % 2;
@@ -424,54 +507,40 @@ __device__ __forceinline__ void combine(const Params& params, const Rows& rows, 
     }
 }
 
-// Stores a warpgroup's rows by way of shared memory.
-__device__ __forceinline__ void store(const Tensor& tensor, const Rows& rows, const o_fragment& out, box_tile& staging, int barrier) {
-    rt<element, 16, kHeadDim> rounded;
-    copy(rounded, out);
-    warpgroup::store(staging, rounded);
-    tma::fence_before_store();
-    warpgroup::sync(barrier);
-    if (warpgroup::laneid() == 0) {
-        coordinates to = coordinates_of(tensor, rows.batch, rows.head, rows.origin);
+// Stores the rows that exist.
+__device__ __forceinline__ void store(const Params& params, element* out, const Rows& rows, const o_fragment& values) {
+    const auto& strides = params.out_strides;
+    element* row[2];
 #pragma unroll
-        for (int panel = 0; panel < box_tile::panels; ++panel, to.x[0] += box_tile::panel_cols) {
-            tma::store_async(tensor.map, to, staging.panel(panel));
-        }
-        tma::store_commit_group();
+    for (int i = 0; i < 2; ++i) {
+        row[i] = out + rows.batch * strides[0] + rows.head * strides[1] + rows.token[i] * strides[2];
     }
+    rt<element, 16, kHeadDim> rounded;
+    copy(rounded, values);
+    store_rows(row, rows.exists, rounded);
 }
 
 __device__ void consume(const Params& params, SharedStorage& shared, int consumer) {
-    const bool is_leader = warpgroup::laneid() == 0;
-    const int barrier = consumer + 1;
-    box_tile& q_shared = shared.q[consumer];
     TileQueue tiles{shared, consumer};
+    int q_phase = 0;
     for (int round = 0;; ++round) {
         const Place<kItems> at(round);
         const Item& item = shared.items[at.index];
         wait(shared.item_full[at.index], at.phase);
-        if (item.last) break;
+        if (item.last) return;
         if (item.group.q_block[consumer] < 0) {
-            // A phase without a load, so that the round tells the phase. No warp may get ahead of another by two.
-            if (is_leader) arrive(shared.q_full[consumer]);
-            wait(shared.q_full[consumer], round % 2);
-            warpgroup::sync(barrier);
             arrive(shared.item_empty[at.index]);
             continue;
         }
 
-        if (is_leader) {
-            tma::store_async_read_wait();
-            const coordinates from = coordinates_of(params.q, item.batch, item.head, item.origin[consumer]);
-            load_box(q_shared, params.q, from, shared.q_full[consumer]);
-        }
-        wait(shared.q_full[consumer], round % 2);
+        wait(shared.q_full[consumer], q_phase);
+        q_phase ^= 1;
         q_fragment q;
-        warpgroup::load(q, q_shared);
+        warpgroup::load(q, shared.q[consumer]);
         o_fragment out;
         zero(out);
         Softmax softmax{params.scale_log2};
-        attend(params, shared, tiles, item.group.tiles_of[consumer], q, q_shared, softmax, out);
+        attend(params, shared, tiles, item.group.tiles_of[consumer], q, softmax, out);
 
         // Epilogue
         const Rows rows(params, item, consumer);
@@ -489,21 +558,14 @@ __device__ void consume(const Params& params, SharedStorage& shared, int consume
             if (rows.exists[i] && laneid() % 4 == 0) params.lse[rows.bh * params.q_len + rows.token[i]] = lse;
         }
         mul_row(out, share);
-        // The other warps' products may still read Q, whose place the output takes.
-        warpgroup::sync(barrier);
         if (!__all_sync(kAllLanes, rows.valid[0] && rows.valid[1])) {
 #pragma unroll
             for (int i = 0; i < kHeadDim / 2; ++i) out.data[i] = rows.valid[row_of(i)] ? out.data[i] : 0.0f;
         }
-        if (params.keep_out_s) {
-            store(params.out_s, rows, out, q_shared, barrier);
-            if (is_leader) tma::store_async_read_wait();
-            warpgroup::sync(barrier);
-        }
+        if (params.out_s != nullptr) store(params, params.out_s, rows, out);
         if (params.out_c != nullptr) combine(params, rows, out);
-        store(params.out, rows, out, q_shared, barrier);
+        store(params, params.out, rows, out);
     }
-    if (is_leader) tma::store_async_read_wait();
 }
 
 }  // namespace
@@ -519,9 +581,11 @@ extern "C" __global__ void __launch_bounds__(kThreads, 1) attend_forward(const _
         for (semaphore& full : shared.v_full) init_semaphore(full, 1);
         for (semaphore& empty : shared.k_empty) init_semaphore(empty, kConsumerWarps);
         for (semaphore& empty : shared.v_empty) init_semaphore(empty, kConsumerWarps);
+        for (semaphore& known : shared.rows_known) init_semaphore(known, 1);
         for (semaphore& full : shared.item_full) init_semaphore(full, 1);
-        for (semaphore& empty : shared.item_empty) init_semaphore(empty, (kConsumerWarps + 2) * kWarpThreads);
+        for (semaphore& empty : shared.item_empty) init_semaphore(empty, (kConsumerWarps + 3) * kWarpThreads);
         for (semaphore& full : shared.q_full) init_semaphore(full, 1);
+        for (semaphore& empty : shared.q_empty) init_semaphore(empty, kWarpgroupWarps);
         for (auto& queue : shared.queue_full) {
             for (semaphore& full : queue) init_semaphore(full, 2);
         }
@@ -535,7 +599,8 @@ extern "C" __global__ void __launch_bounds__(kThreads, 1) attend_forward(const _
         const int warp = warpid() % kWarpgroupWarps;
         if (warp == 0) load<Operand::kK>(params, shared);
         if (warp == 1) load<Operand::kV>(params, shared);
-        if (warp == 2) schedule(params, shared);
+        if (warp == 2) load_queries(params, shared);
+        if (warp == 3) schedule(params, shared);
     } else {
         warpgroup::increase_registers<kConsumerRegisters>();
         consume(params, shared, warpgroup_index);

@@ -52,12 +52,6 @@ struct Index {
     unsigned x;
 };
 
-// A bulk copy from shared to global memory, which reads its source at any time until it is waited for.
-struct Store {
-    std::function<void()> run;
-    int group;
-};
-
 // A product of matrices that one thread of a warp has issued. It reads its operands and writes its result at any time until
 // it is waited for.
 struct Product {
@@ -76,8 +70,6 @@ struct Thread {
     std::unique_ptr<char[]> stack{new char[kStackBytes]};
     bool started = false, finished = false;
     const char* waits_for = "its start";
-    std::vector<Store> stores;
-    int store_group = 0;
     std::vector<Product> products;
     int product_group = 0;
 };
@@ -186,15 +178,6 @@ inline void finish_load(size_t i) {
     ++progress;
 }
 
-// Stores that were committed, all or one.
-inline void finish_stores(Thread& thread, bool all) {
-    while (!thread.stores.empty() && thread.stores[0].group < thread.store_group) {
-        thread.stores[0].run();
-        thread.stores.erase(thread.stores.begin());
-        if (!all) return;
-    }
-}
-
 inline void run_block(int num_threads) {
     const int num_warps = num_threads / kWarp;
     std::memset(raw, 0xff, sizeof raw);
@@ -237,8 +220,6 @@ inline void run_block(int num_threads) {
             left -= all;
         }
         if (!loads.empty() && random_below(slowness_of_loads) == 0) finish_load(random_below(loads.size()));
-        Thread& storing = threads[random_below(num_warps) * kWarp];
-        if (random_below(16) == 0) finish_stores(storing, false);
         idle = progress == before ? idle + 1 : 0;
         before = progress;
         if (idle > kPatience) {
@@ -248,9 +229,6 @@ inline void run_block(int num_threads) {
     }
     if (error.empty() && !loads.empty()) error = "copies to shared memory end after their thread block";
     loads.clear();
-    for (const Thread& thread : threads) {
-        if (error.empty() && !thread.stores.empty()) error = "copies from shared memory end after their thread block";
-    }
 }
 
 // Runs a kernel; returns what went wrong, or null.
@@ -329,7 +307,10 @@ To same_bits(From x) {
     return y;
 }
 inline int __popc(uint32_t x) { return __builtin_popcount(x); }
+inline int __clz(uint32_t x) { return x == 0 ? 32 : __builtin_clz(x); }
+inline int __ffs(uint32_t x) { return __builtin_ffs(x); }
 inline float __int_as_float(int x) { return same_bits<float>(x); }
+inline int __float_as_int(float x) { return same_bits<int>(x); }
 inline float __uint_as_float(uint32_t x) { return same_bits<float>(x); }
 inline size_t __cvta_generic_to_shared(const void* pointer) {
     const auto offset = static_cast<const uint8_t*>(pointer) - raw;

@@ -43,4 +43,6 @@ uint32_t pack(float low, float high) {
 
 inline float exp2(float x) { return std::exp2(x); }
 
+inline void prefetch(const void*) {}
+
 }  // namespace kittens

@@ -66,19 +66,7 @@ inline void load_async(void* destination, const tensor_map& map, const coordinat
     });
 }
 
-inline void store_async(const tensor_map& map, const coordinates& at, const void* source) {
-    emulator::Thread& thread = emulator::self();
-    const auto run = [=, &map] {
-        for_each_word(map, at, [&](int place, uint8_t* destination) {
-            if (destination != nullptr) std::memcpy(destination, static_cast<const uint8_t*>(source) + place, kWordBytes);
-        });
-    };
-    thread.stores.push_back({run, thread.store_group});
-}
-
-inline void fence_before_store() {}
-inline void store_commit_group() { ++emulator::self().store_group; }
-inline void store_async_read_wait() { emulator::finish_stores(emulator::self(), true); }
+inline void prefetch(const tensor_map&, const coordinates&) {}
 
 }  // namespace tma
 }  // namespace kittens

@@ -150,16 +150,5 @@ void load(rt<T, 16, K>& destination, const st<T, 64, cols>& source) {
     for (int i = 0; i < K / 4; ++i) std::memcpy(&destination.data[i], address_of_word(source, i), sizeof(uint32_t));
 }
 
-template <typename T, int K>
-void store(st<T, 64, K>& destination, const rt<T, 16, K>& source) {
-    const int first = threadIdx.x - laneid();
-    for (int i = first; i < first + kWarpgroupThreads; ++i) {
-        for (const Product& product : emulator::threads[i].products) {
-            if (product.a_shared == &destination) emulator::fail("a tile is written that a product of the warpgroup may read");
-        }
-    }
-    for (int i = 0; i < K / 4; ++i) std::memcpy(address_of_word(destination, i), &source.data[i], sizeof(uint32_t));
-}
-
 }  // namespace warpgroup
 }  // namespace kittens

@@ -1,7 +1,4 @@
-"""The forward of the fine branch: parameters, specialisation and launch of its two kernels.
-
-``vsa/plan_forward.cu`` decides what is attended together and in which order, and ``vsa/attend_forward.cu`` attends it.
-"""
+"""The forward of the fine branch: parameters, specialisation and launch of ``vsa/attend_forward.cu``."""
 
 from __future__ import annotations
 
@@ -26,7 +23,7 @@ from vsa_jit.backends.sm90.tiles import (
     tile_of,
     video_of,
 )
-from vsa_jit.jit import module
+from vsa_jit.jit import counter, module
 from vsa_jit.jit.driver import SWIZZLE_128B, Launcher, TensorMap
 from vsa_jit.jit.kernel import Kernel
 from vsa_jit.problem import Operands, Problem, axes, empty_like
@@ -39,21 +36,18 @@ WARPGROUP_THREADS = 128
 PANEL_CHANNELS = 64
 TILE_ALIGNMENT = 1024
 # Barriers and what is told; the structure's size is a multiple of its alignment.
-SMEM_BESIDE_TILES = 2 * TILE_ALIGNMENT
+SMEM_BESIDE_TILES = 3 * TILE_ALIGNMENT
 DIVISOR_SHIFT = 40
 # Quotients are exact below 2^40 over the divisor, which is at most the number of blocks.
-MOST_QUERY_BLOCKS = 1 << DIVISOR_SHIFT // 2
+MOST_BLOCKS = 1 << DIVISOR_SHIFT // 2
 
-# Boxes of queries that a thread block attends together, each by a warpgroup.
-CONSUMERS = 3
-PLAN_THREADS = 256
-# Boxes of queries in a chunk: many find better groups, few keep more multiprocessors busy.
-MOST_PLAN_BOXES, FEWEST_PLAN_BOXES = 24, 8
-PLAN_MAP_WORDS = 9 * 1024
-PLAN_SMEM_BYTES = 4 * PLAN_MAP_WORDS + 18 * 1024
-# Where the plan's counter ends, and the size of its records.
-COUNTER_BYTES = 16
-GROUP_BYTES = 44
+# Boxes of queries that a thread block attends together, each by a warpgroup, and the most rows that they are of.
+CONSUMERS = TRIO_ROWS = 3
+# Items of work that a thread block knows of at a time.
+ITEMS = 2
+# Trios that a warp puts in order at a time.
+WINDOW_TRIOS = 10
+# Of an entry of a list.
 TILE_BYTES = 16
 
 
@@ -91,23 +85,24 @@ class _Tensor(ctypes.Structure):
     )
 
 
-class PlanParams(ctypes.Structure):
-    """``Params`` of ``plan_forward.cu``, whose comments say what each is."""
-
+class _Map(ctypes.Structure):
     _fields_ = (
-        ("keys", _Order),
         ("q2k_idx", ctypes.c_void_p),
         ("q2k_num", ctypes.c_void_p),
-        ("groups", ctypes.c_void_p),
-        ("tiles", ctypes.c_void_p),
-        ("next", ctypes.c_void_p),
-        ("tiles_per_group", ctypes.c_int64),
         ("width", ctypes.c_int),
         ("num_q_blocks", ctypes.c_int),
         ("num_kv_blocks", ctypes.c_int),
-        ("rows_per_chunk", ctypes.c_int),
-        ("chunks_per_head", ctypes.c_int),
-        ("groups_per_chunk", ctypes.c_int),
+    )
+
+
+class _Cut(ctypes.Structure):
+    _fields_ = (
+        ("trios", ctypes.c_int),
+        ("trio_rows", ctypes.c_int),
+        ("longer_trios", ctypes.c_int),
+        ("windows", ctypes.c_int),
+        ("window_trios", ctypes.c_int),
+        ("longer_windows", ctypes.c_int),
     )
 
 
@@ -118,13 +113,17 @@ class Params(ctypes.Structure):
         ("q", _Tensor),
         ("k", _Tensor),
         ("v", _Tensor),
-        ("out", _Tensor),
-        ("out_s", _Tensor),
+        ("out", ctypes.c_void_p),
+        ("out_s", ctypes.c_void_p),
+        ("out_strides", ctypes.c_int64 * 3),
         ("queries", _Order),
         ("keys", _Order),
-        ("groups", ctypes.c_void_p),
-        ("tiles", ctypes.c_void_p),
-        ("tiles_per_group", ctypes.c_int64),
+        ("selected", _Map),
+        ("cuts", _Cut * 2),
+        ("first_heads", ctypes.c_int),
+        ("first_groups", ctypes.c_int),
+        ("lists", ctypes.c_void_p),
+        ("list_length", ctypes.c_int64),
         ("next", ctypes.c_void_p),
         ("lse", ctypes.c_void_p),
         ("out_c", ctypes.c_void_p),
@@ -132,36 +131,17 @@ class Params(ctypes.Structure):
         ("gate_strides", ctypes.c_int64 * 4),
         ("gate_value", ctypes.c_float),
         ("gate_is_fp32", ctypes.c_int),
-        ("keep_out_s", ctypes.c_int),
         ("num_groups", ctypes.c_int),
-        ("groups_per_head", ctypes.c_int),
         ("heads", ctypes.c_int),
         ("kv_group", ctypes.c_int),
-        ("num_q_blocks", ctypes.c_int),
         ("q_len", ctypes.c_int),
         ("scale_log2", ctypes.c_float),
-    )
-
-
-def forward_kernels(dtype: torch.dtype, head_dim: int) -> list[Kernel]:
-    return [_plan_kernel(), _attend_kernel(dtype, head_dim)]
-
-
-@functools.cache
-def _plan_kernel() -> Kernel:
-    return Kernel(
-        source="vsa/plan_forward.cu",
-        entry="plan_forward",
-        label="forward plan",
-        defines=(("VSA_MAP_WORDS", str(PLAN_MAP_WORDS)),),
-        params=PlanParams,
-        threads=PLAN_THREADS,
-        smem_bytes=PLAN_SMEM_BYTES,
+        ("padding", ctypes.c_uint8 * 16),
     )
 
 
 @functools.cache
-def _attend_kernel(dtype: torch.dtype, head_dim: int) -> Kernel:
+def forward_kernel(dtype: torch.dtype, head_dim: int) -> Kernel:
     box_bytes = BOX_TOKENS * head_dim * dtype.itemsize
     stages = (MOST_SHARED_MEMORY - SMEM_BESIDE_TILES) // box_bytes - CONSUMERS
     # A tile of V waits for the probabilities of its keys: it is held for longer than the K.
@@ -182,21 +162,14 @@ def _attend_kernel(dtype: torch.dtype, head_dim: int) -> Kernel:
     )
 
 
-def why_not_plan(problem: Problem) -> str | None:
-    """Why the map of a call cannot be planned. None: it can."""
-    if problem.num_q_blocks > MOST_QUERY_BLOCKS:
-        return f"the kernels plan at most {MOST_QUERY_BLOCKS} query blocks, and there are {problem.num_q_blocks}"
-    if _most_rows(problem) >= CONSUMERS:
-        return None
-    words = PLAN_MAP_WORDS // (CONSUMERS + 1)
-    most = 32 * (words - 1 + words % 2) // (problem.block // BOX_TOKENS)
-    return f"the kernels plan at most {most} key blocks, and there are {problem.num_kv_blocks}"
-
-
-def _most_rows(problem: Problem) -> int:
-    """Rows whose bits fit into a chunk: of an odd number of words each, and with one more row."""
-    boxes = problem.num_kv_blocks * (problem.block // BOX_TOKENS)
-    return PLAN_MAP_WORDS // (-(-boxes // 32) | 1) - 1
+def why_not_size(problem: Problem) -> str | None:
+    """Why a call has too many blocks. None: it has not."""
+    if problem.num_q_blocks > MOST_BLOCKS:
+        return f"the kernels take at most {MOST_BLOCKS} query blocks, and there are {problem.num_q_blocks}"
+    most = MOST_BLOCKS // (problem.block // BOX_TOKENS)
+    if problem.num_kv_blocks > most:
+        return f"the kernels take at most {most} key blocks, and there are {problem.num_kv_blocks}"
+    return None
 
 
 def forward(problem: Problem, operands: Operands, keep_out_s: bool) -> tuple[Tensor, Tensor, Tensor | None]:
@@ -205,33 +178,28 @@ def forward(problem: Problem, operands: Operands, keep_out_s: bool) -> tuple[Ten
     out_s = empty_like(q) if keep_out_s else None
     lse = q.new_empty((problem.batch, problem.heads, problem.q_len), dtype=torch.float32)
     q2k_idx, q2k_num = q2k_idx.contiguous(), q2k_num.contiguous()
+    device = q.get_device()
     # Spelt out, which is quicker than a map: every call passes here.
     prepared = _prepared(
         problem,
         q.dtype,
-        q.get_device(),
+        device,
         q2k_idx.shape[-1],
         place_of(q),
         place_of(k),
         place_of(v),
-        place_of(out),
-        place_of(out_s),
+        out.stride(),
         sizes_of(q_sizes),
         sizes_of(kv_sizes),
     )
-    plan = q.new_empty(prepared.plan_bytes, dtype=torch.uint8)
-    counter = plan.data_ptr()
-    groups = counter + COUNTER_BYTES
-    tiles = groups + prepared.group_bytes
-
-    plan_params = PlanParams.from_buffer_copy(prepared.plan_params)
-    plan_params.q2k_idx, plan_params.q2k_num = q2k_idx.data_ptr(), q2k_num.data_ptr()
-    plan_params.next, plan_params.groups, plan_params.tiles = counter, groups, tiles
-    prepared.launch_plan(prepared.chunks, plan_params)
-
+    lists = q.new_empty(prepared.list_bytes, dtype=torch.uint8)
     params = Params.from_buffer_copy(prepared.params)
-    params.next, params.groups, params.tiles = counter, groups, tiles
-    params.lse = lse.data_ptr()
+    params.lists = lists.data_ptr()
+    params.next = counter.counter(device).data_ptr()
+    params.selected.q2k_idx, params.selected.q2k_num = q2k_idx.data_ptr(), q2k_num.data_ptr()
+    params.out, params.lse = out.data_ptr(), lse.data_ptr()
+    if out_s is not None:
+        params.out_s = out_s.data_ptr()
     if out_c is not None:
         out_c = out_c.contiguous()
         params.out_c, params.gate_value = out_c.data_ptr(), gate_value
@@ -244,15 +212,11 @@ def forward(problem: Problem, operands: Operands, keep_out_s: bool) -> tuple[Ten
 
 
 class _Prepared(NamedTuple):
-    """All of the two launches but where the map, the plan, the statistics and the coarse output are."""
+    """All of a launch but where the map, the lists, the outputs and the coarse output are."""
 
-    plan_params: PlanParams
     params: Params
-    plan_bytes: int
-    group_bytes: int
-    chunks: int
+    list_bytes: int
     blocks: int
-    launch_plan: Launcher
     launch: Launcher
 
 
@@ -265,8 +229,7 @@ def _prepared(
     q: Place,
     k: Place,
     v: Place,
-    out: Place,
-    out_s: Place | None,
+    out_strides: tuple[int, ...],
     q_sizes: Sizes | None,
     kv_sizes: Sizes | None,
 ) -> _Prepared:
@@ -274,83 +237,60 @@ def _prepared(
     boxes = problem.block // BOX_TOKENS
     heads = problem.batch * problem.heads
     processors = torch.cuda.get_device_properties(device).multi_processor_count
-    fair = heads * problem.num_q_blocks * boxes // processors
-    plan_boxes = max(FEWEST_PLAN_BOXES, min(fair, MOST_PLAN_BOXES))
-    most_rows = max(CONSUMERS, min(plan_boxes // boxes, _most_rows(problem)))
-    if boxes == 1:
-        chunks, rows, groups_per_chunk = _chunks_of_boxes(problem.num_q_blocks, heads, most_rows, processors)
-    else:
-        # Rows by threes: consumers without work are in the last chunk of a head only.
-        chunks = -(-problem.num_q_blocks // (most_rows // CONSUMERS * CONSUMERS))
-        rows = -(-problem.num_q_blocks // (chunks * CONSUMERS)) * CONSUMERS
-        groups_per_chunk = rows * boxes // CONSUMERS
-    groups_per_head = chunks * groups_per_chunk
-    num_groups = groups_per_head * heads
-    # Boxes that follow each other are of at most two blocks where these have several.
-    rows_of_group = -(-rows // groups_per_chunk) if boxes == 1 else 2
-    tiles_per_group = min(rows_of_group * width, problem.num_kv_blocks) * boxes
-    group_bytes = -(-num_groups * GROUP_BYTES // TILE_BYTES) * TILE_BYTES
-
     padded = kv_sizes is not None
-    keys = _order(problem, problem.kv_len, kv_sizes, padded=padded)
-    plan_params = PlanParams(
-        keys=keys,
-        tiles_per_group=tiles_per_group,
-        width=width,
-        num_q_blocks=problem.num_q_blocks,
-        num_kv_blocks=problem.num_kv_blocks,
-        rows_per_chunk=rows,
-        chunks_per_head=chunks,
-        groups_per_chunk=groups_per_chunk,
-    )
+    first_heads, trio_rows = _trios(problem.num_q_blocks, boxes, heads, processors)
+    cuts = [_cut(problem.num_q_blocks, rows, boxes) for rows in (trio_rows, max(1, trio_rows - 1))]
+    first_groups = first_heads * cuts[0].trios * boxes
+    num_groups = first_groups + (heads - first_heads) * cuts[1].trios * boxes
+    blocks = min(processors, num_groups)
+    # Boxes that follow each other are of at most two blocks where these have several.
+    rows_of_group = TRIO_ROWS if boxes == 1 else 2
+    list_length = min(rows_of_group * width, problem.num_kv_blocks) * boxes
     params = Params(
         queries=_order(problem, problem.q_len, q_sizes, padded=False),
-        keys=keys,
-        tiles_per_group=tiles_per_group,
-        keep_out_s=out_s is not None,
+        keys=_order(problem, problem.kv_len, kv_sizes, padded=padded),
+        selected=_Map(width=width, num_q_blocks=problem.num_q_blocks, num_kv_blocks=problem.num_kv_blocks),
+        cuts=(_Cut * 2)(*cuts),
+        first_heads=first_heads,
+        first_groups=first_groups,
+        list_length=list_length,
         num_groups=num_groups,
-        groups_per_head=groups_per_head,
         heads=problem.heads,
         kv_group=problem.group,
-        num_q_blocks=problem.num_q_blocks,
         q_len=problem.q_len,
         scale_log2=problem.softmax_scale * LOG2E,
     )
-    for name, place in (("q", q), ("out", out), ("out_s", out_s)):
-        if place is not None:
-            setattr(params, name, _tensor(problem, dtype, device, place, problem.heads, problem.q_len, padded=False))
+    params.out_strides[:] = [out_strides[axis] for axis in axes(problem.layout)[:3]]
+    params.q = _tensor(problem, dtype, device, q, problem.heads, problem.q_len, padded=False)
     for name, place in (("k", k), ("v", v)):
         setattr(params, name, _tensor(problem, dtype, device, place, problem.kv_heads, problem.kv_len, padded=padded))
-    plan_kernel, attend_kernel = forward_kernels(dtype, problem.head_dim)
-    return _Prepared(
-        plan_params,
-        params,
-        COUNTER_BYTES + group_bytes + num_groups * tiles_per_group * TILE_BYTES,
-        group_bytes,
-        heads * chunks,
-        min(processors, num_groups),
-        module.launcher(plan_kernel, device),
-        module.launcher(attend_kernel, device),
-    )
+    launch = module.launcher(forward_kernel(dtype, problem.head_dim), device)
+    return _Prepared(params, blocks * ITEMS * list_length * TILE_BYTES, blocks, launch)
 
 
-def _chunks_of_boxes(num_rows: int, heads: int, most_rows: int, processors: int) -> tuple[int, int, int]:
-    """How the rows of a head, of one box each, are cut: chunks, rows of a chunk, and groups of a full one.
+def _cut(num_rows: int, trio_rows: int, boxes: int) -> _Cut:
+    """How the rows of a head are cut, so many at most into a trio."""
+    trios = -(-num_rows // trio_rows)
+    windows = -(-trios // WINDOW_TRIOS)
+    # Rows of several boxes go by threes, so that consumers without work are in the last trio of a head only.
+    rows = divmod(num_rows, trios) if boxes == 1 else (trio_rows, 0)
+    return _Cut(trios, *rows, windows, *divmod(trios, windows))
 
-    Multiprocessors take a group each, round after round. Of what takes the fewest rounds, the chunks are long, since in
-    these better groups are found, and the groups many, since small ones take less time.
+
+def _trios(num_rows: int, boxes: int, heads: int, processors: int) -> tuple[int, int]:
+    """How many heads are cut into long trios, and how many rows these have; those of the others have one less.
+
+    Multiprocessors take a group each, round after round. Trios are as short as they can be while the rounds are as few
+    as those of the longest: a short group takes less time.
     """
-    rounds = -(-heads * num_rows // (CONSUMERS * processors))
-    cuts = []
-    for wanted in range(most_rows, min(most_rows, 2 * CONSUMERS) - 1, -1):
-        chunks = -(-num_rows // wanted)
-        rows = -(-num_rows // chunks)
-        groups = max(-(-rows // CONSUMERS), min(rows * rounds * processors // (heads * num_rows), rows))
-        of_last = -(-(num_rows - (chunks - 1) * rows) * groups // rows)
-        all_groups = heads * ((chunks - 1) * groups + of_last)
-        cuts.append((-(-all_groups // processors), chunks, rows, groups))
-    _, *cut = min(cuts, key=lambda cut: cut[0])
-    return cut[0], cut[1], cut[2]
+    if boxes > 1:
+        return heads, TRIO_ROWS
+    most = -(-heads * -(-num_rows // TRIO_ROWS) // processors) * processors
+    rows = next(rows for rows in range(1, TRIO_ROWS + 1) if heads * -(-num_rows // rows) <= most)
+    if rows == 1:
+        return heads, rows
+    long, short = -(-num_rows // rows), -(-num_rows // (rows - 1))
+    return next(first for first in range(heads + 1) if first * long + (heads - first) * short <= most), rows
 
 
 def _view(problem: Problem, length: int, padded: bool) -> tuple[tuple[int, int, int], tuple[int, int, int]]:

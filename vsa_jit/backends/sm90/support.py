@@ -8,7 +8,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from vsa_jit.backends.sm90.forward import forward_kernels, why_not_plan
+from vsa_jit.backends.sm90.forward import forward_kernel, why_not_size
 from vsa_jit.backends.sm90.means import DTYPES, HEAD_DIMS, block_means_kernel
 from vsa_jit.backends.sm90.tiles import why_not_tma
 from vsa_jit.jit import engines, module, toolchain
@@ -21,7 +21,7 @@ ARCH = "9.0a"
 
 def kernels_of(dtype: torch.dtype, head_dim: int) -> list[Kernel]:
     """All that one forward launches, whatever the size of its blocks."""
-    return [block_means_kernel(dtype, head_dim), *forward_kernels(dtype, head_dim)]
+    return [block_means_kernel(dtype, head_dim), forward_kernel(dtype, head_dim)]
 
 
 def prepare(problem: Problem, device: torch.device, dtype: torch.dtype) -> None:
@@ -39,7 +39,7 @@ def why_not(problem: Problem, dtype: torch.dtype, tensors: Sequence[Tensor]) -> 
         return f"the kernels are for bf16 and fp16, and q is {dtype}"
     if problem.head_dim not in HEAD_DIMS:
         return f"the kernels are for head dimensions {' and '.join(map(str, HEAD_DIMS))}, and q's is {problem.head_dim}"
-    reason = why_not_plan(problem) or why_no_engine(engines.requested())
+    reason = why_not_size(problem) or why_no_engine(engines.requested())
     if reason is not None:
         return reason
     reasons = (why_not_tma(bhsd(x, problem.layout), problem.grid) for x in tensors)
