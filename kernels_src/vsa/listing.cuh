@@ -6,16 +6,15 @@
 // What one warp knows of the list that it writes, of a window of the keys: as many words of bits as it has lanes.
 struct Listing {
     static constexpr int kWindow = 32 * kittens::kWarpThreads;
-    static constexpr int kFinds = 2 * kittens::kWarpThreads;
-    static constexpr int kKindShift = 32 - kConsumers;
+    static constexpr int kFinds = 6 * kittens::kWarpThreads;
 
     uint32_t selected[kConsumers][kittens::kWarpThreads];  // a bit for each box of keys
     int total[kKinds];                                     // boxes of each kind in the list
     int counted[kKinds];                                   // those of them in the windows before
+    int poisoned;                                          // bit i: row i names a key block that does not exist
     uint16_t before[kKinds][kittens::kWarpThreads];        // those of them in this window that come before a lane's
     struct {
-        uint32_t kind_and_box;
-        int rank;  // of its kind in the window
+        uint32_t box : 10, rank : 10, kind : kConsumers;  // the place in the window, and that among its kind there
     } found[kFinds];
 };
 
@@ -32,16 +31,15 @@ __device__ __forceinline__ bool selects_as_before(const Group& group, int i) {
     return i > 0 && group.q_block[i] == group.q_block[i - 1];
 }
 
-// Sets the bits of those boxes in a window that a group's rows name and that have tokens. Returns whether a row, a bit each,
-// names to this lane a key block that does not exist.
+// Sets the bits of those boxes in a window that a group's rows name and that have tokens.
 //
 // Rows are read side by side, and entries before it is known whether they count, since memory is far. What follows is not
 // unrolled: other warps' loops share the cache of instructions.
-__device__ __forceinline__ int select_boxes(const Map& map, const Order& keys, const Group& group, int64_t first_row, int first_box,
+__device__ __forceinline__ void select_boxes(const Map& map, const Order& keys, const Group& group, int64_t first_row, int first_box,
                                             Listing& listing) {
     const auto& row = group.q_block;
     const int lane = kittens::laneid();
-    int length[kConsumers], upcoming[kConsumers], longest = 0, poisoned = 0;
+    int length[kConsumers], upcoming[kConsumers], longest = 0;
 #pragma unroll
     for (int i = 0; i < kConsumers; ++i) {
         listing.selected[i][lane] = 0;
@@ -71,7 +69,7 @@ __device__ __forceinline__ int select_boxes(const Map& map, const Order& keys, c
             }
             if (entry >= of_row) continue;
             const bool exists = block >= 0 && block < map.num_kv_blocks;
-            poisoned |= !exists << i;
+            if (!exists) atomicOr(&listing.poisoned, 1 << i);
 #pragma unroll 1
             for (int box = 0; exists && box < keys.boxes; ++box) {
                 const uint32_t bit = block * keys.boxes + box - first_box;
@@ -81,7 +79,6 @@ __device__ __forceinline__ int select_boxes(const Map& map, const Order& keys, c
         }
     }
     __syncwarp();
-    return poisoned;
 }
 
 // Tiles that several of the group share and tiles of one alone are spread evenly over the list, so that all consumers advance
@@ -124,17 +121,18 @@ __device__ __forceinline__ void write_list(const Map& map, const Order& keys, in
     const int span_log2 = num_boxes > Listing::kWindow / 2 ? 5 : 32 - __clz((num_boxes - 1) / kittens::kWarpThreads);
     const int first_bit = lane << span_log2;
     if (lane < kKinds) listing.total[lane] = listing.counted[lane] = 0;
+    if (lane == 0) listing.poisoned = 0;
+    __syncwarp();
 
     // Every window is looked at twice, to count and to list, but for one that is alone.
     const int windows = (num_boxes + Listing::kWindow - 1) / Listing::kWindow;
     uint32_t own[kConsumers], place = 0, num_found = 0;
-    int poisoned = 0;
 #pragma unroll 1
     for (int turn = 0; turn < 2 * windows; ++turn) {
         const bool counts = turn < windows;
         const int first_box = (counts ? turn : turn - windows) * Listing::kWindow;
         if (counts || windows > 1) {
-            poisoned |= select_boxes(map, keys, group, first_row, first_box, listing);
+            select_boxes(map, keys, group, first_row, first_box, listing);
             uint32_t selected = 0;
 #pragma unroll
             for (int i = 0; i < kConsumers; ++i) {
@@ -176,16 +174,15 @@ __device__ __forceinline__ void write_list(const Map& map, const Order& keys, in
                 uint32_t kind = 0;
 #pragma unroll
                 for (int i = 0; i < kConsumers; ++i) kind |= (own[i] >> bit & 1) << i;
-                const uint32_t box = first_box + first_bit + bit;
-                listing.found[place - gathered] = {kind << Listing::kKindShift | box, listing.before[kind][lane]++};
+                const uint32_t rank = listing.before[kind][lane]++;
+                listing.found[place - gathered] = {uint32_t(first_bit + bit), rank, kind};
             }
             __syncwarp();
 #pragma unroll 1
             for (uint32_t i = gathered + lane; i < end; i += kittens::kWarpThreads) {
-                const auto [kind_and_box, rank] = listing.found[i - gathered];
-                const int kind = kind_and_box >> Listing::kKindShift;
-                const int box = kind_and_box & ((1u << Listing::kKindShift) - 1), block = box / keys.boxes;
-                const int place_in_list = place_of(listing.total, kind, listing.counted[kind] + rank);
+                const auto find = listing.found[i - gathered];
+                const int kind = find.kind, box = first_box + find.box, block = box / keys.boxes;
+                const int place_in_list = place_of(listing.total, kind, listing.counted[kind] + find.rank);
                 tiles[place_in_list] = KeyTile::of(keys, block, box - block * keys.boxes, kind);
             }
             __syncwarp();
@@ -195,19 +192,20 @@ __device__ __forceinline__ void write_list(const Map& map, const Order& keys, in
         __syncwarp();
     }
 
-    int all_poisoned = 0;
-#pragma unroll
-    for (int i = 0; i < kConsumers; ++i) {
-        const bool is_poisoned = __any_sync(kittens::kAllLanes, poisoned >> i & 1);
-        all_poisoned |= (selects_as_before(group, i) ? all_poisoned >> (i - 1) & 1 : int(is_poisoned)) << i;
-    }
     if (lane < kConsumers) {
         int tiles_of_box = 0;
 #pragma unroll
         for (int kind = 1; kind < kKinds; ++kind) tiles_of_box += kind >> lane & 1 ? listing.total[kind] : 0;
         group.tiles_of[lane] = tiles_of_box;
+    }
+    if (lane == 0) {
+        int poisoned = 0;
+#pragma unroll
+        for (int i = 0; i < kConsumers; ++i) {
+            poisoned |= (selects_as_before(group, i) ? poisoned << 1 : listing.poisoned) & 1 << i;
+        }
+        group.poisoned = poisoned;
         group.num_tiles = listing.total[0];
-        group.poisoned = all_poisoned;
     }
     __syncwarp();
 }
