@@ -135,14 +135,14 @@ BREAKS = {
     ),
     "rows are told before they are written": (
         "        const int64_t first_row = last ? 0 : write_rows(params, number, item);\n        __syncwarp();\n"
-        "        if (laneid() == 0) arrive(shared.rows_known[at.index]);\n",
-        "        if (laneid() == 0) arrive(shared.rows_known[at.index]);\n"
+        "        arrive(shared.rows_known[at.index]);\n",
+        "        arrive(shared.rows_known[at.index]);\n"
         "        const int64_t first_row = last ? 0 : write_rows(params, number, item);\n        __syncwarp();\n",
     ),
     "a list is told before it is written": (
         "        if (!last) write_list(",
-        "        if (laneid() == 0) arrive(shared.item_full[at.index]);\n        if (!last) write_list(",
-        "list_of(params, at));\n        if (laneid() == 0) arrive(shared.item_full[at.index]);\n",
+        "        arrive(shared.item_full[at.index]);\n        if (!last) write_list(",
+        "list_of(params, at));\n        arrive(shared.item_full[at.index]);\n",
         "list_of(params, at));\n",
     ),
     "a ticket is told before it is written": (

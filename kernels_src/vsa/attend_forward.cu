@@ -198,9 +198,9 @@ __device__ void schedule(const Params& params, SharedStorage& shared) {
         if (laneid() == 0) item.last = last;
         const int64_t first_row = last ? 0 : write_rows(params, number, item);
         __syncwarp();
-        if (laneid() == 0) arrive(shared.rows_known[at.index]);
+        arrive(shared.rows_known[at.index]);
         if (!last) write_list(params.selected, params.keys, first_row, shared.listing, item.group, list_of(params, at));
-        if (laneid() == 0) arrive(shared.item_full[at.index]);
+        arrive(shared.item_full[at.index]);
         if (last) return;
         // Thread blocks ask once for every item but the first ones, and once more: as often as there are items.
         const int asked = uniform(laneid() == 0 ? atomicAdd(params.next, 1) : 0);
@@ -575,14 +575,14 @@ extern "C" __global__ void __launch_bounds__(kThreads, 1) attend_forward(const _
     extern __shared__ __align__(1024) uint8_t raw[];
     SharedStorage& shared = *reinterpret_cast<SharedStorage*>(raw);
     if (threadIdx.x == 0) {
-        // Every consumer's warps arrive when a stage is free, and every thread that reads an item when it is done with it.
+        // Every consumer's warps arrive when a stage is free, and every thread that writes or reads an item when it has.
         constexpr int kConsumerWarps = kConsumers * kWarpgroupWarps;
         for (semaphore& full : shared.k_full) init_semaphore(full, 1);
         for (semaphore& full : shared.v_full) init_semaphore(full, 1);
         for (semaphore& empty : shared.k_empty) init_semaphore(empty, kConsumerWarps);
         for (semaphore& empty : shared.v_empty) init_semaphore(empty, kConsumerWarps);
-        for (semaphore& known : shared.rows_known) init_semaphore(known, 1);
-        for (semaphore& full : shared.item_full) init_semaphore(full, 1);
+        for (semaphore& known : shared.rows_known) init_semaphore(known, kWarpThreads);
+        for (semaphore& full : shared.item_full) init_semaphore(full, kWarpThreads);
         for (semaphore& empty : shared.item_empty) init_semaphore(empty, (kConsumerWarps + 3) * kWarpThreads);
         for (semaphore& full : shared.q_full) init_semaphore(full, 1);
         for (semaphore& empty : shared.q_empty) init_semaphore(empty, kWarpgroupWarps);
