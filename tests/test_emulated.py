@@ -120,12 +120,14 @@ BREAKS = {
         "",
     ),
     "V is given back while it is read": (
-        "            warpgroup::mma_async_wait<0>(out);\n            release(shared.v_empty[before.v_stage]);\n",
-        "            release(shared.v_empty[before.v_stage]);\n            warpgroup::mma_async_wait<0>(out);\n",
+        "            warpgroup::mma_async_wait<0>(out, p);\n            release(shared.v_empty[before.v_stage]);\n",
+        "            release(shared.v_empty[before.v_stage]);\n            warpgroup::mma_async_wait<0>(out, p);\n",
     ),
-    "a warp alone waits for its products": (
-        "if (__builtin_expect(is_outgrown, 0)) correction = softmax.raise(largest);",
-        "if (is_outgrown) { correction = softmax.raise(largest); warpgroup::mma_async_wait<0>(); }",
+    "probabilities change while they are read": (
+        "            warpgroup::mma_async_wait<0>(out, p);\n            release(shared.v_empty[before.v_stage]);\n"
+        "            soften(params, shared, tile, softmax, scores, p, out);\n",
+        "            soften(params, shared, tile, softmax, scores, p, out);\n"
+        "            warpgroup::mma_async_wait<0>(out, p);\n            release(shared.v_empty[before.v_stage]);\n",
     ),
     "the next Q is loaded too early": (
         "        if (left == 1) release(q_empty);\n",

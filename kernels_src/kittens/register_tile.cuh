@@ -46,41 +46,20 @@ __device__ __forceinline__ void copy(rt<T, 16, cols>& destination, const rt_fl<1
     for (int i = 0; i < cols / 4; ++i) destination.data[i] = pack<T>(source.data[2 * i], source.data[2 * i + 1]);
 }
 
-// Combines the values of each of a lane's two rows, in two chains a row: they are as long as the latency allows.
-template <int cols, typename Combine>
-__device__ __forceinline__ void reduce_lane(col_vec& destination, const rt_fl<16, cols>& source, Combine combine) {
-    col_vec second = {source.data[1], source.data[3]};
-#pragma unroll
-    for (int i = 0; i < cols / 2; i += 2) {
-        float& first = destination[row_of(i)];
-        first = combine(first, source.data[i]);
-        if (i >= 4) second[row_of(i)] = combine(second[row_of(i)], source.data[i + 1]);
-    }
-#pragma unroll
-    for (int i = 0; i < 2; ++i) destination[i] = combine(destination[i], second[i]);
-}
-
-// The largest value of each row among a lane's own columns and what is given; NaN does not count.
+// The largest value of each row; NaN does not count.
 template <int cols>
-__device__ __forceinline__ void row_max_of_lane(col_vec& destination, const rt_fl<16, cols>& source, const col_vec& given) {
-    destination = given;
-    reduce_lane(destination, source, [](float a, float b) { return fmaxf(a, b); });
-}
-
-__device__ __forceinline__ void max_over_lanes(col_vec& vec) {
+__device__ __forceinline__ void row_max(col_vec& destination, const rt_fl<16, cols>& source) {
+    destination = {-infinity(), -infinity()};
+#pragma unroll
+    for (int i = 0; i < cols / 2; ++i) destination[row_of(i)] = fmaxf(destination[row_of(i)], source.data[i]);
 #pragma unroll
     for (int lanes = 1; lanes < 4; lanes *= 2) {
 #pragma unroll
-        for (float& x : vec.data) x = fmaxf(x, __shfl_xor_sync(kAllLanes, x, lanes));
+        for (float& x : destination.data) x = fmaxf(x, __shfl_xor_sync(kAllLanes, x, lanes));
     }
 }
 
-// Adds the sum of a lane's own columns; sum_over_lanes makes it that of the rows.
-template <int cols>
-__device__ __forceinline__ void add_row_sum_of_lane(col_vec& destination, const rt_fl<16, cols>& source) {
-    reduce_lane(destination, source, [](float a, float b) { return a + b; });
-}
-
+// Sums of a lane's own columns become those of the rows.
 __device__ __forceinline__ void sum_over_lanes(col_vec& vec) {
 #pragma unroll
     for (int lanes = 1; lanes < 4; lanes *= 2) {
@@ -95,11 +74,25 @@ __device__ __forceinline__ void mul_row(rt_fl<16, cols>& tile, const col_vec& ve
     for (int i = 0; i < cols / 2; ++i) tile.data[i] *= vec[row_of(i)];
 }
 
-// 2 ^ (scale x - shift of the row)
-template <int cols>
-__device__ __forceinline__ void exp2_scaled(rt_fl<16, cols>& tile, float scale, const col_vec& shift) {
+// 2 ^ (scale x - shift of the row), and the sums of a lane's own columns before they are rounded.
+template <typename T, int cols>
+__device__ __forceinline__ void exp2_scaled(rt<T, 16, cols>& destination, col_vec& sums, const rt_fl<16, cols>& source, float scale,
+                                            const col_vec& shift) {
+    // Two chains a row: they are as long as the latency allows.
+    col_vec chains[2] = {};
 #pragma unroll
-    for (int i = 0; i < cols / 2; ++i) tile.data[i] = kittens::exp2(fmaf(tile.data[i], scale, -shift[row_of(i)]));
+    for (int i = 0; i < cols / 2; i += 2) {
+        const int row = row_of(i);
+        float y[2];
+#pragma unroll
+        for (int j = 0; j < 2; ++j) {
+            y[j] = kittens::exp2(fmaf(source.data[i + j], scale, -shift[row]));
+            chains[j][row] += y[j];
+        }
+        destination.data[i / 2] = pack<T>(y[0], y[1]);
+    }
+#pragma unroll
+    for (int row = 0; row < 2; ++row) sums[row] = chains[0][row] + chains[1][row];
 }
 
 // Of 32 columns a lane has two of each eight. It gives them to the three that have the others', and gets eight of its own.

@@ -392,18 +392,11 @@ __device__ __forceinline__ void mask(const Order& keys, const uint32_t& valid, s
     }
 }
 
-// Scores become probabilities. Returns whether the output so far has to be multiplied by `correction`: a warp may not wait for
-// its products here, since others of its warpgroup may not. Meanwhile the next tile is looked at.
-__device__ __forceinline__ bool soften(const Params& params, SharedStorage& shared, TileQueue& tiles, const Ticket& tile,
-                                       bool is_next_ready, Softmax& softmax, s_fragment& scores, col_vec& correction) {
+// Scores become probabilities, when no product takes those before or adds to the output.
+__device__ __forceinline__ void soften(const Params& params, SharedStorage& shared, const Ticket& tile, Softmax& softmax,
+                                       s_fragment& scores, p_fragment& p, o_fragment& out) {
     if (__builtin_expect(tile.is_partial, 0)) mask(params.keys, shared.valid[tile.v_stage], scores);
-    col_vec largest;
-    const bool is_outgrown = softmax.is_outgrown(scores, largest);
-    is_next_ready = __all_sync(kAllLanes, is_next_ready);
-    if (__builtin_expect(is_outgrown, 0)) correction = softmax.raise(largest);
-    tiles.look(is_next_ready);
-    softmax.exponentiate(scores);
-    return is_outgrown;
+    softmax.exponentiate(p, scores, out);
 }
 
 // Attends the tiles of an item, the scores of one under way while the output of the one before is. Where the next is far, the
@@ -418,7 +411,6 @@ __device__ __forceinline__ void attend(const Params& params, SharedStorage& shar
     }
     s_fragment scores;
     p_fragment p;
-    col_vec correction;
     for (int left = num_tiles; left > 0; --left) {
         Ticket before = tiles.next();
         wait(shared.k_full[before.k_stage], before.k_phase);
@@ -428,8 +420,8 @@ __device__ __forceinline__ void attend(const Params& params, SharedStorage& shar
         const bool is_next_ready = tiles.test_next();
         warpgroup::mma_async_wait<0>(scores);
         release(shared.k_empty[before.k_stage]);
-        if (soften(params, shared, tiles, before, is_next_ready, softmax, scores, correction)) mul_row(out, correction);
-        copy(p, scores);
+        tiles.look(__all_sync(kAllLanes, is_next_ready));
+        soften(params, shared, before, softmax, scores, p, out);
         for (; before.next_is_near; --left) {
             const Ticket tile = tiles.next();
             wait_both(shared.k_full[tile.k_stage], tile.k_phase, shared.v_full[before.v_stage], before.v_phase);
@@ -441,11 +433,10 @@ __device__ __forceinline__ void attend(const Params& params, SharedStorage& shar
             const bool is_next_ready = tiles.test_next();
             warpgroup::mma_async_wait<1>(scores);
             release(shared.k_empty[tile.k_stage]);
-            const bool is_outgrown = soften(params, shared, tiles, tile, is_next_ready, softmax, scores, correction);
-            warpgroup::mma_async_wait<0>(out);
+            tiles.look(__all_sync(kAllLanes, is_next_ready));
+            warpgroup::mma_async_wait<0>(out, p);
             release(shared.v_empty[before.v_stage]);
-            if (__builtin_expect(is_outgrown, 0)) mul_row(out, correction);
-            copy(p, scores);
+            soften(params, shared, tile, softmax, scores, p, out);
             before = tile;
         }
         wait(shared.v_full[before.v_stage], before.v_phase);

@@ -3,45 +3,47 @@
 
 #include "kittens/register_tile.cuh"
 
-// What a row's sums are relative to: a reference, its largest score at some time, that no score has outgrown by much since.
+// What a row's sums are relative to: a reference, its largest score at some time. Whether a later score has outgrown it by too
+// much is seen from the sum of the probabilities, which is needed anyway: no maximum of every tile is.
 struct Softmax {
-    // How far, as a power of two, a score may outgrow the reference. Rounding at most doubles it: probabilities stay far below
-    // what 16-bit elements hold.
-    static constexpr float kSlack = 4.0f;
+    // How much a lane's probabilities of a row and a tile may add up to. Far below what 16-bit elements hold, and far above
+    // what most scores make of it after the first tile.
+    static constexpr float kMost = 1024.0f;
+    // There is no reference yet: probabilities of finite scores are infinite, and those of -inf are 0.
+    static constexpr float kNone = -3e38f;
 
     float scale_log2;
-    kittens::col_vec shift = {0.0f, 0.0f};                                  // the reference, scaled
-    kittens::col_vec limit = {-kittens::infinity(), -kittens::infinity()};  // of scores; -inf: there is no reference yet
-    kittens::col_vec sum = {0.0f, 0.0f};                                    // of a lane's own columns
+    kittens::col_vec shift = {kNone, kNone};  // the reference, scaled
+    kittens::col_vec sum = {0.0f, 0.0f};      // of a lane's own columns
 
-    // Whether a score of the warp is beyond the limit of its row: rarely, after the first tiles. Gives the largest.
-    template <int cols>
-    __device__ __forceinline__ bool is_outgrown(const kittens::rt_fl<16, cols>& scores, kittens::col_vec& largest) const {
-        kittens::row_max_of_lane(largest, scores, limit);
-        return __any_sync(kittens::kAllLanes, largest[0] > limit[0] || largest[1] > limit[1]);
+    // The probabilities of scores. Where too large ones are among those of the warp, the references are raised, and what was
+    // summed so far is multiplied accordingly, here and in `out`.
+    template <typename T, int cols, int out_cols>
+    __device__ __forceinline__ void exponentiate(kittens::rt<T, 16, cols>& p, const kittens::rt_fl<16, cols>& scores,
+                                                 kittens::rt_fl<16, out_cols>& out) {
+        kittens::col_vec added;
+        kittens::exp2_scaled(p, added, scores, scale_log2, shift);
+        if (__builtin_expect(__any_sync(kittens::kAllLanes, !(added[0] <= kMost && added[1] <= kMost)), 0)) {
+            kittens::mul_row(out, raise(scores));
+            kittens::exp2_scaled(p, added, scores, scale_log2, shift);
+        }
+#pragma unroll
+        for (int i = 0; i < 2; ++i) sum[i] += added[i];
     }
 
-    // Takes the largest scores as references where they are beyond the limit. What was summed so far is to be multiplied by
-    // what is returned.
-    __device__ __forceinline__ kittens::col_vec raise(kittens::col_vec largest) {
-        kittens::max_over_lanes(largest);
-        kittens::col_vec correction = {1.0f, 1.0f};
+  private:
+    // Takes the largest scores as references where they are larger. Returns by what all that was summed is to be multiplied.
+    template <int cols>
+    __device__ __forceinline__ kittens::col_vec raise(const kittens::rt_fl<16, cols>& scores) {
+        kittens::col_vec largest, correction;
+        kittens::row_max(largest, scores);
 #pragma unroll
         for (int i = 0; i < 2; ++i) {
-            if (!(largest[i] > limit[i])) continue;
-            const float raised = largest[i] * scale_log2;
-            if (limit[i] != -kittens::infinity()) correction[i] = kittens::exp2(shift[i] - raised);
+            const float raised = fmaxf(shift[i], largest[i] * scale_log2);
+            correction[i] = kittens::exp2(shift[i] - raised);
             shift[i] = raised;
-            limit[i] = largest[i] + kSlack / scale_log2;
             sum[i] *= correction[i];
         }
         return correction;
-    }
-
-    // Scores become probabilities relative to the reference.
-    template <int cols>
-    __device__ __forceinline__ void exponentiate(kittens::rt_fl<16, cols>& scores) {
-        kittens::exp2_scaled(scores, scale_log2, shift);
-        kittens::add_row_sum_of_lane(sum, scores);
     }
 };
