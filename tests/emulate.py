@@ -102,8 +102,11 @@ def tensor_map(
     return TensorMap.from_buffer_copy(encoded.ljust(ctypes.sizeof(TensorMap), b"\0"))
 
 
-def emulate(monkeypatch: pytest.MonkeyPatch, processors: int, sources: Path | None = None) -> None:
-    """Lets the ``sm90`` backend's launches run on this machine, as on a GPU with so many multiprocessors."""
+def emulate(monkeypatch: pytest.MonkeyPatch, processors: int, sources: Path | None = None) -> torch.Tensor:
+    """Lets the ``sm90`` backend's launches run on this machine, as on a GPU with so many multiprocessors.
+
+    Returns their counter of work, which they find at 0 and leave so.
+    """
     # What was prepared knows its launcher.
     forward._prepared.cache_clear()
     means._prepared.cache_clear()
@@ -113,3 +116,4 @@ def emulate(monkeypatch: pytest.MonkeyPatch, processors: int, sources: Path | No
     monkeypatch.setattr(counter, "counter", lambda device: zero)
     properties = SimpleNamespace(multi_processor_count=processors)
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: properties)
+    return zero

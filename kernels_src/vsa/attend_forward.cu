@@ -192,9 +192,8 @@ __device__ void schedule(const Params& params, SharedStorage& shared) {
         const Place<kItems> at(round);
         Item& item = shared.items[at.index];
         const bool last = number >= params.num_groups;
+        // It is told of when every lane has arrived: none can miss that it is free.
         wait(shared.item_empty[at.index], at.phase ^ 1);
-        // Every lane has seen that the item is free before somebody can free it again.
-        __syncwarp();
         if (laneid() == 0) item.last = last;
         const int64_t first_row = last ? 0 : write_rows(params, number, item);
         __syncwarp();

@@ -1,0 +1,187 @@
+"""Who attends together in the Hopper forward, and what the lists of tiles hold: the kernel's own sources on the CPU."""
+
+import itertools
+import struct
+from dataclasses import dataclass, replace
+
+import emulate
+import pytest
+import torch
+from problems import Case, Inputs
+from test_emulated import operands_of
+from test_sm90 import problem_of
+from torch import Tensor
+
+from vsa_jit.backends.sm90 import forward
+from vsa_jit.backends.sm90.tiles import BOX_TOKENS
+from vsa_jit.jit import module
+
+pytestmark = emulate.NEEDS_COMPILER
+
+ITEM_WORDS = 24
+CASES = [
+    Case("64, plain", q_len=40 * 64 + 5, kv_len=1390),
+    Case("64, tiled, some blocks empty", q_len=1280, sizes=tuple(max(0, 37 * i % 65 - 20) for i in range(20))),
+    Case("128, tiled, some boxes empty", q_len=1280, block_size=128, sizes=tuple(range(0, 150, 15))),
+    Case("192, plain", q_len=900, kv_len=1300, block_size=192),
+    Case("64, more boxes than a window", q_len=200, kv_len=67000, heads=1),
+]
+
+
+@dataclass
+class Group:
+    head: int
+    q_block: list[int]
+    q_box: list[int]
+    tiles_of: list[int]
+    poisoned: int
+    tiles: list[tuple[int, int]]  # boxes of keys in their order, and which consumers attend each
+
+
+def groups_of(monkeypatch, inputs: Inputs, idx: Tensor, num: Tensor) -> tuple[list[Group], forward.Params]:
+    """All items of work of a call on a GPU with 2 multiprocessors, and the parameters of its launch."""
+    emulate.emulate(monkeypatch, 2)
+    groups, launched = [], []
+
+    def launcher(kernel, device):
+        listing = replace(kernel, source="list_groups.cu", entry="list_groups", threads=32)
+        run = emulate.launcher(listing, device)
+
+        def launch(blocks, params):
+            launched.append(params)
+            of_groups = forward.Params.from_buffer_copy(params)
+            # Twice the room that there is: what is too long shows.
+            of_groups.list_length = 2 * params.list_length
+            items = torch.zeros(params.num_groups, ITEM_WORDS, dtype=torch.int32)
+            tiles = torch.zeros(params.num_groups, of_groups.list_length, 4, dtype=torch.int32)
+            of_groups.lse, of_groups.lists = items.data_ptr(), tiles.data_ptr()
+            run(1, of_groups)
+            for item, tiles_of_item in zip(items.tolist(), tiles.tolist(), strict=True):
+                _, num_tiles, poisoned = item[6:9], item[9], item[10]
+                assert num_tiles <= params.list_length
+                listed = [tile_of(inputs, *tile) for tile in tiles_of_item[:num_tiles]]
+                groups.append(Group(item[21], item[0:3], item[3:6], item[6:9], poisoned, listed))
+
+        return launch
+
+    monkeypatch.setattr(module, "launcher", launcher)
+    forward.forward(problem_of(inputs), operands_of(inputs, idx, num), False)
+    return groups, launched[0]
+
+
+def tile_of(inputs: Inputs, w: int, h: int, t_and_members: int, valid: int) -> tuple[int, int]:
+    """The box that a tile of a list is, and who attends it. Where it lies and what of it is valid is checked."""
+    problem = problem_of(inputs)
+    members, t = (t_and_members & 0xFFFFFFFF) >> 29, t_and_members & 0x1FFFFFFF
+    assert t == 0
+    first, *inside = struct.unpack("4B", struct.pack("I", valid & 0xFFFFFFFF)) if valid else (0, 1, 1, BOX_TOKENS)
+    if inputs.sizes is None:
+        assert (h, first, inside[:2]) == (0, 0, [1, 1])
+        assert inside[2] == min(BOX_TOKENS, problem.kv_len - w)
+        return w // BOX_TOKENS, members
+    boxes = problem.block // BOX_TOKENS
+    tokens = int(inputs.sizes[h // boxes]) - h % boxes * BOX_TOKENS
+    assert w == -first == -(BOX_TOKENS - min(tokens, BOX_TOKENS))
+    assert inside == [1, 1, BOX_TOKENS]
+    return h, members
+
+
+def boxes_with_tokens(inputs: Inputs, blocks: set[int]) -> set[int]:
+    problem = problem_of(inputs)
+    boxes = problem.block // BOX_TOKENS
+    sizes = inputs.sizes.tolist() if inputs.sizes is not None else None
+    of_block = {
+        block: problem.kv_len - block * problem.block if sizes is None else sizes[block]
+        for block in blocks
+        if 0 <= block < problem.num_kv_blocks
+    }
+    return {
+        block * boxes + box for block, tokens in of_block.items() for box in range(boxes) if tokens > box * BOX_TOKENS
+    }
+
+
+def work_class(length: int) -> int:
+    """Rows of about the same length are alike: the exponent and three bits behind it."""
+    return struct.unpack("I", struct.pack("f", length))[0] >> 20
+
+
+def check(inputs: Inputs, idx: Tensor, num: Tensor, groups: list[Group], params: forward.Params) -> None:
+    problem = problem_of(inputs)
+    boxes, heads = problem.block // BOX_TOKENS, problem.heads
+    lengths = num.clamp(0, idx.shape[-1])
+    seen = [
+        (group.head, block, box)
+        for group in groups
+        for block, box in zip(group.q_block, group.q_box, strict=True)
+        if block >= 0
+    ]
+    everything = {
+        (h, block, box) for h in range(heads) for block in range(problem.num_q_blocks) for box in range(boxes)
+    }
+    assert len(seen) == len(everything)
+    assert set(seen) == everything
+
+    for group in groups:
+        expected: dict[int, int] = {}
+        poisoned = 0
+        for i, block in enumerate(group.q_block):
+            if block < 0:
+                assert group.tiles_of[i] == 0
+                continue
+            named = set(idx[0, group.head, block, : lengths[0, group.head, block]].tolist())
+            poisoned |= any(not 0 <= block < problem.num_kv_blocks for block in named) << i
+            selected = boxes_with_tokens(inputs, named)
+            assert group.tiles_of[i] == len(selected)
+            for box in selected:
+                expected[box] = expected.get(box, 0) | 1 << i
+        assert group.poisoned == poisoned
+        assert len(group.tiles) == len(expected)
+        assert dict(group.tiles) == expected
+        for kind in set(expected.values()):
+            places = [place for place, (_, members) in enumerate(group.tiles) if members == kind]
+            of_kind = [group.tiles[place][0] for place in places]
+            assert of_kind == sorted(of_kind)
+            # Spread evenly, but for what rounding moves in each of seven kinds.
+            for p, place in enumerate(places):
+                assert abs(place + 0.5 - len(expected) * (2 * p + 1) / (2 * len(places))) <= 3.5
+
+    cut = params.cuts[0]
+    assert params.first_heads == heads
+    starts = [min(i * cut.trio_rows + min(i, cut.longer_trios), problem.num_q_blocks) for i in range(cut.trios + 1)]
+    windows = [i * cut.window_trios + min(i, cut.longer_windows) for i in range(cut.windows + 1)]
+    for head in range(heads):
+        of_head = [group for group in groups if group.head == head]
+        for window, (first, end) in enumerate(itertools.pairwise(windows)):
+            rows = range(starts[first], starts[end])
+            from_longest = sorted(rows, key=lambda row: -work_class(int(lengths[0, head, row])))
+            for trio in range(first, end):
+                index = (trio - first) * cut.windows + window
+                members = {b for group in of_head[index * boxes : (index + 1) * boxes] for b in group.q_block} - {-1}
+                assert members == set(from_longest[starts[trio] - rows.start : starts[trio + 1] - rows.start])
+
+
+@pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
+def test_uneven_rows(monkeypatch, case):
+    inputs = Inputs(replace(case, head_dim=64), "cpu", torch.bfloat16)
+    idx, num, _ = inputs.uneven_indices()
+    check(inputs, idx, num, *groups_of(monkeypatch, inputs, idx, num))
+
+
+def test_entries_that_name_no_block_and_numbers_beyond_the_width(monkeypatch):
+    inputs = Inputs(Case("odd", q_len=2560, kv_len=640, head_dim=64), "cpu", torch.bfloat16)
+    idx = torch.randint(-3, 13, (1, 2, 40, 7), dtype=torch.int32)
+    num = torch.randint(-5, 15, (1, 2, 40), dtype=torch.int32)
+    assert num.min() < 0
+    assert num.max() > 7
+    check(inputs, idx, num, *groups_of(monkeypatch, inputs, idx, num))
+
+
+@pytest.mark.parametrize("block", [64, 128, 320])
+def test_the_longest_list(monkeypatch, block):
+    """Rows that have no key block in common fill what is kept for a list."""
+    inputs = Inputs(Case("disjoint", q_len=9 * block, heads=1, head_dim=64, block_size=block), "cpu", torch.bfloat16)
+    idx = torch.arange(9, dtype=torch.int32).view(1, 1, 9, 1)
+    num = torch.ones(1, 1, 9, dtype=torch.int32)
+    groups, params = groups_of(monkeypatch, inputs, idx, num)
+    check(inputs, idx, num, groups, params)
+    assert max(len(group.tiles) for group in groups) == params.list_length
