@@ -104,6 +104,12 @@ class Inputs:
         self.q, self.k, self.v = (x.requires_grad_() for x in qkv.unbind(-2))
         assert not self.q.is_contiguous()
 
+    def stretch_keys(self, factors: Tensor) -> None:
+        """Multiplies the keys of each block by a factor, and with them their scores."""
+        of_tokens = factors[self.kv_block].to(self.device, self.dtype)[:, None]
+        with torch.no_grad():
+            self.bhsd(self.k).mul_(of_tokens)
+
     def bhsd(self, x: Tensor) -> Tensor:
         return x.transpose(1, 2) if self.case.layout == "bshd" else x
 
@@ -235,3 +241,9 @@ CASES = [
     Case("fused qkv, raster", fused_qkv=True, grid=(5, 6, 7), block_size=64),
     Case("more top-k than blocks", topk=99),
 ]
+
+
+def steep(order: str, blocks: int) -> Tensor:
+    """By how much the scores of each key block are stretched: most are then far beyond what fp32 holds as powers."""
+    rising = torch.linspace(0, 60, blocks)
+    return {"rising": rising, "falling": rising.flip(0), "mixed": rising[torch.randperm(blocks)]}[order]

@@ -6,7 +6,7 @@ from dataclasses import replace
 import emulate
 import pytest
 import torch
-from problems import Case, Inputs
+from problems import Case, Inputs, steep
 from test_sm90 import check_means, problem_of
 
 from vsa_jit.backends.sm90 import forward, means
@@ -49,6 +49,17 @@ def test_forward(monkeypatch, case, dtype, head_dim, processors):
     out, lse, _ = forward.forward(problem_of(inputs), operands_of(inputs, idx, num), False)
     inputs.check_forward(inputs.bhsd(out), lse, block_map)
     assert counter == 0
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("order", ["rising", "falling", "mixed"])
+def test_scores_that_differ_by_hundreds(monkeypatch, order, dtype):
+    emulate.emulate(monkeypatch, 1)
+    inputs = Inputs(Case("steep", q_len=330, kv_len=1500, head_dim=64), "cpu", dtype)
+    inputs.stretch_keys(steep(order, inputs.num_kv_blocks))
+    idx, num, block_map = inputs.uneven_indices()
+    out, lse, _ = forward.forward(problem_of(inputs), operands_of(inputs, idx, num), False)
+    inputs.check_forward(inputs.bhsd(out), lse, block_map)
 
 
 @pytest.mark.parametrize("gate", ["full", "per channel", 0.5])

@@ -6,7 +6,7 @@ from dataclasses import replace
 import pytest
 import reference as ref
 import torch
-from problems import ON_HOPPER, Case, Inputs
+from problems import ON_HOPPER, Case, Inputs, steep
 from torch import Tensor
 
 import vsa_jit
@@ -46,6 +46,17 @@ def test_uneven_rows(case: Case, head_dim: int, dtype: torch.dtype):
     inputs = Inputs(replace(case, heads=8, head_dim=head_dim), "cuda", dtype)
     idx, num, block_map = inputs.uneven_indices()
     poison_free_memory()
+    out, lse = attend(inputs, idx, num)
+    inputs.check_forward(out, lse, block_map)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=["bf16", "fp16"])
+@pytest.mark.parametrize("head_dim", [64, 128])
+@pytest.mark.parametrize("order", ["rising", "falling", "mixed"])
+def test_scores_that_differ_by_hundreds(order: str, head_dim: int, dtype: torch.dtype):
+    inputs = Inputs(Case("steep", q_len=6390, heads=8, head_dim=head_dim), "cuda", dtype)
+    inputs.stretch_keys(steep(order, inputs.num_kv_blocks))
+    idx, num, block_map = inputs.uneven_indices()
     out, lse = attend(inputs, idx, num)
     inputs.check_forward(out, lse, block_map)
 
