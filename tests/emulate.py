@@ -17,7 +17,7 @@ import pytest
 import torch
 
 from vsa_jit.backends.sm90 import forward, means, tiles
-from vsa_jit.jit import counter, module
+from vsa_jit.jit import module
 from vsa_jit.jit.driver import SWIZZLE_128B, TensorMap
 from vsa_jit.jit.kernel import Kernel
 from vsa_jit.jit.source import kernels_dir
@@ -73,7 +73,9 @@ def launcher(kernel: Kernel, device: int, sources: Path | None = None):
     """Instead of ``module.launcher``: launches wait for the end, and each has a schedule of its own."""
     compiled = _compiled(kernel, sources or kernels_dir())
 
-    def launch(blocks: int, params: ctypes.Structure) -> None:
+    def launch(blocks: int, params: ctypes.Structure, counter: int | None = None) -> None:
+        if counter is not None:
+            ctypes.c_int.from_address(counter).value = 0
         alignment = 64
         space = ctypes.create_string_buffer(ctypes.sizeof(params) + alignment)
         address = ctypes.addressof(space) + -ctypes.addressof(space) % alignment
@@ -102,18 +104,12 @@ def tensor_map(
     return TensorMap.from_buffer_copy(encoded.ljust(ctypes.sizeof(TensorMap), b"\0"))
 
 
-def emulate(monkeypatch: pytest.MonkeyPatch, processors: int, sources: Path | None = None) -> torch.Tensor:
-    """Lets the ``sm90`` backend's launches run on this machine, as on a GPU with so many multiprocessors.
-
-    Returns their counter of work, which they find at 0 and leave so.
-    """
+def emulate(monkeypatch: pytest.MonkeyPatch, processors: int, sources: Path | None = None) -> None:
+    """Lets the ``sm90`` backend's launches run on this machine, as on a GPU with so many multiprocessors."""
     # What was prepared knows its launcher.
     forward._prepared.cache_clear()
     means._prepared.cache_clear()
     monkeypatch.setattr(module, "launcher", functools.partial(launcher, sources=sources))
     monkeypatch.setattr(tiles, "tensor_map", tensor_map)
-    zero = torch.zeros((), dtype=torch.int32)
-    monkeypatch.setattr(counter, "counter", lambda device: zero)
     properties = SimpleNamespace(multi_processor_count=processors)
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: properties)
-    return zero

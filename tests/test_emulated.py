@@ -43,12 +43,11 @@ def operands_of(inputs: Inputs, idx: torch.Tensor, num: torch.Tensor) -> Operand
 @pytest.mark.parametrize(("dtype", "head_dim", "processors"), KINDS, ids=str)
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
 def test_forward(monkeypatch, case, dtype, head_dim, processors):
-    counter = emulate.emulate(monkeypatch, processors)
+    emulate.emulate(monkeypatch, processors)
     inputs = Inputs(replace(case, head_dim=head_dim), "cpu", dtype)
     idx, num, block_map = inputs.uneven_indices()
     out, lse, _ = forward.forward(problem_of(inputs), operands_of(inputs, idx, num), False)
     inputs.check_forward(inputs.bhsd(out), lse, block_map)
-    assert counter == 0
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)

@@ -47,7 +47,7 @@ def groups_of(monkeypatch, inputs: Inputs, idx: Tensor, num: Tensor) -> tuple[li
         listing = replace(kernel, source="list_groups.cu", entry="list_groups", threads=32)
         run = emulate.launcher(listing, device)
 
-        def launch(blocks, params):
+        def launch(blocks, params, counter):
             launched.append(params)
             of_groups = forward.Params.from_buffer_copy(params)
             # Twice the room that there is: what is too long shows.

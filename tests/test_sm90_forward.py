@@ -150,3 +150,46 @@ def test_streams_and_graphs_side_by_side():
     for out, lse in (*results, *(captured for _, captured in graphs)):
         assert torch.equal(out, expected[0])
         assert torch.equal(lse, expected[1])
+
+
+def test_a_graph_in_whose_capture_other_tensors_are_made():
+    """The gate in fp32 and the coarse output in order, between what the launch needs and the launch."""
+    inputs = Inputs(Case("captured", q_len=6400, heads=8, head_dim=64, topk=9), "cuda", torch.bfloat16)
+    gate = -torch.rand_like(inputs.q, dtype=torch.float64)
+
+    def call() -> Tensor:
+        with torch.no_grad():
+            return vsa_jit.video_sparse_attn(
+                inputs.q, inputs.k, inputs.v, topk=9, compress_attn_weight=gate, backend="sm90"
+            )
+
+    expected = call()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured = call()
+    for _ in range(3):
+        captured.zero_()
+        graph.replay()
+        assert torch.equal(captured, expected)
+
+
+def test_graphs_that_the_compiler_captures():
+    inputs = Inputs(Case("compiled", q_len=6400, heads=8, head_dim=64, topk=9), "cuda", torch.bfloat16)
+
+    def call(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        return vsa_jit.video_sparse_attn(q, k, v, topk=9, backend="sm90") * 2
+
+    tensors = inputs.q.detach(), inputs.k.detach(), inputs.v.detach()
+    expected = call(*tensors)
+    compiled = torch.compile(call, mode="reduce-overhead", fullgraph=True)
+    for _ in range(4):
+        torch.compiler.cudagraph_mark_step_begin()
+        torch.testing.assert_close(compiled(*tensors), expected, rtol=2**-7, atol=2**-9)
+
+
+def test_rows_that_can_select_nothing():
+    inputs = Inputs(Case("empty", q_len=640, head_dim=64), "cuda", torch.bfloat16)
+    idx = torch.empty(1, 2, 10, 0, dtype=torch.int32, device="cuda")
+    out, lse = attend(inputs, idx, torch.zeros(1, 2, 10, dtype=torch.int32, device="cuda"))
+    assert out.count_nonzero() == 0
+    assert lse.isneginf().all()

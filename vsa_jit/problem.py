@@ -13,8 +13,9 @@ LAYOUTS = ("bhsd", "bshd")
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 MIN_HEAD_DIM = 16
 MAX_HEAD_DIM = 256
-# Kernels take numbers in fp32.
+# Kernels take numbers in fp32, and the softmax scale multiplied by log2(e).
 LARGEST_FLOAT = torch.finfo(torch.float32).max
+SCALES = torch.finfo(torch.float32).tiny, LARGEST_FLOAT * math.log(2)
 TILE_OF_TOKENS = {64: (4, 4, 4), 128: (2, 8, 8), 256: (4, 8, 8)}
 
 
@@ -186,8 +187,10 @@ def check_problem(
         softmax_scale = head_dim**-0.5
     elif isinstance(softmax_scale, bool) or not isinstance(softmax_scale, (int, float)):
         raise TypeError(f"softmax_scale: expected a number or None, got {type(softmax_scale).__name__}")
-    elif not 0.0 < softmax_scale <= LARGEST_FLOAT:
-        raise ValueError(f"softmax_scale: expected a positive finite number, got {softmax_scale}")
+    elif not SCALES[0] <= softmax_scale <= SCALES[1]:
+        raise ValueError(
+            f"softmax_scale: expected a number from {SCALES[0]:.3g} to {SCALES[1]:.3g}, got {softmax_scale}"
+        )
 
     tile = check_block_size(block_size, with_grid=grid is not None)
     if grid is not None:

@@ -21,11 +21,6 @@ __device__ __forceinline__ void decrease_registers() {
     asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;" ::"n"(registers));
 }
 
-// Waits for all threads of a warpgroup. Barrier 0 is that of the thread block.
-__device__ __forceinline__ void sync(int barrier) {
-    asm volatile("bar.sync %0, %1;" ::"r"(barrier), "n"(kWarpgroupThreads) : "memory");
-}
-
 // Keeps the compiler from moving what writes or reads a tile's registers across this point.
 template <int cols>
 __device__ __forceinline__ void pin(rt_fl<16, cols>& tile) {

@@ -57,7 +57,7 @@ struct Params {
     int first_heads, first_groups;
     KeyTile* lists;  // kItems for each thread block, of list_length each
     int64_t list_length;
-    int* next;           // the next item of work after the first of every thread block: 0 before and after
+    int* next;           // the next item of work after the first of every thread block: 0 at first
     float* lse;          // [batch, heads, q_len]
     const float* out_c;  // [batch, heads, num_q_blocks, kHeadDim], or null
     const void* gate;    // of q's shape, or null
@@ -201,10 +201,7 @@ __device__ void schedule(const Params& params, SharedStorage& shared) {
         if (!last) write_list(params.selected, params.keys, first_row, shared.listing, item.group, list_of(params, at));
         arrive(shared.item_full[at.index]);
         if (last) return;
-        // Thread blocks ask once for every item but the first ones, and once more: as often as there are items.
-        const int asked = uniform(laneid() == 0 ? atomicAdd(params.next, 1) : 0);
-        if (asked == params.num_groups - 1 && laneid() == 0) *params.next = 0;
-        number = gridDim.x + asked;
+        number = gridDim.x + uniform(laneid() == 0 ? atomicAdd(params.next, 1) : 0);
     }
 }
 

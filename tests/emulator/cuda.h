@@ -44,7 +44,6 @@ namespace emulator {
 
 constexpr int kWarp = 32;
 constexpr size_t kStackBytes = 128 * 1024;
-constexpr int kBarriers = 16;
 // Turns without any progress after which nothing will ever happen.
 constexpr int kPatience = 400'000;
 
@@ -87,7 +86,7 @@ struct Warp {
 
 inline std::vector<Thread> threads;
 inline std::vector<Warp> warps;
-inline Meeting barriers[kBarriers];
+inline Meeting barrier;
 inline std::vector<std::function<void()>> loads;  // bulk copies to shared memory under way
 inline Thread* current;
 inline Index block_index, grid_size;
@@ -183,7 +182,7 @@ inline void run_block(int num_threads) {
     std::memset(raw, 0xff, sizeof raw);
     threads = std::vector<Thread>(num_threads);
     warps = std::vector<Warp>(num_warps);
-    for (Meeting& barrier : barriers) barrier = {};
+    barrier = {};
     for (int i = 0; i < num_threads; ++i) {
         Thread& thread = threads[i];
         thread.index.x = i;
@@ -268,19 +267,8 @@ inline uint32_t __ballot_sync(uint32_t, bool x) {
 }
 inline bool __any_sync(uint32_t lanes, bool x) { return __ballot_sync(lanes, x) != 0; }
 inline bool __all_sync(uint32_t lanes, bool x) { return __ballot_sync(lanes, x) == 0xffffffffu; }
-template <typename T>
-T __reduce_add_sync(uint32_t, T x) {
-    T sum = 0;
-    for (T other : emulator::gather(x)) sum += other;
-    return sum;
-}
-template <typename T>
-T __reduce_max_sync(uint32_t, T x) {
-    for (T other : emulator::gather(x)) x = std::max(x, other);
-    return x;
-}
 inline void __syncwarp() { emulator::meet_warp(); }
-inline void __syncthreads() { emulator::meet(emulator::barriers[0], emulator::threads.size(), "the thread block"); }
+inline void __syncthreads() { emulator::meet(emulator::barrier, emulator::threads.size(), "the thread block"); }
 
 template <typename T>
 T atomicAdd(T* address, T x) {

@@ -120,22 +120,26 @@ class Launcher:
         self._threads = threads
         self._smem_bytes = smem_bytes
         self._launch = libcuda().cuLaunchKernel
+        self._clear = libcuda().cuMemsetD32Async
         allow_shared_memory(function, smem_bytes)
 
-    def __call__(self, blocks: int, params: ctypes.Structure) -> None:
+    def __call__(self, blocks: int, params: ctypes.Structure, counter: int | None = None) -> None:
         """Launches on PyTorch's current stream of the device, and returns at once.
 
         Args:
             blocks: thread blocks.
             params: the kernel's parameters, copied.
+            counter: the address of 32 bits that are 0 when the kernel starts.
         """
         # As PyTorch and Triton ask inside: the public ways see first whether CUDA has started, and make objects.
         if torch._C._cuda_getDevice() != self._device:
             with torch.cuda.device(self._device):
-                return self(blocks, params)
-        stream = torch._C._cuda_getCurrentRawStream(self._device)
+                return self(blocks, params, counter)
+        stream = ctypes.c_void_p(torch._C._cuda_getCurrentRawStream(self._device))
+        if counter is not None:
+            call(self._device, self._label, self._clear, ctypes.c_void_p(counter), 0, ctypes.c_size_t(1), stream)
         pointers = _OnePointer(ctypes.addressof(params))
-        configuration = (self._function, blocks, 1, 1, self._threads, 1, 1, self._smem_bytes, ctypes.c_void_p(stream))
+        configuration = (self._function, blocks, 1, 1, self._threads, 1, 1, self._smem_bytes, stream)
         status = self._launch(*configuration, pointers, None)
         if status == _ERROR_INVALID_CONTEXT:
             return call(self._device, self._label, self._launch, *configuration, pointers, None)

@@ -14,8 +14,6 @@ void increase_registers() {}
 template <int registers>
 void decrease_registers() {}
 
-inline void sync(int barrier) { emulator::meet(emulator::barriers[barrier], kWarpgroupThreads, "a barrier"); }
-
 using emulator::Product;
 
 // All warps of a warpgroup take the same steps.

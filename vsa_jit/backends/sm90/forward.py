@@ -23,7 +23,7 @@ from vsa_jit.backends.sm90.tiles import (
     tile_of,
     video_of,
 )
-from vsa_jit.jit import counter, module
+from vsa_jit.jit import module
 from vsa_jit.jit.driver import SWIZZLE_128B, Launcher, TensorMap
 from vsa_jit.jit.kernel import Kernel
 from vsa_jit.problem import Operands, Problem, axes, empty_like
@@ -47,8 +47,8 @@ CONSUMERS = TRIO_ROWS = 3
 ITEMS = 2
 # Trios that a warp puts in order at a time.
 WINDOW_TRIOS = 10
-# Of an entry of a list.
-TILE_BYTES = 16
+# Of an entry of a list, and of what is kept behind the lists for the counter of work.
+TILE_BYTES = COUNTER_BYTES = 16
 
 
 class _Video(ctypes.Structure):
@@ -192,10 +192,10 @@ def forward(problem: Problem, operands: Operands, keep_out_s: bool) -> tuple[Ten
         sizes_of(q_sizes),
         sizes_of(kv_sizes),
     )
-    lists = q.new_empty(prepared.list_bytes, dtype=torch.uint8)
+    lists = q.new_empty(prepared.list_bytes + COUNTER_BYTES, dtype=torch.uint8)
     params = Params.from_buffer_copy(prepared.params)
     params.lists = lists.data_ptr()
-    params.next = counter.counter(device).data_ptr()
+    params.next = counter = lists.data_ptr() + prepared.list_bytes
     params.selected.q2k_idx, params.selected.q2k_num = q2k_idx.data_ptr(), q2k_num.data_ptr()
     params.out, params.lse = out.data_ptr(), lse.data_ptr()
     if out_s is not None:
@@ -207,7 +207,7 @@ def forward(problem: Problem, operands: Operands, keep_out_s: bool) -> tuple[Ten
             gate = gate if gate.dtype in (q.dtype, torch.float32) else gate.float()
             params.gate, params.gate_is_fp32 = gate.data_ptr(), gate.dtype == torch.float32
             params.gate_strides[:] = [gate.stride(axis) for axis in axes(problem.layout)]
-    prepared.launch(prepared.blocks, params)
+    prepared.launch(prepared.blocks, params, counter)
     return out, lse, out_s
 
 
