@@ -30,7 +30,7 @@ def import_cupy() -> Any:
 
 class NvrtcEngine:
     name = "nvrtc"
-    seconds = 1
+    seconds = 2
     gigabytes = 1.0
 
     def __init__(self) -> None:
