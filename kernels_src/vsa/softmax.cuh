@@ -6,10 +6,9 @@
 // What a row's sums are relative to: a reference, its largest score at some time. Whether a later score has outgrown it by too
 // much is seen from the sum of the probabilities, which is needed anyway: no maximum of every tile is.
 struct Softmax {
-    // How much a lane's probabilities of a row and a tile may add up to. Elements of 16 bits hold it, and fp32 the sums of long
-    // rows. Few scores are beyond it after the first tile.
-    template <typename T>
-    static constexpr float kMost = kittens::is_same<T, kittens::half> ? 0x1p14f : 0x1p64f;
+    // How much a lane's probabilities of a row and a tile may add up to: what fp16 holds, and more than most scores make of it
+    // after the first tile.
+    static constexpr float kMost = 0x1p14f;
     // There is no reference yet: probabilities of finite scores are infinite, and those of -inf are 0.
     static constexpr float kNone = -3e38f;
 
@@ -24,7 +23,7 @@ struct Softmax {
                                                  kittens::rt_fl<16, out_cols>& out) {
         kittens::col_vec added;
         kittens::exp2_scaled(p, added, scores, scale_log2, shift);
-        const bool is_outgrown = added[0] > kMost<T> || added[1] > kMost<T>;
+        const bool is_outgrown = added[0] > kMost || added[1] > kMost;
         if (__builtin_expect(__any_sync(kittens::kAllLanes, is_outgrown), 0)) {
             kittens::mul_row(out, raise(scores));
             kittens::exp2_scaled(p, added, scores, scale_log2, shift);
