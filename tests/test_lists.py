@@ -10,6 +10,7 @@ import torch
 from problems import Case, Inputs
 from test_emulated import operands_of
 from test_sm90 import problem_of
+from test_tiles import starts_of
 from torch import Tensor
 
 from vsa_jit.backends.sm90 import forward
@@ -57,10 +58,10 @@ def groups_of(monkeypatch, inputs: Inputs, idx: Tensor, num: Tensor) -> tuple[li
             of_groups.lse, of_groups.lists = items.data_ptr(), tiles.data_ptr()
             run(1, of_groups)
             for item, tiles_of_item in zip(items.tolist(), tiles.tolist(), strict=True):
-                _, num_tiles, poisoned = item[6:9], item[9], item[10]
+                num_tiles, poisoned, head = item[9], item[10], item[21]
                 assert num_tiles <= params.list_length
                 listed = [tile_of(inputs, *tile) for tile in tiles_of_item[:num_tiles]]
-                groups.append(Group(item[21], item[0:3], item[3:6], item[6:9], poisoned, listed))
+                groups.append(Group(head, item[0:3], item[3:6], item[6:9], poisoned, listed))
 
         return launch
 
@@ -129,7 +130,7 @@ def check(inputs: Inputs, idx: Tensor, num: Tensor, groups: list[Group], params:
                 assert group.tiles_of[i] == 0
                 continue
             named = set(idx[0, group.head, block, : lengths[0, group.head, block]].tolist())
-            poisoned |= any(not 0 <= block < problem.num_kv_blocks for block in named) << i
+            poisoned |= any(not 0 <= key < problem.num_kv_blocks for key in named) << i
             selected = boxes_with_tokens(inputs, named)
             assert group.tiles_of[i] == len(selected)
             for box in selected:
@@ -147,8 +148,7 @@ def check(inputs: Inputs, idx: Tensor, num: Tensor, groups: list[Group], params:
 
     cut = params.cuts[0]
     assert params.first_heads == heads
-    starts = [min(i * cut.trio_rows + min(i, cut.longer_trios), problem.num_q_blocks) for i in range(cut.trios + 1)]
-    windows = [i * cut.window_trios + min(i, cut.longer_windows) for i in range(cut.windows + 1)]
+    starts, windows = starts_of(cut, problem.num_q_blocks)
     for head in range(heads):
         of_head = [group for group in groups if group.head == head]
         for window, (first, end) in enumerate(itertools.pairwise(windows)):

@@ -227,16 +227,21 @@ def test_groups_take_as_few_rounds_as_the_longest(num_rows, heads, first_heads, 
     assert -(-groups // processors) == -(-heads * -(-num_rows // 3) // processors)
 
 
+def starts_of(cut, num_rows: int) -> tuple[list[int], list[int]]:
+    """The first row of each trio and the first trio of each window, and their ends, as ``vsa/groups.cuh`` has them."""
+    rows = [min(i * cut.trio_rows + min(i, cut.longer_trios), num_rows) for i in range(cut.trios + 1)]
+    return rows, [i * cut.window_trios + min(i, cut.longer_windows) for i in range(cut.windows + 1)]
+
+
 @pytest.mark.parametrize("boxes", [1, 2, 5])
 @pytest.mark.parametrize("num_rows", [1, 2, 3, 31, 128, 1000])
 @pytest.mark.parametrize("trio_rows", [1, 2, 3])
 def test_every_row_is_in_a_trio_and_a_window_has_a_lane_for_each(num_rows, trio_rows, boxes):
     cut = forward._cut(num_rows, trio_rows if boxes == 1 else 3, boxes)
-    starts = [min(i * cut.trio_rows + min(i, cut.longer_trios), num_rows) for i in range(cut.trios + 1)]
+    starts, windows = starts_of(cut, num_rows)
     assert starts[0] == 0
     assert starts[-1] == num_rows
     assert all(1 <= end - start <= 3 for start, end in itertools.pairwise(starts))
-    windows = [i * cut.window_trios + min(i, cut.longer_windows) for i in range(cut.windows + 1)]
     assert windows[-1] == cut.trios
     assert all(starts[end] - starts[start] <= 32 for start, end in itertools.pairwise(windows))
 

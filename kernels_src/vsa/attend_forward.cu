@@ -337,10 +337,10 @@ struct TileQueue {
         return test(shared.queue_full[consumer][at.index], at.phase);
     }
 
-    // Looks at the next tile's ticket if a test of every lane has found it on its way: nothing less makes it readable.
+    // Looks at the next tile's ticket if the test of every lane has found it on its way: nothing less makes it readable.
     __device__ __forceinline__ void look(bool is_ready) {
-        is_known = is_ready;
-        upcoming = read(is_ready);
+        is_known = __all_sync(kAllLanes, is_ready);
+        upcoming = read(is_known);
     }
 
     // Waits until the next tile is on its way, and takes it.
@@ -416,7 +416,7 @@ __device__ __forceinline__ void attend(const Params& params, SharedStorage& shar
         const bool is_next_ready = tiles.test_next();
         warpgroup::mma_async_wait<0>(scores);
         release(shared.k_empty[before.k_stage]);
-        tiles.look(__all_sync(kAllLanes, is_next_ready));
+        tiles.look(is_next_ready);
         soften(params, shared, before, softmax, scores, p, out);
         for (; before.next_is_near; --left) {
             const Ticket tile = tiles.next();
@@ -429,7 +429,7 @@ __device__ __forceinline__ void attend(const Params& params, SharedStorage& shar
             const bool is_next_ready = tiles.test_next();
             warpgroup::mma_async_wait<1>(scores);
             release(shared.k_empty[tile.k_stage]);
-            tiles.look(__all_sync(kAllLanes, is_next_ready));
+            tiles.look(is_next_ready);
             warpgroup::mma_async_wait<0>(out, p);
             release(shared.v_empty[before.v_stage]);
             soften(params, shared, tile, softmax, scores, p, out);

@@ -1,6 +1,9 @@
 // The items of work and their lists, as the forward's scheduler writes them, one after the other and all kept.
 #include "vsa/attend_forward.cu"
 
+// As tests/test_lists.py reads it.
+static_assert(sizeof(Item) == 24 * sizeof(int));
+
 void list_groups(const Params& params) {
     SharedStorage& shared = *reinterpret_cast<SharedStorage*>(raw);
     for (int number = 0; number < params.num_groups; ++number) {

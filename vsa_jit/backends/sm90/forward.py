@@ -47,8 +47,8 @@ CONSUMERS = TRIO_ROWS = 3
 ITEMS = 2
 # Trios that a warp puts in order at a time.
 WINDOW_TRIOS = 10
-# Of an entry of a list, and of what is kept behind the lists for the counter of work.
-TILE_BYTES = COUNTER_BYTES = 16
+# Of an entry of a list, and of the counter of work, which lies behind the lists.
+TILE_BYTES, COUNTER_BYTES = 16, 4
 
 
 class _Video(ctypes.Structure):
