@@ -75,7 +75,7 @@ def launcher(kernel: Kernel, device: int, sources: Path | None = None):
 
     def launch(blocks: int, params: ctypes.Structure, counter: int | None = None) -> None:
         if counter is not None:
-            ctypes.c_int.from_address(counter).value = 0
+            ctypes.c_int.from_address(counter).value = blocks
         alignment = 64
         space = ctypes.create_string_buffer(ctypes.sizeof(params) + alignment)
         address = ctypes.addressof(space) + -ctypes.addressof(space) % alignment

@@ -2,7 +2,9 @@
 
 import itertools
 import struct
+from collections import Counter
 from dataclasses import dataclass, replace
+from fractions import Fraction
 
 import emulate
 import pytest
@@ -20,6 +22,8 @@ from vsa_jit.jit import module
 pytestmark = emulate.NEEDS_COMPILER
 
 ITEM_WORDS = 24
+# Boxes of keys that a warp looks at together.
+WINDOW = 1024
 CASES = [
     Case("64, plain", q_len=40 * 64 + 5, kv_len=1390),
     Case("64, tiled, some blocks empty", q_len=1280, sizes=tuple(max(0, 37 * i % 65 - 20) for i in range(20))),
@@ -106,6 +110,13 @@ def work_class(length: int) -> int:
     return struct.unpack("I", struct.pack("f", length))[0] >> 20
 
 
+def evenly_spread(tiles: list[tuple[int, int]]) -> list[int]:
+    """The order of kinds for so many tiles of each: number p of n is at (2p + 1) / 2n, and a lower kind comes first."""
+    counts = Counter(kind for _, kind in tiles)
+    places = [(Fraction(2 * p + 1, 2 * n), kind) for kind, n in counts.items() for p in range(n)]
+    return [kind for _, kind in sorted(places)]
+
+
 def check(inputs: Inputs, idx: Tensor, num: Tensor, groups: list[Group], params: forward.Params) -> None:
     problem = problem_of(inputs)
     boxes, heads = problem.block // BOX_TOKENS, problem.heads
@@ -138,24 +149,25 @@ def check(inputs: Inputs, idx: Tensor, num: Tensor, groups: list[Group], params:
         assert group.poisoned == poisoned
         assert len(group.tiles) == len(expected)
         assert dict(group.tiles) == expected
-        for kind in set(expected.values()):
-            places = [place for place, (_, members) in enumerate(group.tiles) if members == kind]
-            of_kind = [group.tiles[place][0] for place in places]
-            assert of_kind == sorted(of_kind)
-            # Spread evenly, but for what rounding moves in each of seven kinds.
-            for p, place in enumerate(places):
-                assert abs(place + 0.5 - len(expected) * (2 * p + 1) / (2 * len(places))) <= 3.5
+        # The windows of the keys follow each other.
+        assert [box // WINDOW for box, _ in group.tiles] == sorted(box // WINDOW for box in expected)
+        for _, tiles in itertools.groupby(group.tiles, key=lambda tile: tile[0] // WINDOW):
+            of_window = list(tiles)
+            assert [kind for _, kind in of_window] == evenly_spread(of_window)
+            for kind in set(expected.values()):
+                of_kind = [box for box, members in of_window if members == kind]
+                assert of_kind == sorted(of_kind)
 
     cut = params.cuts[0]
     assert params.first_heads == heads
-    starts, windows = starts_of(cut, problem.num_q_blocks)
+    starts, windows = starts_of(cut, problem.num_q_blocks, boxes)
     for head in range(heads):
         of_head = [group for group in groups if group.head == head]
         for window, (first, end) in enumerate(itertools.pairwise(windows)):
             rows = range(starts[first], starts[end])
             from_longest = sorted(rows, key=lambda row: -work_class(int(lengths[0, head, row])))
             for trio in range(first, end):
-                index = (trio - first) * cut.windows + window
+                index = (trio - first) * cut.windows.value + window
                 members = {b for group in of_head[index * boxes : (index + 1) * boxes] for b in group.q_block} - {-1}
                 assert members == set(from_longest[starts[trio] - rows.start : starts[trio + 1] - rows.start])
 

@@ -103,7 +103,9 @@ def test_where_heads_are_neighbours_they_come_first(monkeypatch):
 
 
 def quotient(divisor, x: int) -> int:
-    return x * divisor.inverse >> forward.DIVISOR_SHIFT
+    """``Divisor.quotient`` of ``kernels_src/vsa/tokens.cuh``."""
+    assert 0 <= 2 * x < 2**32
+    return (2 * x * divisor.inverse >> 32) >> divisor.shift
 
 
 def origin(order, block: int, box: int) -> tuple[int, int, int]:
@@ -143,7 +145,7 @@ def test_boxes_of_the_forward_reach_the_tokens_of_each_block(grid, tile, length,
     tokens = block_tokens(problem, length, None, torch.device("cpu"))
     for block in range(problem.num_q_blocks):
         found = []
-        for box in range(order.boxes):
+        for box in range(order.boxes.value):
             first = origin(order, block, box)
             for token in range(BOX_TOKENS):
                 inside = (
@@ -157,11 +159,15 @@ def test_boxes_of_the_forward_reach_the_tokens_of_each_block(grid, tile, length,
         assert sorted(found) == sorted(tokens[block][tokens[block] >= 0].tolist())
 
 
-@pytest.mark.parametrize("divisor", [1, 2, 3, 7, 13, 208, 1440, 65535])
+@pytest.mark.parametrize("divisor", [1, 2, 3, 7, 13, 208, 1440, 65535, 2**30 - 1, 2**30, 2**30 + 1, 2**31 - 1])
 def test_divisors_divide(divisor):
     record = forward._divisor(divisor)
-    for x in {0, 1, divisor - 1, divisor, 7 * divisor - 1, 7 * divisor, 2**40 // divisor - 1, 12345}:
-        assert quotient(record, x) == x // divisor
+    assert record.value == divisor
+    largest = 2**31 - 1
+    multiples = {multiple * divisor for multiple in (1, 7, 12345, largest // divisor)}
+    for x in {0, 12345, largest - 1, largest} | {multiple + by for multiple in multiples for by in (-1, 0, 1)}:
+        if x <= largest:
+            assert quotient(record, x) == x // divisor
 
 
 def view(shape, strides, address=0, size=2):
@@ -223,14 +229,14 @@ def test_groups_take_as_few_rounds_as_the_longest(num_rows, heads, first_heads, 
     processors = 132
     assert forward._trios(num_rows, 1, heads, processors) == (first_heads, trio_rows)
     long, short = (forward._cut(num_rows, max(1, rows), 1) for rows in (trio_rows, trio_rows - 1))
-    assert groups == first_heads * long.trios + (heads - first_heads) * short.trios
+    assert groups == first_heads * long.groups.value + (heads - first_heads) * short.groups.value
     assert -(-groups // processors) == -(-heads * -(-num_rows // 3) // processors)
 
 
-def starts_of(cut, num_rows: int) -> tuple[list[int], list[int]]:
+def starts_of(cut, num_rows: int, boxes: int) -> tuple[list[int], list[int]]:
     """The first row of each trio and the first trio of each window, and their ends, as ``vsa/groups.cuh`` has them."""
-    rows = [min(i * cut.trio_rows + min(i, cut.longer_trios), num_rows) for i in range(cut.trios + 1)]
-    return rows, [i * cut.window_trios + min(i, cut.longer_windows) for i in range(cut.windows + 1)]
+    rows = [min(i * cut.trio_rows + min(i, cut.longer_trios), num_rows) for i in range(cut.groups.value // boxes + 1)]
+    return rows, [i * cut.window_trios + min(i, cut.longer_windows) for i in range(cut.windows.value + 1)]
 
 
 @pytest.mark.parametrize("boxes", [1, 2, 5])
@@ -238,14 +244,14 @@ def starts_of(cut, num_rows: int) -> tuple[list[int], list[int]]:
 @pytest.mark.parametrize("trio_rows", [1, 2, 3])
 def test_every_row_is_in_a_trio_and_a_window_has_a_lane_for_each(num_rows, trio_rows, boxes):
     cut = forward._cut(num_rows, trio_rows if boxes == 1 else 3, boxes)
-    starts, windows = starts_of(cut, num_rows)
+    starts, windows = starts_of(cut, num_rows, boxes)
     assert starts[0] == 0
     assert starts[-1] == num_rows
     assert all(1 <= end - start <= 3 for start, end in itertools.pairwise(starts))
-    assert windows[-1] == cut.trios
+    assert windows[-1] == len(starts) - 1
     assert all(starts[end] - starts[start] <= 32 for start, end in itertools.pairwise(windows))
 
 
 def test_the_parameters_fit_a_launch():
     assert ctypes.sizeof(means.Params) == 640 <= 4096
-    assert ctypes.sizeof(forward.Params) == 1088 <= 4096
+    assert ctypes.sizeof(forward.Params) == 1152 <= 4096

@@ -32,12 +32,5 @@ __device__ __forceinline__ void load_async(void* destination, const tensor_map& 
         : "memory");
 }
 
-// Brings a box as far as L2.
-__device__ __forceinline__ void prefetch(const tensor_map& map, const coordinates& at) {
-    asm volatile("cp.async.bulk.prefetch.tensor.5d.L2.global [%0, {%1, %2, %3, %4, %5}];" ::"l"(&map), "r"(at.x[0]),
-                 "r"(at.x[1]), "r"(at.x[2]), "r"(at.x[3]), "r"(at.x[4])
-                 : "memory");
-}
-
 }  // namespace tma
 }  // namespace kittens

@@ -57,7 +57,7 @@ struct Params {
     int first_heads, first_groups;
     KeyTile* lists;  // kItems for each thread block, of list_length each
     int64_t list_length;
-    int* next;           // the next item of work after the first of every thread block: 0 at first
+    int* next;  // the next item of work: at first the one after the first of every thread block
     float* lse;          // [batch, heads, q_len]
     const float* out_c;  // [batch, heads, num_q_blocks, kHeadDim], or null
     const void* gate;    // of q's shape, or null
@@ -65,7 +65,7 @@ struct Params {
     float gate_value;
     int gate_is_fp32;
     int num_groups;
-    int heads, kv_group;  // query heads, and those that share a key/value head
+    Divisor heads, kv_group;  // query heads, and those that share a key/value head
     int q_len;
     float scale_log2;
 };
@@ -153,31 +153,29 @@ __device__ __forceinline__ KeyTile* list_of(const Params& params, const Place<kI
 }
 
 // Writes an item but what it attends: who does, by its number. Returns the first row of its head.
-__device__ __forceinline__ int64_t write_rows(const Params& params, int number, Item& item) {
-    const int boxes = params.queries.boxes;
+__device__ __forceinline__ int64_t write_rows(const Params& params, int number, Listing& listing, Item& item) {
+    const Divisor& boxes = params.queries.boxes;
     const bool is_of_first = number < params.first_groups;
     const Cut& cut = params.cuts[is_of_first ? 0 : 1];
     if (!is_of_first) number -= params.first_groups;
-    const int of_head = number / (cut.trios * boxes), group = number - of_head * cut.trios * boxes;
-    const int bh = of_head + (is_of_first ? 0 : params.first_heads), in_head = group / boxes;
+    const int of_head = cut.groups.quotient(number), group = number - of_head * cut.groups.value;
+    const int bh = of_head + (is_of_first ? 0 : params.first_heads), in_head = boxes.quotient(group);
     const int64_t first_row = int64_t(bh) * params.selected.num_q_blocks;
-    const Trio trio(params.selected, cut, first_row, in_head);
+    find_trio(params.selected, cut, first_row, in_head, listing.trio);
 
-    // A lane for each box of queries.
-    const int lane = laneid(), index = (group - in_head * boxes) * kConsumers + lane, row = index / boxes;
-    int block = -1;
-#pragma unroll
-    for (int i = 0; i < kTrioRows; ++i) {
-        const int of_trio = trio.row(i);
-        if (i == row) block = of_trio;
-    }
+    const int lane = laneid();
     if (lane < kConsumers) {
+        const int index = (group - in_head * boxes.value) * kConsumers + lane;
+        const int row = boxes.quotient(index), box = index - row * boxes.value;
+        const int block = listing.trio.q_block[row], reader = max(0, lane - box);
+        listing.reader[lane] = reader;
+        listing.length[lane] = reader == lane ? listing.trio.length[row] : 0;
         item.group.q_block[lane] = block;
-        item.group.q_box[lane] = index - row * boxes;
-        item.origin[lane] = origin_of_box(params.queries, max(block, 0), index - row * boxes);
-        item.batch = bh / params.heads;
-        item.head = bh % params.heads;
-        item.kv_head = item.head / params.kv_group;
+        item.group.q_box[lane] = box;
+        item.origin[lane] = origin_of_box(params.queries, max(block, 0), box);
+        item.batch = params.heads.quotient(bh);
+        item.head = bh - item.batch * params.heads.value;
+        item.kv_head = params.kv_group.quotient(item.head);
     }
     return first_row;
 }
@@ -193,31 +191,17 @@ __device__ void schedule(const Params& params, SharedStorage& shared) {
         Item& item = shared.items[at.index];
         const bool last = number >= params.num_groups;
         // It is told of when every lane has arrived: none can miss that it is free.
-        wait(shared.item_empty[at.index], at.phase ^ 1);
+        if (round > 0) wait(shared.item_empty[at.index], at.phase ^ 1);
         if (laneid() == 0) item.last = last;
-        const int64_t first_row = last ? 0 : write_rows(params, number, item);
+        const int64_t first_row = last ? 0 : write_rows(params, number, shared.listing, item);
         __syncwarp();
+        // Semaphores are initialised while the first rows are read, which are far.
+        if (round == 0) __syncthreads();
         arrive(shared.rows_known[at.index]);
         if (!last) write_list(params.selected, params.keys, first_row, shared.listing, item.group, list_of(params, at));
         arrive(shared.item_full[at.index]);
         if (last) return;
-        number = gridDim.x + uniform(laneid() == 0 ? atomicAdd(params.next, 1) : 0);
-    }
-}
-
-// Brings the first keys nearer while their list is made: each thread block some of those of its first head.
-__device__ __forceinline__ void fetch_keys(const Params& params, const Item& item) {
-    constexpr int kBoxes = 4;
-    const int num_boxes = params.selected.num_kv_blocks * params.keys.boxes;
-    if (laneid() >= kBoxes || laneid() >= num_boxes) return;
-    const int box = (blockIdx.x * kBoxes + laneid()) % num_boxes;
-    const KeyTile tile = KeyTile::of(params.keys, box / params.keys.boxes, box % params.keys.boxes, 0);
-    for (const Tensor* tensor : {&params.k, &params.v}) {
-        coordinates from = coordinates_of(*tensor, item.batch, item.kv_head, {tile.t(), tile.h, tile.w});
-#pragma unroll
-        for (int panel = 0; panel < box_tile::panels; ++panel, from.x[0] += box_tile::panel_cols) {
-            tma::prefetch(tensor->map, from);
-        }
+        number = uniform(laneid() == 0 ? atomicAdd(params.next, 1) : 0);
     }
 }
 
@@ -239,7 +223,6 @@ __device__ void load_queries(const Params& params, SharedStorage& shared) {
             const coordinates from = coordinates_of(params.q, item.batch, item.head, item.origin[i]);
             if (laneid() == 0) load_box(shared.q[i], params.q, from, shared.q_full[i]);
         }
-        if (round == 0) fetch_keys(params, item);
         __syncwarp();
         arrive(shared.item_empty[at.index]);
     }
@@ -455,7 +438,7 @@ struct Rows {
     bool valid[2];
 
     __device__ __forceinline__ Rows(const Params& params, const Item& item, int consumer)
-        : batch(item.batch), head(item.head), block(item.group.q_block[consumer]), bh(int64_t(batch) * params.heads + head),
+        : batch(item.batch), head(item.head), block(item.group.q_block[consumer]), bh(int64_t(batch) * params.heads.value + head),
           origin(item.origin[consumer]) {
         const Order& queries = params.queries;
         const int box = item.group.q_box[consumer];
@@ -555,40 +538,43 @@ __device__ void consume(const Params& params, SharedStorage& shared, int consume
     }
 }
 
+// Every consumer's warps arrive when a stage is free, and every thread that writes or reads an item when it has.
+__device__ __forceinline__ void init_semaphores(SharedStorage& shared) {
+    constexpr int kConsumerWarps = kConsumers * kWarpgroupWarps;
+    for (semaphore& full : shared.k_full) init_semaphore(full, 1);
+    for (semaphore& full : shared.v_full) init_semaphore(full, 1);
+    for (semaphore& empty : shared.k_empty) init_semaphore(empty, kConsumerWarps);
+    for (semaphore& empty : shared.v_empty) init_semaphore(empty, kConsumerWarps);
+    for (semaphore& known : shared.rows_known) init_semaphore(known, kWarpThreads);
+    for (semaphore& full : shared.item_full) init_semaphore(full, kWarpThreads);
+    for (semaphore& empty : shared.item_empty) init_semaphore(empty, (kConsumerWarps + 3) * kWarpThreads);
+    for (semaphore& full : shared.q_full) init_semaphore(full, 1);
+    for (semaphore& empty : shared.q_empty) init_semaphore(empty, kWarpgroupWarps);
+    for (auto& queue : shared.queue_full) {
+        for (semaphore& full : queue) init_semaphore(full, 2);
+    }
+    fence_init_semaphores();
+}
+
 }  // namespace
 
 extern "C" __global__ void __launch_bounds__(kThreads, 1) attend_forward(const __grid_constant__ Params params) {
     // Setup
     extern __shared__ __align__(1024) uint8_t raw[];
     SharedStorage& shared = *reinterpret_cast<SharedStorage*>(raw);
-    if (threadIdx.x == 0) {
-        // Every consumer's warps arrive when a stage is free, and every thread that writes or reads an item when it has.
-        constexpr int kConsumerWarps = kConsumers * kWarpgroupWarps;
-        for (semaphore& full : shared.k_full) init_semaphore(full, 1);
-        for (semaphore& full : shared.v_full) init_semaphore(full, 1);
-        for (semaphore& empty : shared.k_empty) init_semaphore(empty, kConsumerWarps);
-        for (semaphore& empty : shared.v_empty) init_semaphore(empty, kConsumerWarps);
-        for (semaphore& known : shared.rows_known) init_semaphore(known, kWarpThreads);
-        for (semaphore& full : shared.item_full) init_semaphore(full, kWarpThreads);
-        for (semaphore& empty : shared.item_empty) init_semaphore(empty, (kConsumerWarps + 3) * kWarpThreads);
-        for (semaphore& full : shared.q_full) init_semaphore(full, 1);
-        for (semaphore& empty : shared.q_empty) init_semaphore(empty, kWarpgroupWarps);
-        for (auto& queue : shared.queue_full) {
-            for (semaphore& full : queue) init_semaphore(full, 2);
-        }
-        fence_init_semaphores();
-    }
-    __syncthreads();
-
     const int warpgroup_index = uniform(threadIdx.x / kWarpgroupThreads);
     if (warpgroup_index == kConsumers) {
         warpgroup::decrease_registers<kProducerRegisters>();
         const int warp = warpid() % kWarpgroupWarps;
+        // It meets the others below when it knows its first rows.
+        if (warp == 3) return schedule(params, shared);
+        __syncthreads();
         if (warp == 0) load<Operand::kK>(params, shared);
         if (warp == 1) load<Operand::kV>(params, shared);
         if (warp == 2) load_queries(params, shared);
-        if (warp == 3) schedule(params, shared);
     } else {
+        if (threadIdx.x == 0) init_semaphores(shared);
+        __syncthreads();
         warpgroup::increase_registers<kConsumerRegisters>();
         consume(params, shared, warpgroup_index);
     }

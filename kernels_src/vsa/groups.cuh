@@ -25,10 +25,18 @@ struct Map {
 // get its rows from the longest to the shortest, those that are nearly as long as they follow each other.
 constexpr int kTrioRows = kConsumers;
 struct Cut {
-    int trios, trio_rows, longer_trios;        // of a head; rows of a trio, and how many of the trios have one more
-    int windows, window_trios, longer_windows; // the same of windows and trios
+    Divisor groups;  // of a head
+    int trio_rows, longer_trios;  // rows of a trio, and how many of the trios have one more
+    Divisor windows;
+    int window_trios, longer_windows;  // the same of windows and trios
 };
 constexpr int kWindowTrios = kittens::kWarpThreads / kTrioRows;
+
+// The query blocks of a trio, -1: none, and how many entries of their rows count.
+struct Trio {
+    int q_block[kTrioRows];
+    int length[kTrioRows];
+};
 
 struct Group {
     int q_block[kConsumers];   // -1: none
@@ -38,51 +46,43 @@ struct Group {
     int poisoned;  // bit i: query block i names a key block that does not exist
 };
 
-constexpr int kEntriesOfLine = 128 / sizeof(int), kLinesOfRow = kittens::kWarpThreads / kTrioRows;
+// A third of a warp's lanes reads a row of the map.
+constexpr int kLanesOfRow = kittens::kWarpThreads / kTrioRows, kEntriesOfLine = 128 / sizeof(int);
 
-// The rows of a trio. Where `index` counts up, the longer trios of all windows come first. All lanes of a warp have one.
-class Trio {
-  public:
-    __device__ __forceinline__ Trio(const Map& map, const Cut& cut, int64_t first_row, int index) {
-        const auto row_of_trio = [&](int trio) {
-            return min(trio * cut.trio_rows + min(trio, cut.longer_trios), map.num_q_blocks);
-        };
-        const int window = index % cut.windows;
-        const int first_trio = window * cut.window_trios + min(window, cut.longer_windows);
-        const int end_trio = first_trio + cut.window_trios + (window < cut.longer_windows);
-        const int trio = first_trio + index / cut.windows;
-        first_ = row_of_trio(first_trio);
-        begin_ = row_of_trio(trio) - first_;
-        end_ = row_of_trio(trio + 1) - first_;
+// Finds the query blocks of a trio. Where `index` counts up, the longer trios of all windows come first. One warp.
+__device__ __forceinline__ void find_trio(const Map& map, const Cut& cut, int64_t first_row, int index, Trio& trio) {
+    const auto row_of_trio = [&](int trio) {
+        return min(trio * cut.trio_rows + min(trio, cut.longer_trios), map.num_q_blocks);
+    };
+    const int in_window = cut.windows.quotient(index), window = index - in_window * cut.windows.value;
+    const int first_trio = window * cut.window_trios + min(window, cut.longer_windows);
+    const int end_trio = first_trio + cut.window_trios + (window < cut.longer_windows);
+    const int first = row_of_trio(first_trio), num_rows = row_of_trio(end_trio) - first;
+    const int begin = row_of_trio(first_trio + in_window) - first, end = row_of_trio(first_trio + in_window + 1) - first;
 
-        // Where all of the window are alike, these are the rows: they are on their way before it is known.
-        const int lane = kittens::laneid(), row = begin_ + lane / kLinesOfRow, entry = lane % kLinesOfRow * kEntriesOfLine;
-        if (row < end_ && entry < map.width) kittens::prefetch(map.row(first_row + first_ + row) + entry);
-        // A lane ranks a row of the window. Lengths are nearly the same where exponent and three bits behind it are.
-        const int num_rows = row_of_trio(end_trio) - first_;
-        int work = -1;
-        if (lane < num_rows) work = __float_as_int(float(map.length(first_row + first_ + lane))) >> 20;
-        rank_ = lane;
-        if (__all_sync(kittens::kAllLanes, work == __shfl_sync(kittens::kAllLanes, work, 0) || lane >= num_rows)) return;
-        rank_ = 0;
-#pragma unroll 4
+    // Where all of the window are alike, these are the rows: they are on their way before it is known.
+    const int lane = kittens::laneid(), row = begin + lane / kLanesOfRow, entry = lane % kLanesOfRow * kEntriesOfLine;
+    if (row < end && entry < map.width) kittens::prefetch(map.row(first_row + first + row) + entry);
+    // A lane ranks a row of the window. Lengths are nearly the same where exponent and three bits behind it are.
+    const int length = lane < num_rows ? map.length(first_row + first + lane) : 0;
+    const int work = lane < num_rows ? __float_as_int(float(length)) >> 20 : -1;
+    const int work_of_first = kittens::uniform(work);
+    int rank = lane;
+    if (__builtin_expect(__any_sync(kittens::kAllLanes, work >= 0 && work != work_of_first), 0)) {
+        rank = 0;
+#pragma unroll 1
         for (int other = 0; other < kittens::kWarpThreads; ++other) {
             const int work_of_other = __shfl_sync(kittens::kAllLanes, work, other);
-            rank_ += work_of_other > work || (work_of_other == work && other < lane);
+            rank += work_of_other > work || (work_of_other == work && other < lane);
         }
     }
-
-    // A row, -1: none.
-    __device__ __forceinline__ int row(int i) const {
-        const uint32_t lanes = __ballot_sync(kittens::kAllLanes, rank_ == begin_ + i);
-        return begin_ + i < end_ ? first_ + __ffs(lanes) - 1 : -1;
+    const int of_trio = rank - begin;
+    if (of_trio >= 0 && of_trio < kTrioRows) {
+        trio.q_block[of_trio] = rank < end ? first + lane : -1;
+        trio.length[of_trio] = rank < end ? length : 0;
     }
-
-  private:
-    int first_;        // row of the window
-    int begin_, end_;  // ranks of the trio
-    int rank_;         // of a lane's row
-};
+    __syncwarp();
+}
 
 // Which of a group attend a box of keys, a bit each: its kind.
 constexpr int kKinds = 1 << kConsumers;

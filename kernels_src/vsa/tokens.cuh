@@ -12,12 +12,13 @@ struct Video {
     int t, h, w;
 };
 
-// Divides by multiplication: exact for dividends below 2^40 / value (Granlund and Montgomery, PLDI 1994).
+// Divides what is not negative by multiplication (Granlund and Montgomery, PLDI 1994).
 struct Divisor {
-    int64_t inverse;  // 2^40 / value, rounded up
     int value;
+    uint32_t inverse;  // 2^(31 + shift) / value, rounded up
+    int shift;         // the least for which 2^shift is at least the value
 
-    __device__ __forceinline__ int quotient(int x) const { return static_cast<int>(x * inverse >> 40); }
+    __device__ __forceinline__ int quotient(int x) const { return __umulhi(2u * x, inverse) >> shift; }
 };
 
 // Where the heads of a tensor are in its map, whose five dimensions are channels, w, h, t and an outer one: a step of head or
@@ -44,7 +45,7 @@ struct Order {
     Video tile;
     Video box;
     int box_w_log2, box_hw_log2;  // of its row and of its frame: all its extents are powers of two
-    int boxes;                    // of a tile, in all
+    Divisor boxes;                // of a tile, in all
     int partial;                  // not every token of every block is valid
     int sizes_are_64_bit;
     const void* sizes;  // valid tokens of each block, which come first in it, or null
@@ -52,7 +53,7 @@ struct Order {
 
 // Valid tokens of a box where blocks have sizes.
 __device__ __forceinline__ int valid_tokens_of_box(const Order& order, int block, int box) {
-    const int size = size_of_block(order.sizes, order.sizes_are_64_bit, block, order.boxes * kBoxTokens);
+    const int size = size_of_block(order.sizes, order.sizes_are_64_bit, block, order.boxes.value * kBoxTokens);
     return max(0, min(size - box * kBoxTokens, kBoxTokens));
 }
 

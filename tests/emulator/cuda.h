@@ -267,6 +267,16 @@ inline uint32_t __ballot_sync(uint32_t, bool x) {
 }
 inline bool __any_sync(uint32_t lanes, bool x) { return __ballot_sync(lanes, x) != 0; }
 inline bool __all_sync(uint32_t lanes, bool x) { return __ballot_sync(lanes, x) == 0xffffffffu; }
+inline int __reduce_add_sync(uint32_t, int x) {
+    int sum = 0;
+    for (int of_lane : emulator::gather(x)) sum += of_lane;
+    return sum;
+}
+inline uint32_t __reduce_or_sync(uint32_t, uint32_t x) {
+    uint32_t bits = 0;
+    for (uint32_t of_lane : emulator::gather(x)) bits |= of_lane;
+    return bits;
+}
 inline void __syncwarp() { emulator::meet_warp(); }
 inline void __syncthreads() { emulator::meet(emulator::barrier, emulator::threads.size(), "the thread block"); }
 
@@ -296,6 +306,7 @@ To same_bits(From x) {
 }
 inline int __popc(uint32_t x) { return __builtin_popcount(x); }
 inline int __clz(uint32_t x) { return x == 0 ? 32 : __builtin_clz(x); }
+inline uint32_t __umulhi(uint32_t a, uint32_t b) { return uint64_t(a) * b >> 32; }
 inline int __ffs(uint32_t x) { return __builtin_ffs(x); }
 inline float __int_as_float(int x) { return same_bits<float>(x); }
 inline int __float_as_int(float x) { return same_bits<int>(x); }

@@ -8,7 +8,7 @@ void list_groups(const Params& params) {
     SharedStorage& shared = *reinterpret_cast<SharedStorage*>(raw);
     for (int number = 0; number < params.num_groups; ++number) {
         Item& item = shared.items[0];
-        const int64_t first_row = write_rows(params, number, item);
+        const int64_t first_row = write_rows(params, number, shared.listing, item);
         __syncwarp();
         KeyTile* list = params.lists + number * params.list_length;
         write_list(params.selected, params.keys, first_row, shared.listing, item.group, list);

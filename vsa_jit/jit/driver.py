@@ -129,7 +129,7 @@ class Launcher:
         Args:
             blocks: thread blocks.
             params: the kernel's parameters, copied.
-            counter: the address of 32 bits that are 0 when the kernel starts.
+            counter: the address of 32 bits that are the number of blocks when the kernel starts.
         """
         # As PyTorch and Triton ask inside: the public ways see first whether CUDA has started, and make objects.
         if torch._C._cuda_getDevice() != self._device:
@@ -137,7 +137,7 @@ class Launcher:
                 return self(blocks, params, counter)
         stream = ctypes.c_void_p(torch._C._cuda_getCurrentRawStream(self._device))
         if counter is not None:
-            call(self._device, self._label, self._clear, ctypes.c_void_p(counter), 0, ctypes.c_size_t(1), stream)
+            call(self._device, self._label, self._clear, ctypes.c_void_p(counter), blocks, ctypes.c_size_t(1), stream)
         pointers = _OnePointer(ctypes.addressof(params))
         configuration = (self._function, blocks, 1, 1, self._threads, 1, 1, self._smem_bytes, stream)
         status = self._launch(*configuration, pointers, None)

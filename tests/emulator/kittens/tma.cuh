@@ -66,7 +66,5 @@ inline void load_async(void* destination, const tensor_map& map, const coordinat
     });
 }
 
-inline void prefetch(const tensor_map&, const coordinates&) {}
-
 }  // namespace tma
 }  // namespace kittens

@@ -37,9 +37,8 @@ PANEL_CHANNELS = 64
 TILE_ALIGNMENT = 1024
 # Barriers and what is told; the structure's size is a multiple of its alignment.
 SMEM_BESIDE_TILES = 3 * TILE_ALIGNMENT
-DIVISOR_SHIFT = 40
-# Quotients are exact below 2^40 over the divisor, which is at most the number of blocks.
-MOST_BLOCKS = 1 << DIVISOR_SHIFT // 2
+# More than memory holds, and few enough for 32 bits to count what there is of them.
+MOST_BLOCKS = 1 << 20
 
 # Boxes of queries that a thread block attends together, each by a warpgroup, and the most rows that they are of.
 CONSUMERS = TRIO_ROWS = 3
@@ -56,7 +55,7 @@ class _Video(ctypes.Structure):
 
 
 class _Divisor(ctypes.Structure):
-    _fields_ = (("inverse", ctypes.c_int64), ("value", ctypes.c_int))
+    _fields_ = (("value", ctypes.c_int), ("inverse", ctypes.c_uint32), ("shift", ctypes.c_int))
 
 
 class _Order(ctypes.Structure):
@@ -70,7 +69,7 @@ class _Order(ctypes.Structure):
         ("box", _Video),
         ("box_w_log2", ctypes.c_int),
         ("box_hw_log2", ctypes.c_int),
-        ("boxes", ctypes.c_int),
+        ("boxes", _Divisor),
         ("partial", ctypes.c_int),
         ("sizes_are_64_bit", ctypes.c_int),
         ("sizes", ctypes.c_void_p),
@@ -97,10 +96,10 @@ class _Map(ctypes.Structure):
 
 class _Cut(ctypes.Structure):
     _fields_ = (
-        ("trios", ctypes.c_int),
+        ("groups", _Divisor),
         ("trio_rows", ctypes.c_int),
         ("longer_trios", ctypes.c_int),
-        ("windows", ctypes.c_int),
+        ("windows", _Divisor),
         ("window_trios", ctypes.c_int),
         ("longer_windows", ctypes.c_int),
     )
@@ -132,11 +131,11 @@ class Params(ctypes.Structure):
         ("gate_value", ctypes.c_float),
         ("gate_is_fp32", ctypes.c_int),
         ("num_groups", ctypes.c_int),
-        ("heads", ctypes.c_int),
-        ("kv_group", ctypes.c_int),
+        ("heads", _Divisor),
+        ("kv_group", _Divisor),
         ("q_len", ctypes.c_int),
         ("scale_log2", ctypes.c_float),
-        ("padding", ctypes.c_uint8 * 16),
+        ("padding", ctypes.c_uint8 * 48),
     )
 
 
@@ -240,8 +239,8 @@ def _prepared(
     padded = kv_sizes is not None
     first_heads, trio_rows = _trios(problem.num_q_blocks, boxes, heads, processors)
     cuts = [_cut(problem.num_q_blocks, rows, boxes) for rows in (trio_rows, max(1, trio_rows - 1))]
-    first_groups = first_heads * cuts[0].trios * boxes
-    num_groups = first_groups + (heads - first_heads) * cuts[1].trios * boxes
+    first_groups = first_heads * cuts[0].groups.value
+    num_groups = first_groups + (heads - first_heads) * cuts[1].groups.value
     blocks = min(processors, num_groups)
     # Boxes that follow each other are of at most two blocks where these have several.
     rows_of_group = TRIO_ROWS if boxes == 1 else 2
@@ -255,8 +254,8 @@ def _prepared(
         first_groups=first_groups,
         list_length=list_length,
         num_groups=num_groups,
-        heads=problem.heads,
-        kv_group=problem.group,
+        heads=_divisor(problem.heads),
+        kv_group=_divisor(problem.group),
         q_len=problem.q_len,
         scale_log2=problem.softmax_scale * LOG2E,
     )
@@ -274,7 +273,7 @@ def _cut(num_rows: int, trio_rows: int, boxes: int) -> _Cut:
     windows = -(-trios // WINDOW_TRIOS)
     # Rows of several boxes go by threes, so that consumers without work are in the last trio of a head only.
     rows = divmod(num_rows, trios) if boxes == 1 else (trio_rows, 0)
-    return _Cut(trios, *rows, windows, *divmod(trios, windows))
+    return _Cut(_divisor(trios * boxes), *rows, _divisor(windows), *divmod(trios, windows))
 
 
 def _trios(num_rows: int, boxes: int, heads: int, processors: int) -> tuple[int, int]:
@@ -304,7 +303,8 @@ def _view(problem: Problem, length: int, padded: bool) -> tuple[tuple[int, int, 
 
 
 def _divisor(value: int) -> _Divisor:
-    return _Divisor(-(-(1 << DIVISOR_SHIFT) // value), value)
+    shift = (value - 1).bit_length()
+    return _Divisor(value, -(-(1 << 31 + shift) // value), shift)
 
 
 def _order(problem: Problem, length: int, sizes: Sizes | None, *, padded: bool) -> _Order:
@@ -316,7 +316,7 @@ def _order(problem: Problem, length: int, sizes: Sizes | None, *, padded: bool) 
         box=_Video(*box),
         box_w_log2=box[2].bit_length() - 1,
         box_hw_log2=(box[1] * box[2]).bit_length() - 1,
-        boxes=problem.block // BOX_TOKENS,
+        boxes=_divisor(problem.block // BOX_TOKENS),
         partial=sizes is not None or problem.is_partial(length),
     )
     order.tiles_h, order.tiles_w = (_divisor(-(-video[axis] // tile[axis])) for axis in (1, 2))
