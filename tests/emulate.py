@@ -83,6 +83,8 @@ def launcher(kernel: Kernel, device: int, sources: Path | None = None):
         error = compiled.run(blocks, kernel.threads, int(torch.randint(2**62, ())), address)
         if error is not None:
             raise EmulationError(f"{kernel.label}: {error.decode()}")
+        # Every thread block has an item at first, and takes others until there are no more.
+        assert counter is None or ctypes.c_int.from_address(counter).value == blocks + params.num_groups
 
     return launch
 

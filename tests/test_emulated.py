@@ -23,6 +23,7 @@ CASES = [
     Case("128, raster, bshd", grid=(5, 18, 11), block_size=(2, 8, 8), layout="bshd"),
     Case("128, tiled", q_len=1280, block_size=128, sizes=tuple(range(0, 150, 15))),
     Case("192, plain, batch", q_len=900, block_size=192, batch=2),
+    Case("64, batch, grouped heads, bshd", q_len=400, batch=2, kv_heads=1, layout="bshd"),
     Case("256, other keys", q_len=300, kv_len=1300, block_size=256),
     Case("256, raster", grid=(7, 13, 11), block_size=(4, 8, 8)),
     Case("320, plain", q_len=1600, block_size=320),

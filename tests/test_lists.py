@@ -30,12 +30,22 @@ CASES = [
     Case("128, tiled, some boxes empty", q_len=1280, block_size=128, sizes=tuple(range(0, 150, 15))),
     Case("192, plain", q_len=900, kv_len=1300, block_size=192),
     Case("64, more boxes than a window", q_len=200, kv_len=67000, heads=1),
+    Case("192, a block in two windows", q_len=400, kv_len=67000, heads=1, block_size=192),
+    # A lane looks at 4, 8, 16 and 32 boxes.
+    *(Case(f"64, {boxes} boxes", q_len=700, kv_len=64 * boxes - 7, heads=1) for boxes in (100, 200, 400, 624)),
+    Case("64, batch, grouped heads", q_len=700, batch=2, heads=6, kv_heads=3),
+]
+# Of which heads some are cut into shorter trios, on so many multiprocessors.
+CUT_TWICE = [
+    (Case("5 rows", q_len=320, heads=4), 5),
+    (Case("2 rows", q_len=128, heads=4), 5),
+    (Case("40 rows, batch", q_len=2560, heads=2, batch=2), 9),
 ]
 
 
 @dataclass
 class Group:
-    head: int
+    head: int  # of all batches
     q_block: list[int]
     q_box: list[int]
     tiles_of: list[int]
@@ -43,10 +53,13 @@ class Group:
     tiles: list[tuple[int, int]]  # boxes of keys in their order, and which consumers attend each
 
 
-def groups_of(monkeypatch, inputs: Inputs, idx: Tensor, num: Tensor) -> tuple[list[Group], forward.Params]:
-    """All items of work of a call on a GPU with 2 multiprocessors, and the parameters of its launch."""
-    emulate.emulate(monkeypatch, 2)
+def groups_of(
+    monkeypatch, inputs: Inputs, idx: Tensor, num: Tensor, processors: int = 2
+) -> tuple[list[Group], forward.Params]:
+    """All items of work of a call on a GPU with so many multiprocessors, and the parameters of its launch."""
+    emulate.emulate(monkeypatch, processors)
     groups, launched = [], []
+    case = inputs.case
 
     def launcher(kernel, device):
         listing = replace(kernel, source="list_groups.cu", entry="list_groups", threads=32)
@@ -62,10 +75,12 @@ def groups_of(monkeypatch, inputs: Inputs, idx: Tensor, num: Tensor) -> tuple[li
             of_groups.lse, of_groups.lists = items.data_ptr(), tiles.data_ptr()
             run(1, of_groups)
             for item, tiles_of_item in zip(items.tolist(), tiles.tolist(), strict=True):
-                num_tiles, poisoned, head = item[9], item[10], item[21]
+                num_tiles, poisoned = item[9:11]
+                batch, head, kv_head = item[20:23]
                 assert num_tiles <= params.list_length
+                assert kv_head == head * (case.kv_heads or case.heads) // case.heads
                 listed = [tile_of(inputs, *tile) for tile in tiles_of_item[:num_tiles]]
-                groups.append(Group(head, item[0:3], item[3:6], item[6:9], poisoned, listed))
+                groups.append(Group(batch * case.heads + head, item[0:3], item[3:6], item[6:9], poisoned, listed))
 
         return launch
 
@@ -119,8 +134,8 @@ def evenly_spread(tiles: list[tuple[int, int]]) -> list[int]:
 
 def check(inputs: Inputs, idx: Tensor, num: Tensor, groups: list[Group], params: forward.Params) -> None:
     problem = problem_of(inputs)
-    boxes, heads = problem.block // BOX_TOKENS, problem.heads
-    lengths = num.clamp(0, idx.shape[-1])
+    boxes, heads = problem.block // BOX_TOKENS, problem.batch * problem.heads
+    idx, lengths = idx.flatten(0, 1), num.clamp(0, idx.shape[-1]).flatten(0, 1)
     seen = [
         (group.head, block, box)
         for group in groups
@@ -140,7 +155,7 @@ def check(inputs: Inputs, idx: Tensor, num: Tensor, groups: list[Group], params:
             if block < 0:
                 assert group.tiles_of[i] == 0
                 continue
-            named = set(idx[0, group.head, block, : lengths[0, group.head, block]].tolist())
+            named = set(idx[group.head, block, : lengths[group.head, block]].tolist())
             poisoned |= any(not 0 <= key < problem.num_kv_blocks for key in named) << i
             selected = boxes_with_tokens(inputs, named)
             assert group.tiles_of[i] == len(selected)
@@ -158,14 +173,13 @@ def check(inputs: Inputs, idx: Tensor, num: Tensor, groups: list[Group], params:
                 of_kind = [box for box, members in of_window if members == kind]
                 assert of_kind == sorted(of_kind)
 
-    cut = params.cuts[0]
-    assert params.first_heads == heads
-    starts, windows = starts_of(cut, problem.num_q_blocks, boxes)
     for head in range(heads):
+        cut = params.cuts[0 if head < params.first_heads else 1]
+        starts, windows = starts_of(cut, problem.num_q_blocks, boxes)
         of_head = [group for group in groups if group.head == head]
         for window, (first, end) in enumerate(itertools.pairwise(windows)):
             rows = range(starts[first], starts[end])
-            from_longest = sorted(rows, key=lambda row: -work_class(int(lengths[0, head, row])))
+            from_longest = sorted(rows, key=lambda row: -work_class(int(lengths[head, row])))
             for trio in range(first, end):
                 index = (trio - first) * cut.windows.value + window
                 members = {b for group in of_head[index * boxes : (index + 1) * boxes] for b in group.q_block} - {-1}
@@ -176,6 +190,26 @@ def check(inputs: Inputs, idx: Tensor, num: Tensor, groups: list[Group], params:
 def test_uneven_rows(monkeypatch, case):
     inputs = Inputs(replace(case, head_dim=64), "cpu", torch.bfloat16)
     idx, num, _ = inputs.uneven_indices()
+    check(inputs, idx, num, *groups_of(monkeypatch, inputs, idx, num))
+
+
+@pytest.mark.parametrize(("case", "processors"), CUT_TWICE, ids=[case.name for case, _ in CUT_TWICE])
+def test_heads_that_are_cut_into_shorter_trios(monkeypatch, case, processors):
+    inputs = Inputs(replace(case, head_dim=64), "cpu", torch.bfloat16)
+    idx, num, _ = inputs.uneven_indices()
+    groups, params = groups_of(monkeypatch, inputs, idx, num, processors)
+    assert 0 < params.first_heads < case.batch * case.heads
+    check(inputs, idx, num, groups, params)
+
+
+@pytest.mark.parametrize("block", [64, 192])
+def test_one_entry_that_names_no_block(monkeypatch, block):
+    """Wherever it is in its row."""
+    inputs = Inputs(Case("odd", q_len=50 * block, heads=1, head_dim=64, block_size=block), "cpu", torch.bfloat16)
+    idx = torch.randint(50, (1, 1, 50, 25), dtype=torch.int32)
+    rows = torch.arange(50)
+    idx[:, :, rows, rows % 25] = torch.tensor([-1, 50, -(2**31), 2**31 - 1, 7], dtype=torch.int32)[rows % 5]
+    num = torch.full((1, 1, 50), 25, dtype=torch.int32)
     check(inputs, idx, num, *groups_of(monkeypatch, inputs, idx, num))
 
 

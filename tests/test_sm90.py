@@ -12,6 +12,7 @@ import pytest
 import torch
 from problems import ON_HOPPER, Case, Inputs
 from torch import Tensor
+from toys import toy
 
 import vsa_jit
 from vsa_jit.backends import choose as chooser
@@ -208,6 +209,20 @@ def test_launches_go_to_the_current_stream(inputs):
     torch.cuda.synchronize()
     for result, wanted in zip(results, expected, strict=True):
         assert torch.equal(result, wanted)
+
+
+def test_a_counter_is_the_number_of_blocks_when_the_kernel_starts(fresh, sources, monkeypatch):
+    monkeypatch.setenv("VSA_JIT_CACHE_DIR", str(sources / "cache"))
+    kernel = toy()
+    module.load([kernel], 0)
+    launch = module.launcher(kernel, 0)
+    memory = torch.full((33,), -1, dtype=torch.int32, device="cuda")
+    # The kernel writes 42 into all but the last.
+    params = kernel.params(memory.data_ptr(), 32)
+    launch(7, params, memory[32:].data_ptr())
+    assert memory.tolist() == [42] * 32 + [7]
+    launch(5, params, memory[3:].data_ptr())
+    assert memory.tolist() == [42] * 32 + [7]
 
 
 def test_launches_go_to_the_device_of_the_tensors(fresh):

@@ -25,12 +25,11 @@ struct Map {
 // get its rows from the longest to the shortest, those that are nearly as long as they follow each other.
 constexpr int kTrioRows = kConsumers;
 struct Cut {
-    Divisor groups;  // of a head
-    int trio_rows, longer_trios;  // rows of a trio, and how many of the trios have one more
-    Divisor windows;
-    int window_trios, longer_windows;  // the same of windows and trios
+    Divisor groups;                    // of a head
+    int trio_rows, longer_trios;       // rows of a trio, and how many of the trios have one more
+    Divisor windows;                   // of a head
+    int window_trios, longer_windows;  // trios of a window, and how many of the windows have one more
 };
-constexpr int kWindowTrios = kittens::kWarpThreads / kTrioRows;
 
 // The query blocks of a trio, -1: none, and how many entries of their rows count.
 struct Trio {

@@ -272,11 +272,6 @@ inline int __reduce_add_sync(uint32_t, int x) {
     for (int of_lane : emulator::gather(x)) sum += of_lane;
     return sum;
 }
-inline uint32_t __reduce_or_sync(uint32_t, uint32_t x) {
-    uint32_t bits = 0;
-    for (uint32_t of_lane : emulator::gather(x)) bits |= of_lane;
-    return bits;
-}
 inline void __syncwarp() { emulator::meet_warp(); }
 inline void __syncthreads() { emulator::meet(emulator::barrier, emulator::threads.size(), "the thread block"); }
 
@@ -307,7 +302,6 @@ To same_bits(From x) {
 inline int __popc(uint32_t x) { return __builtin_popcount(x); }
 inline int __clz(uint32_t x) { return x == 0 ? 32 : __builtin_clz(x); }
 inline uint32_t __umulhi(uint32_t a, uint32_t b) { return uint64_t(a) * b >> 32; }
-inline int __ffs(uint32_t x) { return __builtin_ffs(x); }
 inline float __int_as_float(int x) { return same_bits<float>(x); }
 inline int __float_as_int(float x) { return same_bits<int>(x); }
 inline float __uint_as_float(uint32_t x) { return same_bits<float>(x); }

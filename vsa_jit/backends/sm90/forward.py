@@ -37,7 +37,7 @@ PANEL_CHANNELS = 64
 TILE_ALIGNMENT = 1024
 # Barriers and what is told; the structure's size is a multiple of its alignment.
 SMEM_BESIDE_TILES = 3 * TILE_ALIGNMENT
-# More than memory holds, and few enough for 32 bits to count what there is of them.
+# So that 32 bits count whatever there is of a sequence.
 MOST_BLOCKS = 1 << 20
 
 # Boxes of queries that a thread block attends together, each by a warpgroup, and the most rows that they are of.
