@@ -148,13 +148,12 @@ BREAKS = {
         "        if (left == num_tiles) release(q_empty);\n        warpgroup::mma_async_wait<0>(scores);\n",
     ),
     "rows are told before they are written": (
+        "        const int64_t first_row = last ? 0 : write_rows(params, number, shared.listing, item);\n"
+        "        __syncwarp();\n"
         "        arrive(shared.rows_known[at.index]);\n",
-        "",
-        "        const int64_t first_row = last ? 0 : write_rows(",
-        "        if (round > 0) arrive(shared.rows_known[at.index]);\n"
-        "        const int64_t first_row = last ? 0 : write_rows(",
-        "        if (round == 0) __syncthreads();\n",
-        "        if (round == 0) __syncthreads();\n        if (round == 0) arrive(shared.rows_known[at.index]);\n",
+        "        arrive(shared.rows_known[at.index]);\n"
+        "        const int64_t first_row = last ? 0 : write_rows(params, number, shared.listing, item);\n"
+        "        __syncwarp();\n",
     ),
     "a list is told before it is written": (
         "        if (!last) write_list(",

@@ -57,7 +57,7 @@ struct Params {
     int first_heads, first_groups;
     KeyTile* lists;  // kItems for each thread block, of list_length each
     int64_t list_length;
-    int* next;  // the next item of work: at first the one after the first of every thread block
+    int* next;           // the next item of work: at first the one after the first of every thread block
     float* lse;          // [batch, heads, q_len]
     const float* out_c;  // [batch, heads, num_q_blocks, kHeadDim], or null
     const void* gate;    // of q's shape, or null
@@ -191,12 +191,10 @@ __device__ void schedule(const Params& params, SharedStorage& shared) {
         Item& item = shared.items[at.index];
         const bool last = number >= params.num_groups;
         // It is told of when every lane has arrived: none can miss that it is free.
-        if (round > 0) wait(shared.item_empty[at.index], at.phase ^ 1);
+        wait(shared.item_empty[at.index], at.phase ^ 1);
         if (laneid() == 0) item.last = last;
         const int64_t first_row = last ? 0 : write_rows(params, number, shared.listing, item);
         __syncwarp();
-        // Semaphores are initialised while the first rows are read, which are far.
-        if (round == 0) __syncthreads();
         arrive(shared.rows_known[at.index]);
         if (!last) write_list(params.selected, params.keys, first_row, shared.listing, item.group, list_of(params, at));
         arrive(shared.item_full[at.index]);
@@ -438,8 +436,8 @@ struct Rows {
     bool valid[2];
 
     __device__ __forceinline__ Rows(const Params& params, const Item& item, int consumer)
-        : batch(item.batch), head(item.head), block(item.group.q_block[consumer]), bh(int64_t(batch) * params.heads.value + head),
-          origin(item.origin[consumer]) {
+        : batch(item.batch), head(item.head), block(item.group.q_block[consumer]),
+          bh(int64_t(batch) * params.heads.value + head), origin(item.origin[consumer]) {
         const Order& queries = params.queries;
         const int box = item.group.q_box[consumer];
         const int size = queries.sizes == nullptr ? kBoxTokens : valid_tokens_of_box(queries, block, box);
@@ -538,43 +536,40 @@ __device__ void consume(const Params& params, SharedStorage& shared, int consume
     }
 }
 
-// Every consumer's warps arrive when a stage is free, and every thread that writes or reads an item when it has.
-__device__ __forceinline__ void init_semaphores(SharedStorage& shared) {
-    constexpr int kConsumerWarps = kConsumers * kWarpgroupWarps;
-    for (semaphore& full : shared.k_full) init_semaphore(full, 1);
-    for (semaphore& full : shared.v_full) init_semaphore(full, 1);
-    for (semaphore& empty : shared.k_empty) init_semaphore(empty, kConsumerWarps);
-    for (semaphore& empty : shared.v_empty) init_semaphore(empty, kConsumerWarps);
-    for (semaphore& known : shared.rows_known) init_semaphore(known, kWarpThreads);
-    for (semaphore& full : shared.item_full) init_semaphore(full, kWarpThreads);
-    for (semaphore& empty : shared.item_empty) init_semaphore(empty, (kConsumerWarps + 3) * kWarpThreads);
-    for (semaphore& full : shared.q_full) init_semaphore(full, 1);
-    for (semaphore& empty : shared.q_empty) init_semaphore(empty, kWarpgroupWarps);
-    for (auto& queue : shared.queue_full) {
-        for (semaphore& full : queue) init_semaphore(full, 2);
-    }
-    fence_init_semaphores();
-}
-
 }  // namespace
 
 extern "C" __global__ void __launch_bounds__(kThreads, 1) attend_forward(const __grid_constant__ Params params) {
     // Setup
     extern __shared__ __align__(1024) uint8_t raw[];
     SharedStorage& shared = *reinterpret_cast<SharedStorage*>(raw);
+    if (threadIdx.x == 0) {
+        // Every consumer's warps arrive when a stage is free, and every thread that writes or reads an item when it has.
+        constexpr int kConsumerWarps = kConsumers * kWarpgroupWarps;
+        for (semaphore& full : shared.k_full) init_semaphore(full, 1);
+        for (semaphore& full : shared.v_full) init_semaphore(full, 1);
+        for (semaphore& empty : shared.k_empty) init_semaphore(empty, kConsumerWarps);
+        for (semaphore& empty : shared.v_empty) init_semaphore(empty, kConsumerWarps);
+        for (semaphore& known : shared.rows_known) init_semaphore(known, kWarpThreads);
+        for (semaphore& full : shared.item_full) init_semaphore(full, kWarpThreads);
+        for (semaphore& empty : shared.item_empty) init_semaphore(empty, (kConsumerWarps + 3) * kWarpThreads);
+        for (semaphore& full : shared.q_full) init_semaphore(full, 1);
+        for (semaphore& empty : shared.q_empty) init_semaphore(empty, kWarpgroupWarps);
+        for (auto& queue : shared.queue_full) {
+            for (semaphore& full : queue) init_semaphore(full, 2);
+        }
+        fence_init_semaphores();
+    }
+    __syncthreads();
+
     const int warpgroup_index = uniform(threadIdx.x / kWarpgroupThreads);
     if (warpgroup_index == kConsumers) {
         warpgroup::decrease_registers<kProducerRegisters>();
         const int warp = warpid() % kWarpgroupWarps;
-        // It meets the others below when it knows its first rows.
-        if (warp == 3) return schedule(params, shared);
-        __syncthreads();
         if (warp == 0) load<Operand::kK>(params, shared);
         if (warp == 1) load<Operand::kV>(params, shared);
         if (warp == 2) load_queries(params, shared);
+        if (warp == 3) schedule(params, shared);
     } else {
-        if (threadIdx.x == 0) init_semaphores(shared);
-        __syncthreads();
         warpgroup::increase_registers<kConsumerRegisters>();
         consume(params, shared, warpgroup_index);
     }
