@@ -50,14 +50,12 @@ constexpr int kLanesOfRow = kittens::kWarpThreads / kTrioRows, kEntriesOfLine = 
 
 // Finds the query blocks of a trio. Where `index` counts up, the longer trios of all windows come first. One warp.
 __device__ __forceinline__ void find_trio(const Map& map, const Cut& cut, int64_t first_row, int index, Trio& trio) {
-    const auto row_of_trio = [&](int trio) {
-        return min(trio * cut.trio_rows + min(trio, cut.longer_trios), map.num_q_blocks);
-    };
+    const auto first_row_of = [&](int i) { return min(i * cut.trio_rows + min(i, cut.longer_trios), map.num_q_blocks); };
     const int in_window = cut.windows.quotient(index), window = index - in_window * cut.windows.value;
     const int first_trio = window * cut.window_trios + min(window, cut.longer_windows);
     const int end_trio = first_trio + cut.window_trios + (window < cut.longer_windows);
-    const int first = row_of_trio(first_trio), num_rows = row_of_trio(end_trio) - first;
-    const int begin = row_of_trio(first_trio + in_window) - first, end = row_of_trio(first_trio + in_window + 1) - first;
+    const int first = first_row_of(first_trio), num_rows = first_row_of(end_trio) - first;
+    const int begin = first_row_of(first_trio + in_window) - first, end = first_row_of(first_trio + in_window + 1) - first;
 
     // Where all of the window are alike, these are the rows: they are on their way before it is known.
     const int lane = kittens::laneid(), row = begin + lane / kLanesOfRow, entry = lane % kLanesOfRow * kEntriesOfLine;

@@ -120,7 +120,7 @@ class Launcher:
         self._threads = threads
         self._smem_bytes = smem_bytes
         self._launch = libcuda().cuLaunchKernel
-        self._clear = libcuda().cuMemsetD32Async
+        self._fill = libcuda().cuMemsetD32Async
         allow_shared_memory(function, smem_bytes)
 
     def __call__(self, blocks: int, params: ctypes.Structure, counter: int | None = None) -> None:
@@ -137,7 +137,7 @@ class Launcher:
                 return self(blocks, params, counter)
         stream = ctypes.c_void_p(torch._C._cuda_getCurrentRawStream(self._device))
         if counter is not None:
-            call(self._device, self._label, self._clear, ctypes.c_void_p(counter), blocks, ctypes.c_size_t(1), stream)
+            call(self._device, self._label, self._fill, ctypes.c_void_p(counter), blocks, ctypes.c_size_t(1), stream)
         pointers = _OnePointer(ctypes.addressof(params))
         configuration = (self._function, blocks, 1, 1, self._threads, 1, 1, self._smem_bytes, stream)
         status = self._launch(*configuration, pointers, None)
