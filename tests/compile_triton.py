@@ -21,6 +21,7 @@ from vsa_jit.backends.triton.backward import (
 )
 from vsa_jit.backends.triton.forward import attend_forward_kernel
 from vsa_jit.backends.triton.means import block_mean_backward_kernel, block_means_kernel
+from vsa_jit.backends.triton.product import matmul_kernel
 from vsa_jit.backends.triton.select import compact_kernel, invert_kernel, select_kernel
 
 # Shared memory that a thread block may use, in bytes, from NVIDIA's table of compute capabilities.
@@ -33,12 +34,12 @@ ARCHITECTURES = {
     120: config.Architecture(99 * 1024, wgmma=False),
 }
 TYPE_NAMES = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32"}
-FP32 = {"Lse", "DLse", "OutC", "DOutC", "Shift", "Delta", "QMean", "KMean", "VMean", "DMean", "Scores"}
+FP32 = {"Lse", "DLse", "OutC", "DOutC", "Shift", "Delta", "QMean", "KMean", "VMean", "DMean", "Scores", "A", "B"}
 INT32 = {"Q2kIdx", "Q2kNum", "K2qIdx", "QSizes", "KSizes", "Sizes"}
 INT64 = {"K2qEnd", "Counts"}
 INT64_SCALARS = {"inverse_hw", "inverse_w"}
 OPTIONS = ("num_warps", "num_stages", "enable_fp_fusion")
-POINTERS = {"Q", "K", "V"}
+POINTERS = {"Q", "K", "V", "A", "B"}
 FLOATS = {"gate_value", "scale", "scale_log2"}
 TILES = {64: (4, 4, 4), 128: (2, 8, 8), 192: (4, 6, 8), 256: (4, 8, 8)}
 
@@ -87,6 +88,13 @@ def selection_kernels():
         yield compact_kernel, shape
         for place in (False, True):
             yield invert_kernel, shape | {"PLACE": place}
+
+
+def product_kernels():
+    for along_sum in (False, True):
+        tiles, depth = config.matmul(along_sum)
+        strides = {"stride_ak": 1, "stride_bk" if along_sum else "stride_bn": 1}
+        yield matmul_kernel, strides | {"BLOCK_K": depth} | tiles.launch
 
 
 def compile_kernel(kernel, constants: dict, dtype: torch.dtype, capability: int):
@@ -138,6 +146,8 @@ def main(capability: int) -> None:
             report(kernel, constants, dtype, capability, f"block {block}, D {head_dim}, {dtype}, raster {raster}")
     for kernel, constants in selection_kernels():
         report(kernel, constants, torch.float32, capability, f"{constants['COLUMNS']} columns")
+    for kernel, constants in product_kernels():
+        report(kernel, constants, torch.float32, capability, f"depth {constants['BLOCK_K']}")
 
 
 def report(kernel, constants: dict, dtype: torch.dtype, capability: int, variant: str) -> None:

@@ -26,8 +26,8 @@ from triton.testing import do_bench
 
 from vsa_jit.backends import triton
 from vsa_jit.backends.sm90 import backend, support
+from vsa_jit.checks import check_problem
 from vsa_jit.jit import engines, module
-from vsa_jit.problem import check_problem
 
 ROOT = Path(__file__).parent.parent
 DEVICE = "cuda"
@@ -45,7 +45,7 @@ if sys.argv[1] == "nvrtc":
     import cupy
 from vsa_jit.backends import choose
 from vsa_jit.backends.sm90 import backend
-from vsa_jit.problem import check_problem
+from vsa_jit.checks import check_problem
 q, k, v = torch.randn(3, 1, 2, 4096, 128, device="cuda").bfloat16()
 torch.cuda.synchronize()
 start = time.perf_counter()

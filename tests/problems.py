@@ -16,6 +16,14 @@ ON_HOPPER = [
     pytest.mark.gpu,
     pytest.mark.skipif(GPU and not HOPPER, reason="needs a Hopper GPU (compute capability 9.0)"),
 ]
+# What runs a call, and where.
+BACKENDS = [
+    ("torch", "cpu"),
+    pytest.param(("triton", "cuda"), marks=pytest.mark.gpu),
+    pytest.param(("sm90", "cuda"), marks=ON_HOPPER),
+]
+# Triton's interpreter, which takes seconds for what takes others milliseconds.
+INTERPRETED = [] if GPU else [("triton", "cpu")]
 TILE_OF_TOKENS = {64: (4, 4, 4), 128: (2, 8, 8), 256: (4, 8, 8)}
 
 
@@ -62,6 +70,7 @@ class Inputs:
         self.given_q_sizes = q_sizes
         if q_sizes is None and q_len == kv_len:
             q_sizes = self.sizes
+        self.q_sizes = q_sizes
         self.q_block = ref.block_of_tokens(q_len, case.tile, case.grid)
         self.kv_block = ref.block_of_tokens(kv_len, case.tile, case.grid)
         self.q_valid = ref.valid_tokens(q_len, block, q_sizes)
@@ -124,6 +133,11 @@ class Inputs:
             "variable_block_sizes": self.sizes,
             "q_variable_block_sizes": self.given_q_sizes,
         }
+
+    @property
+    def order_of_blocks(self) -> dict:
+        """The same for the functions that take a map, which know of no query sizes but those that they are given."""
+        return {**self.order, "q_variable_block_sizes": self.q_sizes}
 
     def video_sparse_attn(self, backend: str) -> Tensor:
         return vsa_jit.video_sparse_attn(
@@ -194,15 +208,19 @@ class Inputs:
     def expected(self, dtype: torch.dtype, block_map: Tensor) -> dict[str, Tensor]:
         """Output and gradients of ``video_sparse_attn`` with this map, computed densely in a dtype."""
         tensors = self.clean(dtype)
+        out = self.dense(tensors, block_map)
+        out.backward(self.clean_dout(dtype))
+        return {"out": out, **{f"d{name}": x.grad for name, x in tensors.items()}}
+
+    def dense(self, tensors: dict[str, Tensor], block_map: Tensor) -> Tensor:
+        """The output of ``video_sparse_attn`` with this map for clean tensors, [B, H, S_q, D]."""
         out, _ = ref.attention(tensors["q"], tensors["k"], tensors["v"], self.mask(block_map), self.scale)
         weight = tensors.get("gate", 1.0 if self.case.gate is None else self.case.gate)
         q_c, k_c, v_c = self.means(tensors)
         group = q_c.shape[1] // k_c.shape[1]
         k_c, v_c = k_c.repeat_interleave(group, 1), v_c.repeat_interleave(group, 1)
         out_c = ref.coarse(q_c, k_c, v_c, self.kv_nonempty, self.scale)[:, :, self.q_block.to(out.device)]
-        out = out + (weight * out_c).masked_fill(~self.q_valid.to(out.device)[:, None], 0.0)
-        out.backward(self.clean_dout(dtype))
-        return {"out": out, **{f"d{name}": x.grad for name, x in tensors.items()}}
+        return out + (weight * out_c).masked_fill(~self.q_valid.to(out.device)[:, None], 0.0)
 
 
 HALF = (torch.bfloat16, torch.float16)

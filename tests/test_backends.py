@@ -63,6 +63,7 @@ def test_explain_on_a_cpu():
     assert choice.reasons == NOT_ON_CPU
     lines = [f"not {name}: {reason}" for name, reason in NOT_ON_CPU.items()]
     assert str(choice).splitlines() == ["runs: torch", *lines]
+    assert repr(choice) == str(choice)
 
 
 @pytest.mark.parametrize("capability", [(8, 0), (8, 9), (10, 0), (12, 0)])

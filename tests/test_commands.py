@@ -59,11 +59,22 @@ def test_warmup_without_a_gpu(no_gpu, capsys, folder):
     assert [os.stat(path).st_mtime_ns for path in paths] == before
 
 
+@pytest.mark.parametrize("arch", ["9.0", "sm_90", "sm_90a", "90", "90a", "compute_90a"])
+def test_warmup_by_any_name(no_gpu, capsys, folder, arch):
+    arguments = ("--head-dim", "128", "--block-size", "4,4,4")
+    assert command("warmup", "--arch", "9.0a", "--dtype", "bf16", *arguments) == 0
+    by_name = capsys.readouterr().out
+    assert command("warmup", "--arch", arch, "--dtype", "bfloat16", *arguments) == 0
+    assert capsys.readouterr().out == by_name
+    assert list(map(str, vsa_jit.warmup(arch, dtype=torch.bfloat16, head_dim=128))) == by_name.splitlines()[:-1]
+
+
 @pytest.mark.parametrize(
     ("arguments", "error"),
     [
         ((), "arch: expected one of ('9.0a',) where there is no GPU, got None"),
         (("--arch", "8.0"), "argument --arch: invalid choice: '8.0'"),
+        (("--arch", "sm_90x"), "argument --arch: invalid choice: 'sm_90x'"),
         (("--arch", "9.0a", "--engine", "ptx"), "argument --engine: invalid choice: 'ptx'"),
         (("--arch", "9.0a", "--dtype", "fp32"), "argument --dtype: invalid choice: 'fp32'"),
         (("--arch", "9.0a", "--head-dim", "96"), "head_dim: expected 64 or 128, got 96"),
@@ -103,7 +114,8 @@ def test_warmup_of_a_full_cache_that_can_only_be_read(no_gpu, folder, monkeypatc
     ("arguments", "error", "message"),
     [
         ({"arch": 9.0}, TypeError, "arch: expected a string, got float"),
-        ({"arch": "9.0"}, ValueError, "arch: expected one of ('9.0a',), got '9.0'"),
+        ({"arch": "8.9"}, ValueError, "arch: expected one of ('9.0a',), got '8.9'"),
+        ({"arch": "sm_100"}, ValueError, "arch: expected one of ('9.0a',), got 'sm_100'"),
         ({"arch": ARCH, "dtype": "bf16"}, TypeError, "dtype: expected dtype or several, got str"),
         ({"arch": ARCH, "dtype": torch.float32}, ValueError, "dtype: expected torch.bfloat16 or torch.float16, got"),
         ({"arch": ARCH, "dtype": []}, ValueError, "dtype: expected at least one, got none"),

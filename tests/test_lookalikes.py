@@ -59,7 +59,7 @@ def test_it_is_not_checked_again_and_right(order, unchecked):
     for i in range(3):
         inputs = inputs_of(**changes)
         idx, num, block_map = inputs.uneven_indices()
-        out, lse = call(inputs.q, inputs.k, inputs.v, idx, num, **inputs.order)
+        out, lse = call(inputs.q, inputs.k, inputs.v, idx, num, **inputs.order_of_blocks)
         inputs.check_forward(inputs.bhsd(out), lse, block_map)
         if i == 0:
             unchecked()
@@ -130,19 +130,23 @@ def test_lists_are_settings_too(unchecked):
 
 
 def test_sizes_of_keys_are_not_those_of_queries():
-    """Tensors that look alike, as one argument and as the other."""
+    """Tensors that look alike, as one argument, as the other, and as both."""
     blocks = torch.arange(2, dtype=torch.int32).expand(1, 2, 4, 2)
     tensors, where = qkv(), indices(q2k_idx=blocks, q2k_num=torch.full((1, 2, 4), 2, dtype=torch.int32))
     sizes = torch.tensor([64, 3, 0, 64])
     whole = torch.full_like(sizes, 64)
-    by_name = {"variable_block_sizes": whole, "q_variable_block_sizes": sizes}
-    both = call(**tensors, **where, **by_name)
+    with_sizes = {
+        name: call(**tensors, **where, variable_block_sizes=of_keys, q_variable_block_sizes=of_queries)
+        for name, of_keys, of_queries in (("q", whole, sizes), ("k", sizes, whole), ("both", sizes, sizes.clone()))
+    }
     for _ in range(2):
         of_queries = call(**tensors, **where, q_variable_block_sizes=sizes)
-        of_both = call(**tensors, **where, variable_block_sizes=sizes)
-        torch.testing.assert_close(of_queries, both, rtol=0, atol=0)
-        assert torch.equal(of_queries[1].isneginf(), of_both[1].isneginf())
-        assert not torch.equal(of_queries[0], of_both[0])
+        of_keys = call(**tensors, **where, variable_block_sizes=sizes)
+        of_both = call(**tensors, **where, variable_block_sizes=sizes, q_variable_block_sizes=sizes)
+        torch.testing.assert_close(of_queries, with_sizes["q"], rtol=0, atol=0)
+        torch.testing.assert_close(of_keys, with_sizes["k"], rtol=0, atol=0)
+        torch.testing.assert_close(of_both, with_sizes["both"], rtol=0, atol=0)
+    assert not torch.equal(of_keys[0], of_both[0])
 
 
 def test_the_same_sizes_for_both(unchecked):

@@ -2,11 +2,13 @@
 
 from concurrent.futures import ThreadPoolExecutor
 
+import numpy as np
 import pytest
+import reference as ref
 import torch
-import torch.autograd.forward_ad as fwAD
-from problems import Case, Inputs
+from problems import BACKENDS, Case, Inputs
 from torch import library
+from torch._dynamo.testing import CompileCounterWithBackend
 from torch._subclasses import FakeTensorMode
 from torch.autograd import profiler_legacy
 from torch.fx.experimental.proxy_tensor import make_fx
@@ -61,11 +63,15 @@ def test_opcheck_attend(device, layout, gate):
 
 
 @pytest.mark.parametrize("device", DEVICES)
-def test_opcheck_pool_and_select_and_compact(device):
+def test_opcheck_coarse_branch_and_compact(device):
     q, k, v = leaf(1, 210, 4, 32, device=device), leaf(1, 210, 2, 32, device=device), leaf(1, 210, 2, 32, device=device)
     static = ([4, 4, 4], [5, 6, 7], "bshd", 0.2, "auto")
-    library.opcheck(ops.pool_and_select.overload, (q, k, v, None, None, 2, *static))
-    library.opcheck(ops.pool_and_select.overload, (q, k, None, None, None, 2, *static))
+    library.opcheck(ops.block_means.overload, (q, k, v, None, None, *static))
+    library.opcheck(ops.block_means.overload, (q, k, None, None, None, *static))
+    means = leaf(1, 4, 8, 32, device=device), leaf(1, 2, 8, 32, device=device), leaf(1, 2, 8, 32, device=device)
+    sizes = torch.tensor([64, 0, 3, 64, 64, 1, 9, 64], device=device)
+    library.opcheck(ops.coarse_attend.overload, (*means, q, k, sizes, 2, *static))
+    library.opcheck(ops.coarse_attend.overload, (*means[:2], None, q, k, None, 2, *static))
     block_map = torch.rand(1, 4, 8, 8, device=device) < 0.5
     library.opcheck(ops.compact.overload, (block_map, q, k, *static))
     means = torch.randn(1, 4, 8, 32, device=device)
@@ -116,6 +122,156 @@ def test_only_what_needs_a_gradient_gets_one():
     assert inputs.v.grad is None
 
 
+@pytest.mark.parametrize("run", BACKENDS, ids=lambda run: "-".join(run))
+@pytest.mark.parametrize("dynamic", [None, True], ids=["automatic", "marked"])
+def test_compiled_map_of_changing_size(run, dynamic):
+    """The number of blocks is computed from the length, so that both are symbolic from the second length on."""
+    backend, device = run
+    dtype = torch.float32 if device == "cpu" else torch.float16
+
+    def call(q, k, v):
+        blocks, kv_blocks = -(-q.shape[2] // 64), -(-k.shape[2] // 64)
+        near = (torch.arange(blocks, device=q.device)[:, None] - torch.arange(kv_blocks, device=q.device)).abs() < 2
+        block_map = near.expand(q.shape[1], blocks, kv_blocks)
+        idx = torch.arange(kv_blocks, device=q.device).expand(*q.shape[:2], blocks, kv_blocks)
+        num = torch.full((*q.shape[:2], blocks), 2, device=q.device)
+        sizes = torch.full((kv_blocks,), 50, device=q.device)
+        full = k.new_zeros((*k.shape[:2], kv_blocks * 64, k.shape[3]))
+        return (
+            vsa_jit.block_sparse_attn(q, k, v, block_map, backend=backend)[0],
+            vsa_jit.block_sparse_attn_from_indices(q, k, v, idx, num, backend=backend)[0],
+            vsa_jit.video_sparse_attn(q, full, full, sizes, topk=2, backend=backend),
+        )
+
+    counter = CompileCounterWithBackend("aot_eager")
+    compiled = torch.compile(call, fullgraph=True, dynamic=dynamic, backend=counter)
+    for length in (200, 300, 450, 128, 777):
+        q, k, v = (
+            torch.randn(1, 2, size, 64, dtype=dtype, device=device) for size in (length, length + 64, length + 64)
+        )
+        for result, eager in zip(compiled(q, k, v), call(q, k, v), strict=True):
+            torch.testing.assert_close(result, eager)
+    assert counter.frame_count <= 3
+
+
+NUMBERS = {
+    "sparsity": lambda value, **others: {"sparsity": value, **others},
+    "gate": lambda value, **others: {"topk": 2, "compress_attn_weight": value, **others},
+}
+
+
+@pytest.mark.parametrize("run", BACKENDS, ids=lambda run: "-".join(run))
+@pytest.mark.parametrize("number", NUMBERS)
+@pytest.mark.parametrize("backend", ["aot_eager", "inductor"])
+def test_compiled_schedule_of_numbers(run, number, backend):
+    """Fifty values compile twice: once as a constant, once as whatever comes. Gradients too."""
+    name, device = run
+    dtype = torch.float32 if device == "cpu" else torch.float16
+
+    def call(q, k, v, value):
+        return vsa_jit.video_sparse_attn(q, k, v, backend=name, **NUMBERS[number](value))
+
+    torch._dynamo.reset()
+    counter = CompileCounterWithBackend(backend)
+    compiled = torch.compile(call, fullgraph=True, backend=counter)
+    leaves = [leaf(1, 2, 640, 64, device=device, dtype=dtype) for _ in range(3)]
+    for i in range(50):
+        value = i / 53 + 0.001
+        results, eager = ([f(*leaves, value)] for f in (compiled, call))
+        if i % 10 == 0:
+            for outs in (results, eager):
+                outs += torch.autograd.grad(outs[0].float().sum(), leaves)
+        for result, expected in zip(results, eager, strict=True):
+            assert ref.error(result, expected) <= (1e-5 if dtype == torch.float32 else 2e-3)
+    assert counter.frame_count == 2
+
+
+def test_compiled_schedule_of_a_module():
+    """As a training loop has it: an attribute that changes, on a sequence whose length changes too."""
+
+    class Attention(torch.nn.Module):
+        sparsity, gate = 0.0, 1.0
+
+        def forward(self, q):
+            return vsa_jit.video_sparse_attn(q, q, q, sparsity=self.sparsity, compress_attn_weight=self.gate)
+
+    torch._dynamo.reset()
+    module = Attention()
+    counter = CompileCounterWithBackend("aot_eager")
+    compiled = torch.compile(module, fullgraph=True, backend=counter)
+    for i in range(30):
+        module.sparsity, module.gate = i / 31, 1 / (1 + i)
+        q = torch.randn(1, 2, 300 + 10 * (i // 10), 32)
+        torch.testing.assert_close(compiled(q), module(q), rtol=1e-5, atol=1e-6)
+    assert counter.frame_count <= 5
+
+
+def test_a_gate_that_becomes_zero_while_compiled():
+    q = torch.randn(1, 2, 200, 32)
+
+    def call(q, gate):
+        return vsa_jit.video_sparse_attn(q, q, q, topk=2, compress_attn_weight=gate)
+
+    compiled = torch.compile(call, fullgraph=True, backend="aot_eager")
+    for gate in (0.5, 0.25, 0.0, 0.75, -1.0):
+        torch.testing.assert_close(compiled(q, gate), call(q, gate), rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("value", [np.int64(2), np.float32(0.5)], ids=["topk", "sparsity"])
+def test_compiled_with_numbers_of_numpy(value):
+    q = torch.randn(1, 2, 200, 32)
+
+    def call(q):
+        name = "topk" if value > 1 else "sparsity"
+        return vsa_jit.video_sparse_attn(q, q, q, **{name: value}, compress_attn_weight=np.float32(0.5))
+
+    compiled = torch.compile(call, backend="aot_eager")
+    torch.testing.assert_close(compiled(q), call(q), rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("run", BACKENDS, ids=lambda run: "-".join(run))
+@pytest.mark.parametrize("layout", ["bhsd", "bshd"])
+@pytest.mark.parametrize("gate", [None, 0.0, "full", "per head"])
+def test_a_batch_of_nothing(run, layout, gate):
+    """As of PyTorch's attention: empty results, and empty gradients; zeros for a gate that every element shares."""
+    backend, device = run
+    dtype = torch.float32 if device == "cpu" else torch.float16
+    shape = (0, 4, 200, 64) if layout == "bhsd" else (0, 200, 4, 64)
+    kv_shape = (0, 2, 200, 64) if layout == "bhsd" else (0, 200, 2, 64)
+    q, k, v = (leaf(*size, device=device, dtype=dtype) for size in (shape, kv_shape, kv_shape))
+    shared = (1, 4, 1, 1) if layout == "bhsd" else (1, 1, 4, 1)
+    weight = {"full": shape, "per head": shared}.get(gate)
+    weight = gate if weight is None else leaf(*weight, device=device, dtype=dtype)
+    order = {"layout": layout, "backend": backend}
+    out = vsa_jit.video_sparse_attn(q, k, v, topk=2, compress_attn_weight=weight, **order)
+    assert (out.shape, out.dtype, out.device) == (q.shape, q.dtype, q.device)
+    out.sum().backward()
+    leaves = [q, k, v] + ([weight] if isinstance(weight, torch.Tensor) else [])
+    for x in leaves:
+        assert x.grad.shape == x.shape
+        assert x.grad.count_nonzero() == 0
+
+    block_map = torch.ones(4, 4, dtype=torch.bool, device=device)
+    idx = torch.zeros(0, 4, 4, 2, dtype=torch.int32, device=device)
+    num = torch.zeros(0, 4, 4, dtype=torch.int32, device=device)
+    for grad in (True, False, False):
+        with torch.set_grad_enabled(grad):
+            for results in (
+                vsa_jit.block_sparse_attn(q, k, v, block_map, **order),
+                vsa_jit.block_sparse_attn_from_indices(q, k, v, idx, num, **order),
+            ):
+                assert [x.shape for x in results] == [q.shape, (0, 4, 200)]
+    assert vsa_jit.explain(q, k, v, **order).backend == backend
+
+
+def test_a_batch_of_nothing_is_compiled():
+    call = torch.compile(lambda q: vsa_jit.video_sparse_attn(q, q, q, topk=2), fullgraph=True, backend="aot_eager")
+    for batch in (2, 0, 3):
+        q = leaf(batch, 2, 200, 32, device="cpu")
+        call(q).sum().backward()
+        assert q.grad.shape == q.shape
+
+
 def test_second_derivative_is_refused():
     inputs = Inputs(Case("twice", q_len=200), "cpu", torch.float32)
     out = inputs.video_sparse_attn("torch")
@@ -143,6 +299,15 @@ def test_compile_under_autocast():
 
     eager = call(inputs.q, inputs.k, inputs.v)
     torch.testing.assert_close(torch.compile(call, fullgraph=True)(inputs.q, inputs.k, inputs.v), eager)
+
+
+def test_a_program_runs_on_a_shorter_sequence_than_it_was_traced_with():
+    """More blocks are asked for than there are then."""
+    program = torch.jit.trace(
+        lambda q: vsa_jit.video_sparse_attn(q, q, q, topk=4), torch.randn(1, 2, 256, 32), check_trace=False
+    )
+    q = torch.randn(1, 2, 128, 32)
+    torch.testing.assert_close(program(q), vsa_jit.video_sparse_attn(q, q, q, topk=4))
 
 
 def test_no_grad_keeps_nothing():
@@ -208,7 +373,7 @@ class Names(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
-OPERATORS = ["vsa_jit::pool_and_select", "vsa_jit::attend"]
+OPERATORS = ["vsa_jit::block_means", "vsa_jit::coarse_attend", "vsa_jit::attend"]
 
 
 def names_seen(call) -> list[str]:
@@ -313,7 +478,7 @@ def test_who_watches_a_call_sees_its_operators(device, watch):
 def test_who_does_not_watch_does_not_wait_for_the_dispatcher(monkeypatch):
     inputs = Inputs(Case("unwatched", q_len=200), "cpu", torch.float32)
     expected = inputs.video_sparse_attn("torch")
-    for operator in (ops.pool_and_select, ops.attend):
+    for operator in (ops.block_means, ops.coarse_attend, ops.attend):
         monkeypatch.setattr(operator, "overload", None)
     with torch.no_grad():
         torch.testing.assert_close(inputs.video_sparse_attn("torch"), expected, rtol=0, atol=0)
@@ -340,23 +505,6 @@ def test_gradients_of_several_results_at_once():
     together = torch.autograd.grad(out, inputs.q, grads, is_grads_batched=True, retain_graph=True)[0]
     apart = [torch.autograd.grad(out, inputs.q, grad, retain_graph=True)[0] for grad in grads]
     torch.testing.assert_close(together, torch.stack(apart))
-
-
-def test_a_tangent_takes_the_way_of_before():
-    """Forward-mode differentiation is not supported: there is no tangent of the result, with any backend."""
-    inputs = Inputs(Case("dual", q_len=200, gate="full"), "cpu", torch.float32)
-    with torch.no_grad(), fwAD.dual_level():
-        inputs.gate = fwAD.make_dual(inputs.gate.detach(), torch.ones_like(inputs.gate))
-        assert fwAD.unpack_dual(inputs.video_sparse_attn("torch")).tangent is None
-
-
-def test_vmap():
-    """PyTorch maps an operator without a rule of its own one by one."""
-    q, k, v = torch.randn(3, 2, 1, 2, 200, 32).unbind()
-    with torch.no_grad():
-        mapped = torch.vmap(lambda *x: vsa_jit.video_sparse_attn(*x, topk=2))(q, k, v)
-        apart = [vsa_jit.video_sparse_attn(*x, topk=2) for x in zip(q, k, v, strict=True)]
-    torch.testing.assert_close(mapped, torch.stack(apart))
 
 
 def test_fake_tensors_run_no_kernel(monkeypatch):

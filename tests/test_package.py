@@ -1,5 +1,6 @@
 """The package as installed: import cost, what an import touches, what the wheel carries."""
 
+import importlib.metadata
 import os
 import subprocess
 import sys
@@ -8,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+import vsa_jit
 from vsa_jit.jit.errors import Unavailable
 from vsa_jit.jit.source import kernels_dir
 
@@ -86,3 +88,7 @@ def test_missing_sources_are_named(monkeypatch, tmp_path):
     expected = r"CUDA sources were expected at .*vsa_jit.kernels_src or .*\(install vsa-jit again\)"
     with pytest.raises(Unavailable, match=expected):
         kernels_dir()
+
+
+def test_version_is_that_of_the_package():
+    assert vsa_jit.__version__ == importlib.metadata.version("vsa-jit")

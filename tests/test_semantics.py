@@ -99,7 +99,7 @@ def test_indices_with_uneven_rows(case: Case, run):
     inputs = make_inputs(case, run)
     idx, num, block_map = inputs.uneven_indices()
     out, lse = vsa_jit.block_sparse_attn_from_indices(
-        inputs.q, inputs.k, inputs.v, idx, num, backend=backend, **inputs.order
+        inputs.q, inputs.k, inputs.v, idx, num, backend=backend, **inputs.order_of_blocks
     )
     dlse = inputs.dlse.nan_to_num(0.0)
     finite = lse.isfinite()
@@ -127,7 +127,7 @@ def test_block_map_is_the_same_as_its_indices(rank: int, run):
     inputs = make_inputs(Case("map", q_len=200, kv_len=300, batch=2), run)
     shape = (2, inputs.case.heads, inputs.num_q_blocks, inputs.num_kv_blocks)[4 - rank :]
     block_map = (torch.rand(shape, generator=inputs.generator) < 0.5).to(device)
-    order = {**inputs.order, "backend": backend}
+    order = {**inputs.order_of_blocks, "backend": backend}
     out, lse = vsa_jit.block_sparse_attn(inputs.q, inputs.k, inputs.v, block_map, **order)
     full = block_map.expand(2, -1, -1, -1) if rank == 3 else block_map
     idx = full.int().sort(dim=-1, descending=True, stable=True).indices.int()
@@ -143,7 +143,7 @@ def test_index_out_of_range_gives_nan_to_its_row_only(wrong: int, run):
     inputs = make_inputs(Case("range", q_len=256), run)
     idx = torch.tensor([0, 3], dtype=torch.int32).expand(1, 2, 4, 2).contiguous()
     num = torch.full((1, 2, 4), 2, dtype=torch.int32)
-    order = {**inputs.order, "backend": backend}
+    order = {**inputs.order_of_blocks, "backend": backend}
     good, good_lse = vsa_jit.block_sparse_attn_from_indices(
         inputs.q, inputs.k, inputs.v, idx.to(device), num.to(device), **order
     )
@@ -170,7 +170,7 @@ def test_number_of_indices_is_clamped(run):
     def attend(num):
         num = torch.tensor(num, dtype=torch.int32, device=device).expand(1, 2, 4).contiguous()
         call = vsa_jit.block_sparse_attn_from_indices
-        return call(inputs.q, inputs.k, inputs.v, idx, num, backend=backend, **inputs.order)[0]
+        return call(inputs.q, inputs.k, inputs.v, idx, num, backend=backend, **inputs.order_of_blocks)[0]
 
     assert torch.equal(attend([2, 0, 99, -7]), attend([2, 0, 2, 0]))
 
@@ -260,7 +260,7 @@ def test_nan_stays_in_the_rows_that_it_belongs_to(run):
     idx = torch.tensor([[1], [3], [0], [2]], dtype=torch.int32, device=device)[None, None]
     num = torch.tensor([[[1, 1, 0, 1]]], dtype=torch.int32, device=device)
     out, lse = vsa_jit.block_sparse_attn_from_indices(
-        inputs.q, inputs.k, inputs.v, idx, num, backend=backend, **inputs.order
+        inputs.q, inputs.k, inputs.v, idx, num, backend=backend, **inputs.order_of_blocks
     )
     dlse = torch.zeros_like(lse)
     dlse[..., 128:192] = float("nan")
@@ -269,3 +269,49 @@ def test_nan_stays_in_the_rows_that_it_belongs_to(run):
     for grad in (inputs.k.grad, inputs.v.grad):
         assert grad[0, 0, :192].isfinite().all()
         assert grad[0, 0, 192:].isnan().any()
+
+
+@pytest.mark.parametrize("function", ["map", "indices"])
+def test_sizes_of_keys_say_nothing_of_queries(function, run):
+    """Where a map is given and lengths are equal, as in FastVideo's function of that name: every query row counts."""
+    backend, device, _ = run
+    case = Case("cross", q_len=192, kv_len=192, sizes=(64, 17, 0), q_sizes=(64, 64, 64), heads=4, kv_heads=2)
+    inputs = make_inputs(case, run)
+    idx, num, block_map = inputs.uneven_indices()
+    order = {name: value for name, value in inputs.order.items() if name != "q_variable_block_sizes"}
+    if function == "map":
+        out, lse = vsa_jit.block_sparse_attn(
+            inputs.q, inputs.k, inputs.v, block_map.to(device), backend=backend, **order
+        )
+    else:
+        out, lse = vsa_jit.block_sparse_attn_from_indices(
+            inputs.q, inputs.k, inputs.v, idx, num, backend=backend, **order
+        )
+
+    def dense(dtype):
+        tensors = inputs.clean(dtype)
+        return ref.attention(tensors["q"], tensors["k"], tensors["v"], inputs.mask(block_map), inputs.scale)
+
+    for name, result, expected, plain in zip(
+        ("out", "lse"), (out, lse), dense(torch.float64), dense(inputs.dtype), strict=True
+    ):
+        ref.assert_close(name, result, expected, plain)
+    out.backward(inputs.dout)
+    assert inputs.q.grad.isfinite().all()
+
+
+def test_indices_of_64_bits_and_maps_that_broadcast(run):
+    backend, device, _ = run
+    inputs = make_inputs(Case("others", q_len=200, kv_len=300, batch=2), run)
+    idx, num, _ = inputs.uneven_indices()
+    order = {**inputs.order, "backend": backend}
+    narrow = vsa_jit.block_sparse_attn_from_indices(inputs.q, inputs.k, inputs.v, idx, num, **order)
+    wide = vsa_jit.block_sparse_attn_from_indices(inputs.q, inputs.k, inputs.v, idx.long(), num.long(), **order)
+    block_map = torch.rand(1, 1, inputs.num_q_blocks, inputs.num_kv_blocks, device=device) < 0.5
+    full = block_map.expand(2, 2, -1, -1).contiguous()
+    maps = [
+        vsa_jit.block_sparse_attn(inputs.q, inputs.k, inputs.v, x, **order) for x in (full, block_map, block_map[0, 0])
+    ]
+    for results, expected in ((wide, narrow), (maps[1], maps[0]), (maps[2], maps[0])):
+        for result, wanted in zip(results, expected, strict=True):
+            assert torch.equal(result, wanted)

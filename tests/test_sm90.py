@@ -18,11 +18,12 @@ import vsa_jit
 from vsa_jit.backends import choose as chooser
 from vsa_jit.backends import triton
 from vsa_jit.backends.sm90 import backend, means, support
+from vsa_jit.checks import check_problem
 from vsa_jit.grid import block_tokens
 from vsa_jit.jit import engines, module
 from vsa_jit.jit.driver import tensor_map
 from vsa_jit.jit.errors import NotWarmError
-from vsa_jit.problem import Problem, bhsd, check_problem
+from vsa_jit.problem import Problem, bhsd
 
 pytestmark = ON_HOPPER
 HALF = [torch.bfloat16, torch.float16]

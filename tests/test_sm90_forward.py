@@ -30,7 +30,7 @@ CASES = [
 def attend(inputs: Inputs, idx: Tensor, num: Tensor) -> tuple[Tensor, Tensor]:
     call = vsa_jit.block_sparse_attn_from_indices
     with torch.no_grad():
-        out, lse = call(inputs.q, inputs.k, inputs.v, idx, num, backend="sm90", **inputs.order)
+        out, lse = call(inputs.q, inputs.k, inputs.v, idx, num, backend="sm90", **inputs.order_of_blocks)
     return inputs.bhsd(out), lse
 
 

@@ -10,10 +10,13 @@ from vsa_jit.api import (
 from vsa_jit.backends.choose import Choice
 from vsa_jit.jit.errors import CacheError, CompileError
 
+__version__ = "0.1.0"
+
 __all__ = [
     "CacheError",
     "Choice",
     "CompileError",
+    "__version__",
     "block_sparse_attn",
     "block_sparse_attn_from_indices",
     "explain",

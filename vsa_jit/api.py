@@ -10,17 +10,17 @@ from torch import Tensor
 
 from vsa_jit import coarse, ops
 from vsa_jit.backends.choose import NAMES, Choice, choose
-from vsa_jit.lookalikes import LookAlikes
-from vsa_jit.names import check_name
-from vsa_jit.problem import (
-    Operands,
-    Problem,
+from vsa_jit.checks import (
     check_block_map,
     check_gate,
     check_indices,
     check_problem,
     check_topk,
 )
+from vsa_jit.lookalikes import LookAlikes
+from vsa_jit.names import check_name
+from vsa_jit.operators import nobody_watches
+from vsa_jit.problem import BackendName, Layout, Operands, Problem
 
 # Of ``block_sparse_attn_from_indices``.
 _plain_calls: LookAlikes[ops.PlainCall] = LookAlikes()
@@ -38,15 +38,16 @@ def video_sparse_attn(
     *,
     sparsity: float | None = None,
     grid: Sequence[int] | None = None,
-    layout: str = "bhsd",
+    layout: Layout = "bhsd",
     softmax_scale: float | None = None,
-    backend: str = "auto",
+    backend: BackendName = "auto",
 ) -> Tensor:
     """Video Sparse Attention (arXiv 2505.13389): block means choose the key blocks that each query block attends.
 
     ``out = compress_attn_weight · softmax(q_c k_cᵀ · scale) v_c + attention over the topk best key blocks``, where
-    ``q_c, k_c, v_c`` are the means of the valid tokens of each block. The choice of blocks carries no gradient; second
-    derivatives and forward-mode differentiation are not supported.
+    ``q_c, k_c, v_c`` are the means of the valid tokens of each block. The choice of blocks carries no gradient.
+    Forward-mode derivatives (``torch.func.jvp``) are computed on the backend ``torch`` alone; on another, and where
+    derivatives are differentiated again, ``NotImplementedError`` is raised.
 
     Args:
         q: [B, H, S_q, D] (or [B, S_q, H, D], see ``layout``), bf16, fp16 or fp32, D from 16 to 256; the last dimension
@@ -89,6 +90,8 @@ def video_sparse_attn(
     topk = check_topk(topk, sparsity, problem.num_kv_blocks)
     gate = check_gate(compress_attn_weight, q)
 
+    if q_variable_block_sizes is None and problem.q_len == problem.kv_len:
+        q_sizes = kv_sizes
     q2k_idx, q2k_num, out_c = coarse.coarse_branch(
         problem, q, k, v, q_sizes, kv_sizes, topk, with_output=isinstance(gate, Tensor) or gate != 0.0
     )
@@ -106,16 +109,17 @@ def block_sparse_attn(
     q_variable_block_sizes: Tensor | None = None,
     block_size: int | Sequence[int] = 64,
     grid: Sequence[int] | None = None,
-    layout: str = "bhsd",
+    layout: Layout = "bhsd",
     softmax_scale: float | None = None,
-    backend: str = "auto",
+    backend: BackendName = "auto",
 ) -> tuple[Tensor, Tensor]:
     """Attention of each query block over the key blocks that a map names.
 
     Args:
-        block_map: bool [B, H, n_q, n_k] or [H, n_q, n_k]: whether the query block attends the key block.
+        block_map: bool [B, H, n_q, n_k], or what broadcasts to it: whether the query block attends the key block.
 
-    The other arguments are those of ``video_sparse_attn``.
+    The other arguments are those of ``video_sparse_attn``, but for one: where ``q_variable_block_sizes`` is None every
+    query token is valid, whatever the sizes of the key blocks.
 
     Returns:
         ``(out, lse)``: out of q's shape and dtype; lse fp32 [B, H, S_q], the natural-log log-sum-exp of the scaled
@@ -149,17 +153,18 @@ def block_sparse_attn_from_indices(
     q_variable_block_sizes: Tensor | None = None,
     block_size: int | Sequence[int] = 64,
     grid: Sequence[int] | None = None,
-    layout: str = "bhsd",
+    layout: Layout = "bhsd",
     softmax_scale: float | None = None,
-    backend: str = "auto",
+    backend: BackendName = "auto",
 ) -> tuple[Tensor, Tensor]:
     """Attention of each query block over the key blocks that indices name.
 
     Args:
-        q2k_idx: int32 [B, H, n_q, m] for any m: key blocks of each query block, in any order, each at most once.
-        q2k_num: int32 [B, H, n_q], how many of the m entries count; the others are ignored. Clamped to 0 … m.
+        q2k_idx: int32 or int64 [B, H, n_q, m] for any m: key blocks of each query block, in any order, each at most
+            once.
+        q2k_num: int32 or int64 [B, H, n_q], how many of the m entries count; the others are ignored. Clamped to 0 … m.
 
-    The other arguments are those of ``video_sparse_attn``. Indices cannot be checked without waiting for the GPU: a
+    The other arguments are those of ``block_sparse_attn``. Indices cannot be checked without waiting for the GPU: a
     query block that names a key block outside 0 … n_k - 1 gets NaN, and nothing outside the tensors is read.
 
     Returns:
@@ -173,9 +178,9 @@ def block_sparse_attn_from_indices(
         tensors.append(variable_block_sizes)
     if not same_sizes and q_variable_block_sizes is not None:
         tensors.append(q_variable_block_sizes)
-    call = _plain_calls.find(settings, tensors) if ops.nobody_watches() else None
+    call = _plain_calls.find(settings, tensors) if nobody_watches() else None
     if call is not None:
-        q_sizes, kv_sizes = _sizes(call.problem, variable_block_sizes, q_variable_block_sizes)
+        q_sizes, kv_sizes = _contiguous(q_variable_block_sizes), _contiguous(variable_block_sizes)
         return call.attend(Operands(q, k, v, q2k_idx, q2k_num, q_sizes, kv_sizes, None, None, 0.0))
 
     problem, q_sizes, kv_sizes = _check(
@@ -190,11 +195,11 @@ def block_sparse_attn_from_indices(
         softmax_scale=softmax_scale,
         backend=backend,
     )
-    check_indices(q2k_idx, q2k_num, problem, q.device)
-    call = ops.PlainCall.of(problem, tensors)
+    idx, num = check_indices(q2k_idx, q2k_num, problem, q.device)
+    call = ops.PlainCall.of(problem, tensors) if idx is q2k_idx and num is q2k_num else None
     if call is not None:
         _plain_calls.keep(settings, tensors, call)
-    return _attend(problem, q, k, v, q2k_idx, q2k_num, q_sizes, kv_sizes, None, 0.0)
+    return _attend(problem, q, k, v, idx, num, q_sizes, kv_sizes, None, 0.0)
 
 
 def explain(
@@ -209,9 +214,9 @@ def explain(
     *,
     sparsity: float | None = None,
     grid: Sequence[int] | None = None,
-    layout: str = "bhsd",
+    layout: Layout = "bhsd",
     softmax_scale: float | None = None,
-    backend: str = "auto",
+    backend: BackendName = "auto",
 ) -> Choice:
     """Which backend and engine would run this call of ``video_sparse_attn``, and why each other one would not.
 
@@ -287,7 +292,7 @@ def _check(
     softmax_scale: float | None,
     backend: str,
 ) -> tuple[Problem, Tensor | None, Tensor | None]:
-    """The record of the call, and the sizes of its query and key blocks."""
+    """The record of the call, and the sizes of its query and key blocks, contiguous."""
     problem = check_problem(
         q,
         k,
@@ -300,18 +305,11 @@ def _check(
         variable_block_sizes=variable_block_sizes,
         q_variable_block_sizes=q_variable_block_sizes,
     )
-    return problem, *_sizes(problem, variable_block_sizes, q_variable_block_sizes)
+    return problem, _contiguous(q_variable_block_sizes), _contiguous(variable_block_sizes)
 
 
-def _sizes(
-    problem: Problem, variable_block_sizes: Tensor | None, q_variable_block_sizes: Tensor | None
-) -> tuple[Tensor | None, Tensor | None]:
-    """The sizes of query and of key blocks."""
-    if q_variable_block_sizes is None and problem.q_len == problem.kv_len:
-        q_variable_block_sizes = variable_block_sizes
-    kv_sizes = None if variable_block_sizes is None else variable_block_sizes.contiguous()
-    q_sizes = None if q_variable_block_sizes is None else q_variable_block_sizes.contiguous()
-    return q_sizes, kv_sizes
+def _contiguous(x: Tensor | None) -> Tensor | None:
+    return None if x is None else x.contiguous()
 
 
 def _attend(
@@ -327,9 +325,7 @@ def _attend(
     gate: Tensor | float,
 ) -> tuple[Tensor, Tensor]:
     gate_tensor, gate_value = (gate, 0.0) if isinstance(gate, Tensor) else (None, gate)
-    differentiable = [x for x in (q, k, v, gate_tensor) if x is not None]
-    keep_out_s = out_c is not None and torch.is_grad_enabled() and any(x.requires_grad for x in differentiable)
     out, lse, _ = ops.attend(
-        q, k, v, q2k_idx, q2k_num, q_sizes, kv_sizes, out_c, gate_tensor, gate_value, keep_out_s, *problem.static
+        q, k, v, q2k_idx, q2k_num, q_sizes, kv_sizes, out_c, gate_tensor, gate_value, False, *problem.static
     )
     return out, lse

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import torch.nn.functional as F
 from torch import Tensor
 
 from vsa_jit import ops
@@ -26,17 +25,8 @@ def coarse_branch(
         ``(q2k_idx, q2k_num, out_c)``: int32 [B, H, n_q, topk] and [B, H, n_q], without gradient; fp32 [B, H, n_q, D],
         softmax(q_c k_cᵀ · scale) v_c over the key blocks that have valid tokens, or None.
     """
-    v_or_none = v if with_output else None
-    q_c, k_c, v_c, q2k_idx, q2k_num = ops.pool_and_select(q, k, v_or_none, q_sizes, kv_sizes, topk, *problem.static)
-    if not with_output:
-        return q2k_idx, q2k_num, None
-    # The query heads of one key/value head are rows of one attention.
-    rows = q_c.reshape(problem.batch, problem.kv_heads, -1, problem.head_dim)
-    mask = None
-    if kv_sizes is not None:
-        has_tokens = kv_sizes > 0
-        # Where no block has any, all of them hold a mean of 0: attending those gives the 0 that is wanted.
-        mask = (has_tokens | ~has_tokens.any()).expand(rows.shape[2], -1)
-    with ops.autocast_off(q.device):
-        out_c = F.scaled_dot_product_attention(rows, k_c, v_c, attn_mask=mask, scale=problem.softmax_scale)
-    return q2k_idx, q2k_num, out_c.reshape(q_c.shape)
+    q_c, k_c, v_c = ops.block_means(q, k, v if with_output else None, q_sizes, kv_sizes, *problem.static)
+    out_c, q2k_idx, q2k_num = ops.coarse_attend(
+        q_c, k_c, v_c if with_output else None, q, k, kv_sizes, topk, *problem.static
+    )
+    return q2k_idx, q2k_num, out_c if with_output else None

@@ -1,166 +1,66 @@
-"""The operators that PyTorch sees: each has a fake implementation for tracing, and autograd where it is differentiable.
+"""The operators that PyTorch sees: each has a fake implementation for tracing, and derivatives where there are any.
 
 Every operator ends with the same five arguments, ``Problem.static``: the tile, the grid, the layout, the softmax scale
 and the backend asked for. Which backend runs is decided when the operator runs, from the device of its tensors.
 """
 
 import functools
-import operator
-from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor, library
-from torch.autograd import forward_ad, profiler
+from torch import Tensor
 
-from vsa_jit.backends.choose import backend_for
-from vsa_jit.lookalikes import PLAIN
+from vsa_jit import flops
+from vsa_jit.backends.choose import backend_for, choose
+from vsa_jit.checks import warn_of_layout
+from vsa_jit.operators import Operator, are_plain, autocast_off, is_autocast_on, nobody_watches
 from vsa_jit.problem import Operands, Problem, bhsd, empty_like
 
-# Scores that are computed at a time, so that selection needs little memory however many blocks there are.
+# Scores of block means that are computed at a time, so that they need little memory however many blocks there are.
 SCORES_AT_A_TIME = 1 << 24
 
 
-_LIBRARY = library.Library("vsa_jit", "DEF")
-
-
-def autocast_off(device: torch.device) -> AbstractContextManager:
-    """Where autocast is on for a device, turns it off."""
-    return torch.autocast(device.type, enabled=False) if _is_autocast_on(device) else nullcontext()
-
-
-def _is_autocast_on(device: torch.device) -> bool:
-    return device.type != "meta" and torch.is_autocast_enabled(device.type)
-
-
-def nobody_watches() -> bool:
-    """Whether nobody traces, transforms or watches what this thread does."""
-    return not (
-        torch.compiler.is_compiling()
-        or torch._C._len_torch_dispatch_stack() > 0
-        or torch._C._len_torch_function_stack() > 0
-        or torch._C._are_functorch_transforms_active()
-        or forward_ad._current_level >= 0
-        or profiler._is_profiler_enabled
-        or torch.autograd._profiler_enabled()
-        or torch.jit.is_tracing()
-    )
-
-
-def _are_plain(args: Sequence[Any]) -> bool:
-    """Whether the tensors among arguments are what their memory holds, and no gradient is recorded for them."""
-    recorded, others = torch.is_grad_enabled(), _keys_of_others()
-    # A loop, which is quicker than a generator: this runs at every call.
-    for x in args:
-        if isinstance(x, Tensor) and (
-            type(x) not in PLAIN or torch._C._dispatch_keys(x).raw_repr() & others or (recorded and x.requires_grad)
-        ):
-            return False
-    return True
-
-
-@functools.cache
-def _keys_of_others() -> int:
-    """PyTorch's dispatch keys but those of a tensor whose values are what its memory holds."""
-    names = ("CPU", "CUDA", "ADInplaceOrView", "AutogradCPU", "AutogradCUDA", "AutocastCPU", "AutocastCUDA")
-    keys = (torch._C.DispatchKeySet(getattr(torch._C.DispatchKey, name)).raw_repr() for name in names)
-    return ~functools.reduce(operator.or_, keys)
-
-
-class _Operator:
-    """A function as an operator of its name, with the schema of its annotations, on every device.
-
-    The same as PyTorch's ``custom_op`` but for that one's checks at every call, which cost more than a launch. So does
-    the way through PyTorch's dispatcher, which only those calls take that somebody else has to see. Inside, autocast is
-    off: an operator computes in the dtype of its inputs and in fp32, whatever surrounds the call.
-    """
-
-    def __init__(self, function: Callable) -> None:
-        self._function = function
-        name = function.__name__
-        schema = library.infer_schema(function, mutates_args=())
-        _LIBRARY.define(name + schema, tags=(torch.Tag.pt2_compliant_tag,))
-        _LIBRARY.impl(name, self._run, "CompositeExplicitAutograd")
-        self.overload = getattr(torch.ops.vsa_jit, name).default
-
-    def _run(self, *args: Any) -> Any:
-        with autocast_off(args[0].device):
-            return self._function(*args)
-
-    def __call__(self, *args: Any) -> Any:
-        return self._run(*args) if nobody_watches() and _are_plain(args) else self.overload(*args)
-
-
-def _fake(op: _Operator) -> Callable:
-    return library.register_fake(op.overload, lib=_LIBRARY)
-
-
-def _autograd(op: _Operator, backward: Callable, setup_context: Callable | None = None) -> None:
-    library.register_autograd(op.overload, backward, setup_context=setup_context, lib=_LIBRARY)
-
-
-def _refuse_second_derivative(ctx: Any, *grads: Tensor) -> None:
-    raise NotImplementedError("vsa_jit: the gradients of sparse attention cannot be differentiated again")
-
-
-@_Operator
-def pool_and_select(
+@Operator
+def block_means(
     q: Tensor,
     k: Tensor,
     v: Tensor | None,
     q_sizes: Tensor | None,
     kv_sizes: Tensor | None,
-    topk: int,
     tile: Sequence[int],
     grid: Sequence[int] | None,
     layout: str,
     softmax_scale: float,
     backend: str,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Block means, and for each query block the ``topk`` key blocks of highest score q_c · k_c, ties to the lower.
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Means of the valid tokens of each block.
 
     Args:
         v: None where its means are not needed.
-        q_sizes, kv_sizes: valid tokens of each block; a key block without any is never selected.
+        q_sizes, kv_sizes: valid tokens of each block.
 
     Returns:
-        ``(q_c, k_c, v_c, q2k_idx, q2k_num)``: fp32 [B, H, n_q, D] and [B, H_kv, n_k, D], means of the valid tokens, 0
-        for an empty block (v_c is empty without v); int32 [B, H, n_q, topk], ascending, 0 past the number selected;
-        int32 [B, H, n_q]. The means are differentiable, the selection is not.
+        ``(q_c, k_c, v_c)``: fp32 [B, H, n_q, D] and [B, H_kv, n_k, D], 0 for an empty block; v_c is empty without v.
     """
     problem = Problem.of(q, k, tile, grid, layout, softmax_scale, backend)
     run = backend_for(problem, q, k) if v is None else backend_for(problem, q, k, v)
     q_c, k_c, v_c = run.block_means(problem, q, k, v, q_sizes, kv_sizes)
-    rows = problem.batch * problem.kv_heads
-    shape = (problem.batch, problem.heads, problem.num_q_blocks)
-    q2k_idx = q.new_empty((*shape, topk), dtype=torch.int32)
-    q2k_num = q.new_empty(shape, dtype=torch.int32)
-    # The query heads of one key/value head are rows of one product.
-    q_rows, k_rows = q_c.view(rows, -1, problem.head_dim), k_c.view(rows, -1, problem.head_dim)
-    idx, num = q2k_idx.view(rows, -1, topk), q2k_num.view(rows, -1)
-    step = max(1, SCORES_AT_A_TIME // (q_rows.shape[1] * k_rows.shape[1]))
-    for start in range(0, rows, step):
-        part = slice(start, start + step)
-        run.select(q_rows[part] @ k_rows[part].mT, kv_sizes, topk, idx[part], num[part])
-    return q_c, k_c, q.new_empty(0, dtype=torch.float32) if v_c is None else v_c, q2k_idx, q2k_num
+    return q_c, k_c, q.new_empty(0, dtype=torch.float32) if v_c is None else v_c
 
 
-@_fake(pool_and_select)
-def _(q, k, v, q_sizes, kv_sizes, topk, tile, grid, layout, softmax_scale, backend):
+@block_means.fake
+def _(q, k, v, q_sizes, kv_sizes, tile, grid, layout, softmax_scale, backend):
     problem = Problem.of(q, k, tile, grid, layout, softmax_scale, backend)
-    rows = (problem.batch, problem.heads, problem.num_q_blocks)
-    kv_rows = (problem.batch, problem.kv_heads, problem.num_kv_blocks)
+    kv_shape = (problem.batch, problem.kv_heads, problem.num_kv_blocks, problem.head_dim)
     return (
-        q.new_empty((*rows, problem.head_dim), dtype=torch.float32),
-        k.new_empty((*kv_rows, problem.head_dim), dtype=torch.float32),
-        q.new_empty(0 if v is None else (*kv_rows, problem.head_dim), dtype=torch.float32),
-        q.new_empty((*rows, topk), dtype=torch.int32),
-        q.new_empty(rows, dtype=torch.int32),
+        q.new_empty((problem.batch, problem.heads, problem.num_q_blocks, problem.head_dim), dtype=torch.float32),
+        k.new_empty(kv_shape, dtype=torch.float32),
+        q.new_empty(0 if v is None else kv_shape, dtype=torch.float32),
     )
 
 
-@_Operator
+@Operator
 def block_mean_backward(
     dmean: Tensor,
     x: Tensor,
@@ -176,19 +76,17 @@ def block_mean_backward(
     return backend_for(problem, x).block_mean_backward(problem, dmean, x, sizes)
 
 
-@_fake(block_mean_backward)
+@block_mean_backward.fake
 def _(dmean, x, sizes, tile, grid, layout, softmax_scale, backend):
     return empty_like(x)
 
 
-def _setup_pool_and_select(ctx: Any, inputs: tuple, output: tuple[Tensor, ...]) -> None:
-    q, k, v, q_sizes, kv_sizes, _, *ctx.static = inputs
-    ctx.set_materialize_grads(False)
-    ctx.mark_non_differentiable(output[3], output[4])
-    ctx.save_for_backward(q, k, v, q_sizes, kv_sizes)
+def _setup_block_means(ctx: Any, inputs: tuple, output: tuple[Tensor, ...]) -> None:
+    q, k, v, q_sizes, kv_sizes, *ctx.static = inputs
+    _save(ctx, q, k, v, q_sizes, kv_sizes)
 
 
-def _pool_and_select_grad(ctx: Any, dq_c: Tensor | None, dk_c: Tensor | None, dv_c: Tensor | None, *_: None) -> tuple:
+def _block_means_grad(ctx: Any, dq_c: Tensor | None, dk_c: Tensor | None, dv_c: Tensor | None) -> tuple:
     q, k, v, q_sizes, kv_sizes = ctx.saved_tensors
     grads = [
         block_mean_backward(dmean, x, sizes, *ctx.static) if needed and dmean is not None else None
@@ -196,13 +94,199 @@ def _pool_and_select_grad(ctx: Any, dq_c: Tensor | None, dk_c: Tensor | None, dv
             ctx.needs_input_grad, (dq_c, dk_c, dv_c), (q, k, v), (q_sizes, kv_sizes, kv_sizes), strict=False
         )
     ]
-    return *grads, *(None,) * 8
+    return *grads, *(None,) * 7
 
 
-_autograd(pool_and_select, _pool_and_select_grad, _setup_pool_and_select)
+def _block_means_jvp(ctx: Any, q_t: Tensor | None, k_t: Tensor | None, v_t: Tensor | None, *_: None) -> tuple:
+    q, k, v, q_sizes, kv_sizes = ctx.saved_tensors
+    tangents = (_or_zeros(x_t, x) for x_t, x in ((q_t, q), (k_t, k), (v_t, v)))
+    return block_means(*tangents, q_sizes, kv_sizes, *ctx.static)
 
 
-@_Operator
+block_means.differentiate(_setup_block_means, _block_means_grad, _block_means_jvp)
+block_mean_backward.differentiate_once()
+
+
+@Operator
+def coarse_attend(
+    q_c: Tensor,
+    k_c: Tensor,
+    v_c: Tensor | None,
+    q: Tensor,
+    k: Tensor,
+    kv_sizes: Tensor | None,
+    topk: int,
+    tile: Sequence[int],
+    grid: Sequence[int] | None,
+    layout: str,
+    softmax_scale: float,
+    backend: str,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Chooses the key blocks of each query block by the scores of their means, and attends the means.
+
+    All of it is in fp32, whatever precision PyTorch is allowed for its own products.
+
+    Args:
+        q_c, k_c, v_c: block means; v_c None where the means are not attended.
+        q, k: what they are the means of; they say what problem this is.
+        kv_sizes: valid tokens of each key block; one without any is neither selected nor attended.
+        topk: key blocks to select for each query block, clamped to n_k.
+
+    Returns:
+        ``(out_c, q2k_idx, q2k_num)``: fp32 [B, H, n_q, D], softmax(q_c k_cᵀ · scale) v_c, empty without v_c; int32
+        [B, H, n_q, topk], the blocks of highest score q_c · k_c, ties to the lower, ascending, 0 past the number
+        selected; int32 [B, H, n_q]. The selection carries no derivative.
+    """
+    problem = Problem.of(q, k, tile, grid, layout, softmax_scale, backend)
+    run = backend_for(problem, q, k)
+    # A program that was traced with a longer sequence may ask for more.
+    topk = min(topk, problem.num_kv_blocks)
+    shape = (problem.batch, problem.heads, problem.num_q_blocks)
+    q2k_idx = q.new_empty((*shape, topk), dtype=torch.int32)
+    q2k_num = q.new_empty(shape, dtype=torch.int32)
+    out_c = q_c.new_empty(0 if v_c is None else q_c.shape)
+    for q_rows, k_rows, v_rows, out_rows, idx, num in _scored_at_a_time(
+        problem, q_c, k_c, v_c, None if v_c is None else out_c, q2k_idx, q2k_num
+    ):
+        scores = run.matmul(q_rows, k_rows.mT)
+        run.select(scores, kv_sizes, topk, idx, num)
+        if v_c is not None:
+            out_rows.copy_(run.matmul(_softmax(problem, scores, kv_sizes), v_rows))
+    return out_c, q2k_idx, q2k_num
+
+
+@coarse_attend.fake
+def _(q_c, k_c, v_c, q, k, kv_sizes, topk, *static):
+    return (
+        q_c.new_empty(0 if v_c is None else q_c.shape),
+        q_c.new_empty((*q_c.shape[:3], topk), dtype=torch.int32),
+        q_c.new_empty(q_c.shape[:3], dtype=torch.int32),
+    )
+
+
+def _scored_at_a_time(problem: Problem, *tensors: Tensor | None) -> Iterator[list[Any]]:
+    """Some key/value heads at a time: of each tensor the part that belongs to them, [rows, ..., last].
+
+    The query heads of one key/value head are rows of one product.
+    """
+    rows = problem.batch * problem.kv_heads
+    scores = problem.group * problem.num_q_blocks * problem.num_kv_blocks
+    step = max(1, SCORES_AT_A_TIME // scores)
+    flat = [None if x is None else x.reshape(rows, -1, *x.shape[3:]) for x in tensors]
+    for start in range(0, rows, step):
+        yield [None if x is None else x[start : start + step] for x in flat]
+
+
+def _softmax(problem: Problem, scores: Tensor, kv_sizes: Tensor | None) -> Tensor:
+    """Probabilities of the key blocks; ``scores`` is overwritten."""
+    scores.mul_(problem.softmax_scale)
+    if kv_sizes is not None:
+        empty = kv_sizes < 1
+        # Where all blocks are empty, all of them hold a mean of 0: attending those gives the 0 that is wanted.
+        scores.masked_fill_(empty & ~empty.all(), float("-inf"))
+    return scores.softmax(-1)
+
+
+@Operator
+def coarse_attend_backward(
+    q_c: Tensor,
+    k_c: Tensor,
+    v_c: Tensor,
+    q: Tensor,
+    k: Tensor,
+    kv_sizes: Tensor | None,
+    dout_c: Tensor,
+    tile: Sequence[int],
+    grid: Sequence[int] | None,
+    layout: str,
+    softmax_scale: float,
+    backend: str,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients of the output of ``coarse_attend`` in q_c, k_c and v_c."""
+    problem = Problem.of(q, k, tile, grid, layout, softmax_scale, backend)
+    run = backend_for(problem, q, k)
+    dq_c, dk_c, dv_c = (torch.empty_like(x) for x in (q_c, k_c, v_c))
+    for q_rows, k_rows, v_rows, dout_rows, dq_rows, dk_rows, dv_rows in _scored_at_a_time(
+        problem, q_c, k_c, v_c, dout_c.contiguous(), dq_c, dk_c, dv_c
+    ):
+        p = _softmax(problem, run.matmul(q_rows, k_rows.mT), kv_sizes)
+        dv_rows.copy_(run.matmul(p.mT, dout_rows))
+        ds = torch._softmax_backward_data(run.matmul(dout_rows, v_rows.mT), p, -1, torch.float32)
+        ds.mul_(problem.softmax_scale)
+        dq_rows.copy_(run.matmul(ds, k_rows))
+        dk_rows.copy_(run.matmul(ds.mT, q_rows))
+    return dq_c, dk_c, dv_c
+
+
+@coarse_attend_backward.fake
+def _(q_c, k_c, v_c, *_):
+    return torch.empty_like(q_c), torch.empty_like(k_c), torch.empty_like(v_c)
+
+
+@Operator
+def coarse_attend_tangent(
+    q_c: Tensor,
+    k_c: Tensor,
+    v_c: Tensor,
+    q_c_t: Tensor,
+    k_c_t: Tensor,
+    v_c_t: Tensor,
+    q: Tensor,
+    k: Tensor,
+    kv_sizes: Tensor | None,
+    tile: Sequence[int],
+    grid: Sequence[int] | None,
+    layout: str,
+    softmax_scale: float,
+    backend: str,
+) -> Tensor:
+    """The tangent of the output of ``coarse_attend`` along those of q_c, k_c and v_c."""
+    problem = Problem.of(q, k, tile, grid, layout, softmax_scale, backend)
+    run = backend_for(problem, q, k)
+    out_t = torch.empty_like(q_c)
+    for q_rows, k_rows, v_rows, q_t, k_t, v_t, out_rows in _scored_at_a_time(
+        problem, q_c, k_c, v_c, q_c_t, k_c_t, v_c_t, out_t
+    ):
+        p = _softmax(problem, run.matmul(q_rows, k_rows.mT), kv_sizes)
+        scores_t = (run.matmul(q_t, k_rows.mT) + run.matmul(q_rows, k_t.mT)) * problem.softmax_scale
+        p_t = p * (scores_t - (p * scores_t).sum(-1, keepdim=True))
+        out_rows.copy_(run.matmul(p_t, v_rows) + run.matmul(p, v_t))
+    return out_t
+
+
+@coarse_attend_tangent.fake
+def _(q_c, *_):
+    return torch.empty_like(q_c)
+
+
+def _setup_coarse_attend(ctx: Any, inputs: tuple, output: tuple[Tensor, ...]) -> None:
+    tensors, (_, *ctx.static) = inputs[:6], inputs[6:]
+    v_c = tensors[2]
+    ctx.mark_non_differentiable(*(output if v_c is None else output[1:]))
+    _save(ctx, *tensors)
+
+
+def _coarse_attend_grad(ctx: Any, dout_c: Tensor | None, *_: None) -> tuple:
+    if dout_c is None:
+        return (None,) * 12
+    grads = coarse_attend_backward(*ctx.saved_tensors, dout_c, *ctx.static)
+    return *grads, *(None,) * 9
+
+
+def _coarse_attend_jvp(ctx: Any, q_t: Tensor | None, k_t: Tensor | None, v_t: Tensor | None, *_: None) -> tuple:
+    q_c, k_c, v_c, q, k, kv_sizes = ctx.saved_tensors
+    if v_c is None:
+        return None, None, None
+    tangents = (_or_zeros(x_t, x) for x_t, x in ((q_t, q_c), (k_t, k_c), (v_t, v_c)))
+    return coarse_attend_tangent(q_c, k_c, v_c, *tangents, q, k, kv_sizes, *ctx.static), None, None
+
+
+coarse_attend.differentiate(_setup_coarse_attend, _coarse_attend_grad, _coarse_attend_jvp)
+coarse_attend_backward.differentiate_once()
+coarse_attend_tangent.differentiate_once()
+
+
+@Operator
 def compact(
     block_map: Tensor,
     q: Tensor,
@@ -222,7 +306,7 @@ def compact(
     return q2k_idx, q2k_num
 
 
-@_fake(compact)
+@compact.fake
 def _(block_map, q, k, tile, grid, layout, softmax_scale, backend):
     return (
         block_map.new_empty(block_map.shape, dtype=torch.int32),
@@ -230,7 +314,7 @@ def _(block_map, q, k, tile, grid, layout, softmax_scale, backend):
     )
 
 
-@_Operator
+@Operator
 def attend(
     q: Tensor,
     k: Tensor,
@@ -253,16 +337,22 @@ def attend(
 
     Args:
         out_c: [B, H, n_q, D], one row for each query block, weighted by ``gate`` (of q's shape) or else ``gate_value``.
-        keep_out_s: also return the output before the coarse one was added, which the backward needs.
+            A gate of no dimensions, on the CPU, is a number too: one that ``torch.compile`` keeps symbolic.
+        keep_out_s: also return the output before the coarse one was added, which the backward needs. Where gradients
+            are recorded that is done without being asked.
 
     Returns:
         ``(out, lse, out_s)``: out like q; lse fp32 [B, H, S_q], natural log, -inf where a query has no key; out_s like
-        q, or empty where it was not asked for.
+        q, or empty where it was not kept; it carries no derivative.
     """
     problem = Problem.of(q, k, tile, grid, layout, softmax_scale, backend)
-    operands = Operands(q, k, v, q2k_idx, q2k_num, q_sizes, kv_sizes, out_c, gate, gate_value)
+    operands = Operands(q, k, v, q2k_idx, q2k_num, q_sizes, kv_sizes, out_c, *_weight(gate, gate_value))
     out, lse, out_s = _forward(problem, operands, keep_out_s)
     return out, lse, q.new_empty(0) if out_s is None else out_s
+
+
+def _weight(gate: Tensor | None, gate_value: float) -> tuple[Tensor | None, float]:
+    return (None, gate.item()) if gate is not None and gate.dim() == 0 else (gate, gate_value)
 
 
 def _forward(problem: Problem, operands: Operands, keep_out_s: bool) -> tuple[Tensor, Tensor, Tensor | None]:
@@ -281,8 +371,10 @@ class PlainCall(NamedTuple):
 
     @classmethod
     def of(cls, problem: Problem, tensors: Sequence[Tensor]) -> "PlainCall | None":
-        """None where somebody else has to see the call."""
-        return cls(problem, _is_autocast_on(tensors[0].device)) if nobody_watches() and _are_plain(tensors) else None
+        """None where somebody else has to see the call, or it computes nothing."""
+        if problem.batch == 0 or not (nobody_watches() and are_plain(tensors)):
+            return None
+        return cls(problem, is_autocast_on(tensors[0].device))
 
     def attend(self, operands: Operands) -> tuple[Tensor, Tensor]:
         """The operator of that name, past PyTorch, without the coarse output: ``(out, lse)``."""
@@ -292,13 +384,16 @@ class PlainCall(NamedTuple):
         return _forward(self.problem, operands, False)[:2]
 
 
-@_fake(attend)
-def _(q, k, v, q2k_idx, q2k_num, q_sizes, kv_sizes, out_c, gate, gate_value, keep_out_s, tile, grid, layout, *_):
-    lse = q.new_empty(bhsd(q, layout).shape[:3], dtype=torch.float32)
+@attend.fake
+def _(q, k, v, q2k_idx, q2k_num, q_sizes, kv_sizes, out_c, gate, gate_value, keep_out_s, *static):
+    problem = Problem.of(q, k, *static)
+    # A program that is being compiled cannot warn by itself.
+    warn_of_layout(problem, stacklevel=2)
+    lse = q.new_empty((problem.batch, problem.heads, problem.q_len), dtype=torch.float32)
     return empty_like(q), lse, empty_like(q) if keep_out_s else q.new_empty(0)
 
 
-@_Operator
+@Operator
 def attend_backward(
     q: Tensor,
     k: Tensor,
@@ -324,41 +419,135 @@ def attend_backward(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Gradients of ``attend`` in q, k, v, the gate and ``out_c``; empty where there is none or it is not needed."""
     problem = Problem.of(q, k, tile, grid, layout, softmax_scale, backend)
-    operands = Operands(q, k, v, q2k_idx, q2k_num, q_sizes, kv_sizes, out_c, gate, gate_value)
+    operands = Operands(q, k, v, q2k_idx, q2k_num, q_sizes, kv_sizes, out_c, *_weight(gate, gate_value))
     gradients = backend_for(problem, q, k, v).backward(problem, operands, out_s, lse, dout, dlse, need_dq, need_dkv)
     dq, dk, dv, dgate, dout_c = (q.new_empty(0) if x is None else x for x in gradients)
     return dq, dk, dv, dgate, dout_c
 
 
-@_fake(attend_backward)
+@attend_backward.fake
 def _(
-    q, k, v, q2k_idx, q2k_num, q_sizes, kv_sizes, out_c, gate, gate_value, out_s, lse, dout, dlse, need_dq, need_dkv, *_
+    q,
+    k,
+    v,
+    q2k_idx,
+    q2k_num,
+    q_sizes,
+    kv_sizes,
+    out_c,
+    gate,
+    gate_value,
+    out_s,
+    lse,
+    dout,
+    dlse,
+    need_dq,
+    need_dkv,
+    *_,
 ):
     def gradient(x: Tensor | None, needed: bool, empty: Callable = empty_like) -> Tensor:
         return empty(x) if x is not None and needed else q.new_empty(0)
 
     contiguous = functools.partial(torch.empty_like, memory_format=torch.contiguous_format)
+    gate = None if gate is None or gate.dim() == 0 else gate
     dgate, dout_c = (gradient(x, out_c is not None, contiguous) for x in (gate, out_c))
     return gradient(q, need_dq), gradient(k, need_dkv), gradient(v, need_dkv), dgate, dout_c
 
 
+@Operator
+def attend_tangent(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    q2k_idx: Tensor,
+    q2k_num: Tensor,
+    q_sizes: Tensor | None,
+    kv_sizes: Tensor | None,
+    out_c: Tensor | None,
+    gate: Tensor | None,
+    gate_value: float,
+    q_t: Tensor,
+    k_t: Tensor,
+    v_t: Tensor,
+    out_c_t: Tensor | None,
+    gate_t: Tensor | None,
+    tile: Sequence[int],
+    grid: Sequence[int] | None,
+    layout: str,
+    softmax_scale: float,
+    backend: str,
+) -> tuple[Tensor, Tensor]:
+    """The tangents of ``attend``'s out and lse along those of q, k, v, out_c and the gate, each of its tensor's shape.
+
+    Raises:
+        NotImplementedError: the call runs on another backend than ``torch``.
+    """
+    problem = Problem.of(q, k, tile, grid, layout, softmax_scale, backend)
+    chosen = choose(problem, q.device, q.dtype, (q, k, v)).backend
+    if chosen != "torch":
+        raise NotImplementedError(
+            "vsa_jit: forward-mode differentiation (jvp) runs on backend 'torch' only, and this call runs on "
+            f"{chosen!r}; pass backend='torch'"
+        )
+    from vsa_jit.backends import torch_tangent
+
+    operands = Operands(q, k, v, q2k_idx, q2k_num, q_sizes, kv_sizes, out_c, *_weight(gate, gate_value))
+    return torch_tangent.attend(problem, operands, q_t, k_t, v_t, out_c_t, gate_t)
+
+
+@attend_tangent.fake
+def _(q, k, v, q2k_idx, q2k_num, q_sizes, kv_sizes, out_c, gate, gate_value, q_t, k_t, v_t, out_c_t, gate_t, *static):
+    return empty_like(q), q.new_empty(bhsd(q, static[2]).shape[:3], dtype=torch.float32)
+
+
+def _with_what_the_backward_needs(args: tuple) -> tuple:
+    """Of ``attend``: with a coarse output added, the output alone does not give the one before."""
+    keep_out_s = args[7] is not None
+    return *args[:10], keep_out_s or args[10], *args[11:]
+
+
 def _setup_attend(ctx: Any, inputs: tuple, output: tuple[Tensor, Tensor, Tensor]) -> None:
-    tensors, (gate_value, keep_out_s, *static) = inputs[:9], inputs[9:]
+    tensors, (ctx.gate_value, _, *ctx.static) = inputs[:9], inputs[9:]
     out, lse, out_s = output
-    ctx.set_materialize_grads(False)
-    ctx.gate_value, ctx.static = gate_value, static
-    ctx.save_for_backward(*tensors, out_s if keep_out_s else out, lse)
+    ctx.mark_non_differentiable(out_s)
+    out_c = tensors[7]
+    _save(ctx, *tensors, out if out_c is None else out_s, lse)
 
 
-def _attend_grad(ctx: Any, dout: Tensor | None, dlse: Tensor | None, dout_s: Tensor | None) -> tuple:
+def _attend_grad(ctx: Any, dout: Tensor | None, dlse: Tensor | None, _dout_s: None) -> tuple:
     *tensors, out_s, lse = ctx.saved_tensors
-    need_dq, need_dkv = ctx.needs_input_grad[0], ctx.needs_input_grad[1] or ctx.needs_input_grad[2]
+    need_q, need_k, need_v, *_, need_out_c, need_gate = ctx.needs_input_grad[:9]
     dout = torch.zeros_like(out_s) if dout is None else dout
-    gradients = attend_backward(*tensors, ctx.gate_value, out_s, lse, dout, dlse, need_dq, need_dkv, *ctx.static)
-    dq, dk, dv, dgate, dout_c = (x if x.numel() > 0 else None for x in gradients)
+    gradients = attend_backward(*tensors, ctx.gate_value, out_s, lse, dout, dlse, need_q, need_k or need_v, *ctx.static)
+    needs = (need_q, need_k, need_v, need_gate, need_out_c)
+    dq, dk, dv, dgate, dout_c = (x if needed else None for x, needed in zip(gradients, needs, strict=True))
     return dq, dk, dv, *(None,) * 4, dout_c, dgate, *(None,) * 7
 
 
-_autograd(attend, _attend_grad, _setup_attend)
-_autograd(attend_backward, _refuse_second_derivative)
-_autograd(block_mean_backward, _refuse_second_derivative)
+def _attend_jvp(ctx: Any, *tangents: Tensor | None) -> tuple:
+    *tensors, _out_s, _lse = ctx.saved_tensors
+    # Of q, k, v, the coarse output and the gate.
+    along = (_or_zeros(tangents[i], tensors[i]) for i in (0, 1, 2, 7, 8))
+    out_t, lse_t = attend_tangent(*tensors, ctx.gate_value, *along, *ctx.static)
+    return out_t, lse_t, None
+
+
+attend.differentiate(_setup_attend, _attend_grad, _attend_jvp, _with_what_the_backward_needs)
+attend_backward.differentiate_once()
+attend_tangent.differentiate_once()
+
+
+def _save(ctx: Any, *tensors: Tensor | None) -> None:
+    """For both kinds of derivatives."""
+    ctx.save_for_backward(*tensors)
+    ctx.save_for_forward(*tensors)
+
+
+def _or_zeros(tangent: Tensor | None, x: Tensor | None) -> Tensor | None:
+    if x is None:
+        return None
+    # Kernels read a contiguous last dimension, which was checked of ``x`` alone.
+    return torch.zeros_like(x) if tangent is None else tangent.contiguous()
+
+
+flops.tell_counters()

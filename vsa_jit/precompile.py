@@ -11,13 +11,14 @@ import torch
 
 from vsa_jit.backends.sm90.means import DTYPES, HEAD_DIMS
 from vsa_jit.backends.sm90.support import kernels_of
+from vsa_jit.checks import check_block_size
 from vsa_jit.jit import engines, module
 from vsa_jit.jit.cache import open_store
 from vsa_jit.jit.compile import entries_of
 from vsa_jit.jit.errors import CacheError
-from vsa_jit.jit.toolchain import ARCHS, CAPABILITIES
+from vsa_jit.jit.toolchain import ARCHS, CAPABILITIES, arch_named
 from vsa_jit.names import check_name
-from vsa_jit.problem import TILE_OF_TOKENS, check_block_size
+from vsa_jit.problem import TILE_OF_TOKENS
 
 
 def warmup(arch: str | None, dtype: Any, head_dim: Any, block_size: Any, engine: str) -> list[Path]:
@@ -27,7 +28,8 @@ def warmup(arch: str | None, dtype: Any, head_dim: Any, block_size: Any, engine:
         if torch.cuda.is_available():
             return []
         raise ValueError(f"arch: expected one of {tuple(ARCHS)} where there is no GPU, got None")
-    arch = check_name("arch", here if arch is None else arch, tuple(ARCHS))
+    asked = here if arch is None else arch
+    arch = check_name("arch", arch_named(asked) if isinstance(asked, str) else asked, tuple(ARCHS))
     dtypes = _several("dtype", dtype, torch.dtype, tuple(DTYPES))
     head_dims = _several("head_dim", head_dim, int, HEAD_DIMS)
     # Blocks of every size run the same kernels.

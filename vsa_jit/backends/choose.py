@@ -44,6 +44,10 @@ class Backend(Protocol):
 
     def block_mean_backward(self, problem: Problem, dmean: Tensor, x: Tensor, sizes: Tensor | None) -> Tensor: ...
 
+    def matmul(self, a: Tensor, b: Tensor) -> Tensor:
+        """a · b of fp32 matrices, [R, M, K] and [R, K, N] of any strides, as exact as fp32 arithmetic."""
+        ...
+
     def select(self, scores: Tensor, kv_sizes: Tensor | None, topk: int, q2k_idx: Tensor, q2k_num: Tensor) -> None: ...
 
     def compact(self, block_map: Tensor, q2k_idx: Tensor, q2k_num: Tensor) -> None: ...
@@ -63,6 +67,11 @@ class Backend(Protocol):
         need_dq: bool,
         need_dkv: bool,
     ) -> Gradients: ...
+
+    @property
+    def invert(self) -> Callable[[Problem, Tensor, Tensor], object] | None:
+        """The inversion of the map that ``backward`` does for dk and dv; None where it does all in one pass."""
+        ...
 
 
 @dataclass(frozen=True)
@@ -85,9 +94,9 @@ class Entry:
     prepare: Callable[[Problem, torch.device, torch.dtype], None] | None = None
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Choice:
-    """Which backend runs a call, and why each other one does not."""
+    """Which backend runs a call, and why each other one does not; it shows as it prints."""
 
     backend: str
     engine: str | None
@@ -96,6 +105,8 @@ class Choice:
     def __str__(self) -> str:
         runs = self.backend if self.engine is None else f"{self.backend} (engine: {self.engine})"
         return "\n".join([f"runs: {runs}", *(f"not {name}: {reason}" for name, reason in self.reasons.items())])
+
+    __repr__ = __str__
 
 
 def _is_hopper(device: torch.device) -> bool:

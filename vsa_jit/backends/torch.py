@@ -1,6 +1,7 @@
 """Plain PyTorch, on any device: gathers the selected blocks of a few query blocks at a time.
 
-Memory is O(selected) for one chunk of query blocks, never a matrix of all queries by all keys. All arithmetic is fp32.
+Memory is O(selected) for one chunk of query blocks, never a matrix of all queries by all keys. All arithmetic is fp32,
+whatever precision PyTorch is allowed for its own products.
 """
 
 from __future__ import annotations
@@ -18,6 +19,19 @@ from vsa_jit.problem import Gradients, Operands, Problem, bhsd, empty_like
 CHUNK_ELEMENTS = 1 << 20
 
 
+# One pass over the map gives all gradients.
+invert = None
+
+
+def matmul(a: Tensor, b: Tensor) -> Tensor:
+    # PyTorch may be allowed TF32 or bf16 inside of fp32 products, and that by process-wide settings, which are not ours
+    # to change.
+    settings = torch.backends.cuda if a.is_cuda else torch.backends.mkldnn
+    if settings.matmul.fp32_precision in ("none", "ieee"):
+        return a @ b
+    return (a.double() @ b.double()).float()
+
+
 def block_means(
     problem: Problem, q: Tensor, k: Tensor, v: Tensor | None, q_sizes: Tensor | None, kv_sizes: Tensor | None
 ) -> tuple[Tensor, Tensor, Tensor | None]:
@@ -29,7 +43,7 @@ def _block_mean(problem: Problem, x: Tensor, sizes: Tensor | None) -> Tensor:
     x = bhsd(x, problem.layout)
     tokens = block_tokens(problem, x.shape[2], sizes, x.device)
     count = (tokens >= 0).sum(-1).clamp(min=1)
-    means = [_take(x_bh, tokens).sum(1) / count[:, None] for x_bh in x.flatten(0, 1)]
+    means = [take(x_bh, tokens).sum(1) / count[:, None] for x_bh in x.flatten(0, 1)]
     return torch.stack(means).unflatten(0, x.shape[:2])
 
 
@@ -41,7 +55,7 @@ def block_mean_backward(problem: Problem, dmean: Tensor, x: Tensor, sizes: Tenso
     for b in range(dx_view.shape[0]):
         for h in range(dx_view.shape[1]):
             share = (dmean[b, h] / count[:, None])[:, None, :].expand(-1, problem.block, -1)
-            _put(dx_view[b, h], tokens, share)
+            put(dx_view[b, h], tokens, share)
     return dx
 
 
@@ -67,7 +81,7 @@ def compact(block_map: Tensor, q2k_idx: Tensor, q2k_num: Tensor) -> None:
 
 
 @dataclass(frozen=True)
-class _Chunk:
+class Chunk:
     """Some query blocks of one head, the keys that they selected and their scores."""
 
     b: int
@@ -82,7 +96,7 @@ class _Chunk:
     poisoned: Tensor  # [c, 1, 1]: the map names a block that does not exist
 
 
-def _chunks(
+def chunks(
     problem: Problem,
     q: Tensor,
     k: Tensor,
@@ -91,7 +105,7 @@ def _chunks(
     q2k_num: Tensor,
     q_tokens: Tensor,
     kv_tokens: Tensor,
-) -> Iterator[_Chunk]:
+) -> Iterator[Chunk]:
     width = q2k_idx.shape[-1]
     if q2k_num.device.type == "cpu":
         width = min(width, max(int(q2k_num.max()), 0))
@@ -108,18 +122,20 @@ def _chunks(
                 exists = (named >= 0) & (named < problem.num_kv_blocks)
                 tokens = kv_tokens[named.clamp(0, problem.num_kv_blocks - 1)]
                 tokens = torch.where((used & exists)[..., None], tokens, -1).flatten(1)
-                q_rows = _take(q[b, h], q_tokens[rows])
-                k_rows = _take(k[b, h_kv], tokens)
-                v_rows = _take(v[b, h_kv], tokens)
-                bias = torch.zeros(tokens.shape, dtype=torch.float32, device=q.device)
-                scores = torch.baddbmm(
-                    bias.masked_fill(tokens < 0, float("-inf"))[:, None, :].expand(-1, problem.block, -1),
-                    q_rows,
-                    k_rows.mT,
-                    alpha=problem.softmax_scale,
-                )
+                q_rows = take(q[b, h], q_tokens[rows])
+                k_rows = take(k[b, h_kv], tokens)
+                v_rows = take(v[b, h_kv], tokens)
+                scores = matmul(q_rows, k_rows.mT).mul_(problem.softmax_scale)
+                scores.masked_fill_((tokens < 0)[:, None, :], float("-inf"))
                 poisoned = (used & ~exists).any(-1)[:, None, None]
-                yield _Chunk(b, h, h_kv, rows, q_rows, k_rows, v_rows, tokens, scores, poisoned)
+                yield Chunk(b, h, h_kv, rows, q_rows, k_rows, v_rows, tokens, scores, poisoned)
+
+
+def softmax(scores: Tensor) -> tuple[Tensor, Tensor]:
+    """Probabilities over the last dimension, and the log-sum-exp."""
+    lse = scores.logsumexp(-1, keepdim=True)
+    # A row without keys has -inf everywhere: its probabilities are 0, not NaN.
+    return torch.exp(scores - lse.masked_fill(lse == float("-inf"), 0.0)), lse
 
 
 def forward(problem: Problem, operands: Operands, keep_out_s: bool) -> tuple[Tensor, Tensor, Tensor | None]:
@@ -132,23 +148,21 @@ def forward(problem: Problem, operands: Operands, keep_out_s: bool) -> tuple[Ten
     q_tokens = block_tokens(problem, problem.q_len, q_sizes, q.device)
     kv_tokens = block_tokens(problem, problem.kv_len, kv_sizes, q.device)
     padded = q.new_empty((problem.num_q_blocks, problem.block, problem.head_dim + 1), dtype=torch.float32)
-    for chunk in _chunks(problem, q, k, v, q2k_idx, q2k_num, q_tokens, kv_tokens):
-        chunk_lse = chunk.scores.logsumexp(-1, keepdim=True)
-        # A row without keys has -inf everywhere: its probabilities are 0, not NaN.
-        p = torch.exp(chunk.scores - chunk_lse.masked_fill(chunk_lse == float("-inf"), 0.0))
-        block_out = torch.cat([p @ chunk.v, chunk_lse], -1)
+    for chunk in chunks(problem, q, k, v, q2k_idx, q2k_num, q_tokens, kv_tokens):
+        p, chunk_lse = softmax(chunk.scores)
+        block_out = torch.cat([matmul(p, chunk.v), chunk_lse], -1)
         padded[chunk.rows] = block_out.masked_fill(chunk.poisoned, float("nan"))
         if chunk.rows.stop < problem.num_q_blocks:
             continue
         b, h = chunk.b, chunk.h
-        _put(lse[b, h, :, None], q_tokens, padded[..., -1:], fill=float("-inf"))
+        put(lse[b, h, :, None], q_tokens, padded[..., -1:], fill=float("-inf"))
         fine = padded[..., :-1]
         if out_s is not None:
-            _put(bhsd(out_s, problem.layout)[b, h], q_tokens, fine)
+            put(bhsd(out_s, problem.layout)[b, h], q_tokens, fine)
         if out_c is not None:
-            weight = gate_value if gate_view is None else _take(gate_view[b, h], q_tokens)
+            weight = gate_value if gate_view is None else take(gate_view[b, h], q_tokens)
             fine = fine + weight * out_c[b, h, :, None, :]
-        _put(out_view[b, h], q_tokens, fine)
+        put(out_view[b, h], q_tokens, fine)
     return out, lse, out_s
 
 
@@ -173,11 +187,11 @@ def backward(
         dout_c = torch.empty_like(out_c, memory_format=torch.contiguous_format)
         for b in range(problem.batch):
             for h in range(problem.heads):
-                dout_rows = _take(dout[b, h], q_tokens)
-                weight = gate_value if gate is None else _take(bhsd(gate, layout)[b, h], q_tokens)
+                dout_rows = take(dout[b, h], q_tokens)
+                weight = gate_value if gate is None else take(bhsd(gate, layout)[b, h], q_tokens)
                 dout_c[b, h] = (weight * dout_rows).sum(1)
                 if dgate is not None:
-                    _put(bhsd(dgate, layout)[b, h], q_tokens, dout_rows * out_c[b, h, :, None, :])
+                    put(bhsd(dgate, layout)[b, h], q_tokens, dout_rows * out_c[b, h, :, None, :])
 
     dq = empty_like(q) if need_dq else None
     kv_shape = (problem.batch, problem.kv_heads, problem.kv_len + 1, problem.head_dim)
@@ -185,27 +199,27 @@ def backward(
     dv_sum = q.new_zeros(kv_shape if need_dkv else 0, dtype=torch.float32)
     dq_blocks = q.new_empty((problem.num_q_blocks, problem.block, problem.head_dim), dtype=torch.float32)
     q_view, k_view, v_view = (bhsd(x, layout) for x in (q, k, v))
-    for chunk in _chunks(problem, q_view, k_view, v_view, q2k_idx, q2k_num, q_tokens, kv_tokens):
+    for chunk in chunks(problem, q_view, k_view, v_view, q2k_idx, q2k_num, q_tokens, kv_tokens):
         b, h, tokens = chunk.b, chunk.h, q_tokens[chunk.rows]
-        chunk_lse = _take(lse[b, h, :, None], tokens, fill=float("-inf"))
+        chunk_lse = take(lse[b, h, :, None], tokens, fill=float("-inf"))
         p = torch.exp(chunk.scores - chunk_lse)
         p = p.masked_fill(chunk_lse == float("-inf"), 0.0)
-        dout_rows = _take(dout[b, h], tokens)
-        delta = (dout_rows * _take(out_s[b, h], tokens)).sum(-1, keepdim=True)
+        dout_rows = take(dout[b, h], tokens)
+        delta = (dout_rows * take(out_s[b, h], tokens)).sum(-1, keepdim=True)
         if dlse is not None:
-            delta = delta - _take(dlse[b, h, :, None], tokens)
-        ds = p * (dout_rows @ chunk.v.mT - delta) * problem.softmax_scale
+            delta = delta - take(dlse[b, h, :, None], tokens)
+        ds = p * (matmul(dout_rows, chunk.v.mT) - delta) * problem.softmax_scale
         # What a slot without a token holds may be NaN, and goes to the spare row.
         missing = chunk.kv_tokens < 0
         ds = ds.masked_fill(missing[:, None, :], 0.0)
         if need_dkv:
             into = chunk.kv_tokens.masked_fill(missing, problem.kv_len).flatten()
-            dk_sum[b, chunk.h_kv].index_add_(0, into, (ds.mT @ chunk.q).flatten(0, 1))
-            dv_sum[b, chunk.h_kv].index_add_(0, into, (p.mT @ dout_rows).flatten(0, 1))
+            dk_sum[b, chunk.h_kv].index_add_(0, into, matmul(ds.mT, chunk.q).flatten(0, 1))
+            dv_sum[b, chunk.h_kv].index_add_(0, into, matmul(p.mT, dout_rows).flatten(0, 1))
         if dq is not None:
-            dq_blocks[chunk.rows] = ds @ chunk.k
+            dq_blocks[chunk.rows] = matmul(ds, chunk.k)
             if chunk.rows.stop == problem.num_q_blocks:
-                _put(bhsd(dq, layout)[b, h], q_tokens, dq_blocks)
+                put(bhsd(dq, layout)[b, h], q_tokens, dq_blocks)
     if not need_dkv:
         return Gradients(dq, None, None, dgate, dout_c)
     dk, dv = empty_like(k), empty_like(v)
@@ -214,13 +228,13 @@ def backward(
     return Gradients(dq, dk, dv, dgate, dout_c)
 
 
-def _take(x: Tensor, tokens: Tensor, fill: float = 0.0) -> Tensor:
+def take(x: Tensor, tokens: Tensor, fill: float = 0.0) -> Tensor:
     """Rows of ``x`` [S, C] by token, in fp32; ``fill`` where the token is -1."""
     rows = x[tokens.clamp(min=0)].float()
     return rows.masked_fill((tokens < 0)[..., None], fill)
 
 
-def _put(x: Tensor, tokens: Tensor, rows: Tensor, fill: float = 0.0) -> None:
+def put(x: Tensor, tokens: Tensor, rows: Tensor, fill: float = 0.0) -> None:
     """Writes rows [n, block, C] to their tokens in ``x`` [S, C]; a token of ``x`` that no slot holds gets ``fill``."""
     # One spare row takes what belongs to no token.
     spare = x.shape[0]

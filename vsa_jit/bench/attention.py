@@ -51,15 +51,16 @@ class Run:
         """What the direction computes: the output, or the gradients."""
         return self.forward() if direction == "forward" else self.forward_backward()
 
-    def median_ms(self, direction: str, seconds: float) -> float:
-        """Of the forward in inference, or of the backward alone."""
+    def call(self, direction: str) -> Callable[[], object]:
+        """The forward in inference, or the backward alone."""
         if direction == "forward":
-            return median_ms(self.forward, self.dout.device, seconds)
+            return self.forward
         leaves = self._leaves()
         out = self.attention(*leaves)
-        return median_ms(
-            lambda: torch.autograd.grad(out, leaves, self.dout, retain_graph=True), self.dout.device, seconds
-        )
+        return lambda: torch.autograd.grad(out, leaves, self.dout, retain_graph=True)
+
+    def median_ms(self, direction: str, seconds: float) -> float:
+        return median_ms(self.call(direction), self.dout.device, seconds)
 
     def peak_mib(self, direction: str) -> float | None:
         """Of the forward in inference, or of a forward and its backward together: what a training step needs."""

@@ -10,7 +10,8 @@ import torch
 from torch import Tensor
 
 from vsa_jit.backends.choose import Choice, choose
-from vsa_jit.problem import Problem, check_problem, check_topk
+from vsa_jit.checks import check_problem, check_topk
+from vsa_jit.problem import BackendName, Layout, Problem
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 GATES = ("tensor", "one", "off")
@@ -105,7 +106,7 @@ class Shape:
     heads: int
     head_dim: int
     dtype: str
-    layout: str
+    layout: Layout
 
     @property
     def tokens(self) -> str:
@@ -144,7 +145,7 @@ class Case:
     block_size: BlockSize
     selection: Selection
     gate: str
-    backend: str
+    backend: BackendName
 
     @functools.cached_property
     def problem(self) -> Problem:

@@ -21,8 +21,8 @@ from vsa_jit.problem import Problem, bhsd
 
 # Where plain PyTorch happens to be exact to the last bits, rounding in another order is no mistake.
 FLOOR = {torch.bfloat16: 0.0, torch.float16: 0.0, torch.float32: 1e-6}
-# Scores of a product in fp32, and of one that PyTorch was allowed to do in tf32, against those of fp64.
-SCORE_TOLERANCE = {"highest": 1e-5, "high": 2e-3, "medium": 2e-2}
+# Scores of a product in fp32 against those of fp64.
+SCORE_TOLERANCE = 1e-5
 CHECKED_BLOCKS = 16
 # Elements of the keys that are gathered at a time.
 CHUNK_ELEMENTS = 1 << 24
@@ -211,7 +211,7 @@ class _Comparison:
         missed = (highest - lowest).clamp(min=0.0).max() / scores.abs().max()
         complete = (kept.sum(1) == topk).all()
         error = torch.where(complete, missed, math.inf).item()
-        previous, bound = self._errors.get("selection", (0.0, SCORE_TOLERANCE[torch.get_float32_matmul_precision()]))
+        previous, bound = self._errors.get("selection", (0.0, SCORE_TOLERANCE))
         self._errors["selection"] = (max(previous, error), bound)
 
     def checked(self) -> Checked:

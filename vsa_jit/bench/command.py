@@ -33,7 +33,7 @@ from vsa_jit.bench.cases import (
 from vsa_jit.bench.extras import INSTALL, has_matplotlib
 from vsa_jit.bench.stages import write_trace
 from vsa_jit.bench.sweep import OK, Row, sweep
-from vsa_jit.problem import LAYOUTS
+from vsa_jit.checks import LAYOUTS
 
 SUMMARY = "measure speed, memory and precision beside dense attention"
 DESCRIPTION = f"""\
@@ -64,7 +64,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     several(selection, "--recipe", parse.one_of(RECIPES), "NAME", "a top-k and its block size. " + _listed(RECIPES))
     several(what, "--block-size", parse.block_size, "SIZE", "tokens, or a tile such as 4x8x8; a multiple of 64 tokens")
     several(what, "--head-dim", parse.head_dim, "D", "size of a head")
-    several(what, "--dtype", parse.one_of(DTYPES), "NAME", ", ".join(DTYPES))
+    several(what, "--dtype", parse.dtype, "NAME", ", ".join(DTYPES))
     several(what, "--backend", parse.one_of(NAMES), "NAME", f"{', '.join(NAMES)}; default auto")
 
     how = parser.add_argument_group("how to run it")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 
@@ -18,46 +18,61 @@ MAX_REPEATS = 1000
 
 def median_ms(call: Callable[[], object], device: torch.device, seconds: float) -> float:
     """Median time of a call in milliseconds, over as many repeats as fit ``seconds`` (at least a few)."""
-    call()
-    return _cuda_median_ms(call, device, seconds) if device.type == "cuda" else _cpu_median_ms(call, seconds)
+    (times,) = times_ms([call], device, seconds)
+    return statistics.median(times)
+
+
+def times_ms(calls: Sequence[Callable[[], object]], device: torch.device, seconds: float) -> list[list[float]]:
+    """Times of several calls in milliseconds, a list for each, as many as fit ``seconds`` for each (at least a few).
+
+    Calls are made in turn, round after round, so that whatever drifts meets all of them: a difference of two calls is
+    best taken round by round.
+    """
+    for call in calls:
+        call()
+    return _cuda_times_ms(calls, device, seconds) if device.type == "cuda" else _cpu_times_ms(calls, seconds)
 
 
 def _repeats(seconds: float, seconds_per_call: float) -> int:
     return max(MIN_REPEATS, min(int(seconds / max(seconds_per_call, 1e-7)), MAX_REPEATS))
 
 
-def _cpu_median_ms(call: Callable[[], object], seconds: float) -> float:
-    def measure() -> float:
+def _cpu_times_ms(calls: Sequence[Callable[[], object]], seconds: float) -> list[list[float]]:
+    def measure(call: Callable[[], object]) -> float:
         start = time.perf_counter()
         call()
-        return time.perf_counter() - start
+        return 1e3 * (time.perf_counter() - start)
 
-    times = [measure()]
-    times += [measure() for _ in range(_repeats(seconds, times[0]) - 1)]
-    return 1e3 * statistics.median(times)
+    rounds = [[measure(call) for call in calls]]
+    repeats = _repeats(seconds * len(calls), 1e-3 * sum(rounds[0]))
+    rounds += [[measure(call) for call in calls] for _ in range(repeats - 1)]
+    return [list(times) for times in zip(*rounds, strict=True)]
 
 
-def _cuda_median_ms(call: Callable[[], object], device: torch.device, seconds: float) -> float:
+def _cuda_times_ms(calls: Sequence[Callable[[], object]], device: torch.device, seconds: float) -> list[list[float]]:
     with torch.cuda.device(device):
         flush = torch.empty(L2_FLUSH_BYTES, dtype=torch.int8, device=device)
 
-        def measure(repeats: int) -> list[float]:
-            events = [[torch.cuda.Event(enable_timing=True) for _ in range(2)] for _ in range(repeats)]
-            for start, end in events:
-                flush.zero_()
-                start.record()
-                call()
-                end.record()
+        def measure(repeats: int) -> list[list[float]]:
+            times: list[list[tuple[torch.cuda.Event, torch.cuda.Event]]] = [[] for _ in calls]
+            for _ in range(repeats):
+                for call, events in zip(calls, times, strict=True):
+                    start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+                    flush.zero_()
+                    start.record()
+                    call()
+                    end.record()
+                    events.append((start, end))
             torch.cuda.synchronize()
-            return [start.elapsed_time(end) for start, end in events]
+            return [[start.elapsed_time(end) for start, end in events] for events in times]
 
-        first_ms = statistics.median(measure(MIN_REPEATS))
-        estimate = 1e-3 * first_ms
-        if estimate >= seconds:
-            # A call so long has warmed up by its first run, and more of them would only take the user's time.
-            return first_ms
-        measure(_repeats(WARM_UP_SECONDS, estimate))
-        return statistics.median(measure(_repeats(seconds, estimate)))
+        first = measure(MIN_REPEATS)
+        estimate = 1e-3 * sum(map(statistics.median, first))
+        if estimate >= seconds * len(calls):
+            # Calls so long have warmed up by their first run, and more of them would only take the user's time.
+            return first
+        measure(_repeats(WARM_UP_SECONDS * len(calls), estimate))
+        return measure(_repeats(seconds * len(calls), estimate))
 
 
 def peak_mib(call: Callable[[], object], device: torch.device) -> float | None:

@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import math
+import re
 from argparse import ArgumentTypeError
 from collections.abc import Callable, Collection
 
 import torch
 
-from vsa_jit.bench.cases import BlockSize
-from vsa_jit.problem import MAX_HEAD_DIM, MIN_HEAD_DIM
+from vsa_jit.bench.cases import DTYPES, BlockSize
+from vsa_jit.checks import MAX_HEAD_DIM, MIN_HEAD_DIM, check_sparsity, check_tile, hint_of_cube
 
 # Sizes beyond it exist on no device, and PyTorch cannot even take them.
 LARGEST_INT = 2**31 - 1
+DTYPE_NAMES = {"bfloat16": "bf16", "float16": "fp16", "half": "fp16", "float32": "fp32", "float": "fp32"}
 
 
 def positive_int(text: str) -> int:
@@ -39,8 +41,10 @@ def head_dim(text: str) -> int:
 
 def sparsity(text: str) -> float:
     value = _float(text)
-    if not 0.0 <= value < 1.0:
-        raise ArgumentTypeError(f"expected a number in [0, 1), got {text!r}")
+    try:
+        check_sparsity(value, "", repr(text))
+    except ValueError as error:
+        raise ArgumentTypeError(str(error)) from None
     return value
 
 
@@ -60,7 +64,7 @@ def _float(text: str) -> float:
 
 
 def triple(text: str) -> tuple[int, int, int]:
-    parts = text.lower().split("x")
+    parts = re.split("[x,]", text.lower())
     if len(parts) != 3 or not all(_is_int(part, 1, LARGEST_INT) for part in parts):
         raise ArgumentTypeError(f"expected three positive ints such as 21x30x52, got {text!r}")
     return int(parts[0]), int(parts[1]), int(parts[2])
@@ -68,9 +72,12 @@ def triple(text: str) -> tuple[int, int, int]:
 
 def block_size(text: str) -> BlockSize:
     size: BlockSize = positive_int(text) if text.isdecimal() else triple(text)
-    tokens = block_tokens(size)
-    if tokens < 64 or tokens % 64 != 0:
-        raise ArgumentTypeError(f"expected a positive multiple of 64 tokens, got {text!r} with {tokens}")
+    tile = (1, 1, size) if isinstance(size, int) else size
+    got = f"{text!r}{hint_of_cube(size)}" if isinstance(size, int) else f"{text!r} with {block_tokens(size)}"
+    try:
+        check_tile("", tile, got)
+    except ValueError as error:
+        raise ArgumentTypeError(str(error)) from None
     return size
 
 
@@ -91,6 +98,15 @@ def device(text: str) -> torch.device:
             f"expected a device of this machine, which has {count} of type {value.type}, got {text!r}"
         )
     return value
+
+
+def dtype_named(text: str) -> str:
+    """A dtype by its short name, whichever of its usual names was given; another text as it is."""
+    return DTYPE_NAMES.get(text.lower().removeprefix("torch."), text)
+
+
+def dtype(text: str) -> str:
+    return one_of(DTYPES)(dtype_named(text))
 
 
 def one_of(names: Collection[str]) -> Callable[[str], str]:

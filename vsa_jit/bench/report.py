@@ -21,6 +21,7 @@ from vsa_jit.bench.check import Metrics
 from vsa_jit.bench.extras import has_rich
 from vsa_jit.bench.stages import Stage
 from vsa_jit.bench.sweep import FAILED, Row
+from vsa_jit.text import counted
 
 NOTES = """\
 ms, TFLOP/s: the whole call, as a user sees it, at 4·B·H·S·(topk·block)·D FLOP forward and 2.5 times that backward.
@@ -161,8 +162,9 @@ def write_csv(environment: dict[str, Any], rows: Sequence[Row], file: TextIO) ->
 def print_header(environment: dict[str, Any], choices: Iterable[str], file: TextIO) -> None:
     """The machine and the versions, and which backends run and why."""
     capability = environment["compute_capability"]
-    threads = f"{environment['cpu_threads']} threads" if capability is None else f"compute capability {capability}"
-    print(f"device: {environment['device']}, {environment['device_name']}, {threads}", file=file)
+    threads = counted(environment["cpu_threads"], "thread")
+    kind = threads if capability is None else f"compute capability {capability}"
+    print(f"device: {environment['device']}, {environment['device_name']}, {kind}", file=file)
     versions = ", ".join(
         f"{name} {environment[name]}" for name in ("vsa_jit", "torch", "triton", "cuda") if environment[name]
     )
@@ -223,16 +225,15 @@ def _metric_cells(metrics: Metrics) -> list[str]:
 
 def _stage_cells(row: Row) -> list[list[str]]:
     assert row.timing is not None
-    stages = [*row.stages, Stage("whole call", row.timing.ms, row.timing.tflops)]
-    return [
-        [
-            stage.name,
-            f"{stage.ms:.3f}",
-            f"{100 * stage.ms / row.timing.ms:.1f}",
-            "-" if stage.tflops is None else _rate(stage.tflops),
-        ]
-        for stage in stages
-    ]
+    cells = []
+    for stage in (*row.stages, Stage("whole call", row.timing.ms, 0.0, row.timing.tflops)):
+        if stage.ms is None:
+            cells.append([stage.name, f"noise (<{stage.noise_ms:.3f})", "-", "-"])
+        else:
+            share = 100 * stage.ms / row.timing.ms
+            tflops = "-" if stage.tflops is None else _rate(stage.tflops)
+            cells.append([stage.name, f"{stage.ms:.3f}", f"{share:.1f}", tflops])
+    return cells
 
 
 def _rate(tflops: float) -> str:

@@ -2,82 +2,126 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+import math
+import statistics
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 from torch.profiler import ProfilerActivity
 
+from vsa_jit import ops
 from vsa_jit.backends.choose import backend_for
 from vsa_jit.bench.attention import sparse
 from vsa_jit.bench.cases import Case, Inputs, flops_factor
-from vsa_jit.bench.measure import median_ms
+from vsa_jit.bench.measure import times_ms
 from vsa_jit.coarse import coarse_branch
 from vsa_jit.problem import Operands
+
+# A time is told from noise where it is so many times the standard error of its median.
+RESOLVED = 3.0
+# Of the median of normally distributed values, in standard errors of their mean; and a normal distribution's standard
+# deviation in median absolute deviations.
+MEDIAN_ERROR, DEVIATION = 1.2533, 1.4826
 
 
 @dataclass(frozen=True)
 class Stage:
-    """``tflops`` in TFLOP/s, of the stages that attend keys."""
+    """A part of a call.
+
+    Attributes:
+        ms: None where it cannot be told from noise.
+        noise_ms: what cannot be told from noise.
+        tflops: TFLOP/s, of the stages that attend keys.
+    """
 
     name: str
-    ms: float
+    ms: float | None
+    noise_ms: float
     tflops: float | None = None
 
 
-def breakdown(case: Case, inputs: Inputs, direction: str, total_ms: float, seconds: float) -> Iterator[Stage]:
-    """Calls the stages of one direction by themselves and times each.
+@dataclass(frozen=True)
+class _Part:
+    """A stage as a call that does it, and the calls whose times are to be taken off since it does their work too."""
+
+    name: str
+    call: Callable[[], object]
+    without: tuple[Callable[[], object], ...] = ()
+    # Of the direction's work on the selected keys; None for what attends none.
+    share: float | None = None
+
+
+def breakdown(case: Case, inputs: Inputs, direction: str, seconds: float) -> tuple[float, tuple[Stage, ...]]:
+    """Calls the stages of one direction by themselves, in turn with the whole call, and times each.
 
     What a kernel does beside its main work is timed by difference: the combine in the forward kernel's epilogue, and
-    the parts of the backward. The last stage is what the whole call took beyond them: autograd, launches, allocation;
-    it is negative where stages cost less together than each by itself.
+    the parts of the backward. The last stage is what the whole call took beyond the others: autograd, launches,
+    allocation.
+
+    Returns:
+        The median time of the whole call in milliseconds, and the stages.
     """
-    stages = _Stages(case, inputs, seconds)
+    stages = _Stages(case, inputs)
     parts = list(stages.forward() if direction == "forward" else stages.backward())
-    yield from parts
-    yield Stage("rest", total_ms - sum(part.ms for part in parts))
+    whole = sparse(case, inputs).call(direction)
+    calls = list(dict.fromkeys([whole, *(call for part in parts for call in (part.call, *part.without))]))
+    times = dict(zip(calls, times_ms(calls, inputs.device, seconds), strict=True))
+    rounds = [_differences(times[part.call], [times[call] for call in part.without]) for part in parts]
+    flops = case.flops * flops_factor(direction)
+    timed = [
+        _stage(part.name, of_part, part.share and flops * part.share)
+        for part, of_part in zip(parts, rounds, strict=True)
+    ]
+    return statistics.median(times[whole]), (*timed, _stage("rest", _differences(times[whole], rounds)))
+
+
+def _differences(times: Sequence[float], others: Sequence[Sequence[float]]) -> list[float]:
+    """Round by round what a call took beyond others."""
+    return [time - sum(rest) for time, *rest in zip(times, *others, strict=True)]
+
+
+def _stage(name: str, times: Sequence[float], flops: float | None = None) -> Stage:
+    ms = statistics.median(times)
+    deviation = DEVIATION * statistics.median([abs(time - ms) for time in times])
+    noise = RESOLVED * MEDIAN_ERROR * deviation / math.sqrt(len(times))
+    if ms <= noise:
+        return Stage(name, None, max(noise, abs(ms)))
+    return Stage(name, ms, noise, flops and flops / ms * 1e-9)
 
 
 class _Stages:
-    def __init__(self, case: Case, inputs: Inputs, seconds: float) -> None:
-        self._case, self._inputs, self._seconds = case, inputs, seconds
+    def __init__(self, case: Case, inputs: Inputs) -> None:
+        self._case, self._inputs = case, inputs
         self._problem = case.problem
         self._run = backend_for(case.problem, inputs.q, inputs.k, inputs.v)
         self._with_coarse = case.gate != "off"
         self._gate = inputs.gate if case.gate == "tensor" else None
         self._gate_value = 1.0 if case.gate == "one" else 0.0
 
-    def _ms(self, call: Callable[[], object]) -> float:
-        return median_ms(call, self._inputs.device, self._seconds)
-
-    def _attention(self, name: str, ms: float, direction: str, share: float = 1.0) -> Stage:
-        flops = self._case.flops * flops_factor(direction) * share
-        return Stage(name, ms, flops / ms * 1e-9 if ms > 0.0 else None)
-
-    def forward(self) -> Iterator[Stage]:
+    def forward(self) -> Iterator[_Part]:
         problem, run, case = self._problem, self._run, self._case
         q, k, v = self._inputs.q, self._inputs.k, self._inputs.v
         v_or_none = v if self._with_coarse else None
-        yield Stage("pooling", self._ms(lambda: run.block_means(problem, q, k, v_or_none, None, None)))
+        yield _Part("pooling", lambda: run.block_means(problem, q, k, v_or_none, None, None))
 
-        q_c, k_c, v_c = run.block_means(problem, q, k, v_or_none, None, None)
-        yield Stage("scores", self._ms(lambda: q_c @ k_c.mT))
+        means = ops.block_means(q, k, v_or_none, None, None, *problem.static)
+        q_c, k_c, v_c = means[0], means[1], means[2] if self._with_coarse else None
+        q_rows, k_rows = q_c.flatten(0, 1), k_c.flatten(0, 1)
+        yield _Part("scores", lambda: run.matmul(q_rows, k_rows.mT))
 
-        scores = (q_c @ k_c.mT).flatten(0, 1)
+        scores = run.matmul(q_rows, k_rows.mT)
         q2k_idx = q.new_empty((*scores.shape[:2], case.topk), dtype=torch.int32)
         q2k_num = q.new_empty(scores.shape[:2], dtype=torch.int32)
-        yield Stage("top-k", self._ms(lambda: run.select(scores, None, case.topk, q2k_idx, q2k_num)))
+        yield _Part("top-k", lambda: run.select(scores, None, case.topk, q2k_idx, q2k_num))
+
+        def coarse(v_c: Tensor | None) -> object:
+            return ops.coarse_attend(q_c, k_c, v_c, q, k, None, case.topk, *problem.static)
 
         if v_c is not None:
-            scale = problem.softmax_scale
-            yield Stage(
-                "coarse attention",
-                self._ms(lambda: F.scaled_dot_product_attention(q_c, k_c, v_c, scale=scale)),
-            )
+            yield _Part("coarse attention", lambda: coarse(v_c), (lambda: coarse(None),))
 
         index, count, out_c = self._selection()
 
@@ -86,48 +130,49 @@ class _Stages:
             operands = Operands(q, k, v, index, count, None, None, out_c, gate, self._gate_value)
             return run.forward(problem, operands, False)
 
-        fine_ms = self._ms(lambda: fine(None))
-        yield self._attention("fine attention", fine_ms, "forward")
-        if out_c is not None:
-            yield Stage("combine (fused)", self._ms(lambda: fine(out_c)) - fine_ms)
+        def alone() -> object:
+            return fine(None)
 
-    def backward(self) -> Iterator[Stage]:
+        yield _Part("fine attention", alone, share=1.0)
+        if out_c is not None:
+            yield _Part("combine (fused)", lambda: fine(out_c), (alone,))
+
+    def backward(self) -> Iterator[_Part]:
         problem, run = self._problem, self._run
         q, k, v, dout = self._inputs.q, self._inputs.k, self._inputs.v, self._inputs.dout
         index, count, out_c = self._selection()
         operands = Operands(q, k, v, index, count, None, None, out_c, self._gate, self._gate_value)
         out_s, lse, _ = run.forward(problem, operands._replace(out_c=None, gate=None), False)
 
-        def fine(need_dq: bool, need_dkv: bool) -> float:
-            return self._ms(lambda: run.backward(problem, operands, out_s, lse, dout, None, need_dq, need_dkv))
+        def fine(need_dq: bool, need_dkv: bool) -> Callable[[], object]:
+            return lambda: run.backward(problem, operands, out_s, lse, dout, None, need_dq, need_dkv)
 
-        invert: Any = getattr(run, "invert", None)
+        invert = run.invert
         if invert is None:
-            # A backend that does not walk the map by key block computes all gradients in one pass.
-            yield self._attention("fine attention", fine(True, True), "backward")
+            # Such a backend computes all gradients in one pass over the map.
+            yield _Part("fine attention", fine(True, True), share=1.0)
         else:
             preparation = fine(False, False)
-            yield Stage("preparation", preparation)
-            inversion = self._ms(lambda: invert(problem, index, count))
-            yield Stage("inversion", inversion)
+            yield _Part("preparation", preparation)
+
+            def inversion() -> object:
+                return invert(problem, index, count)
+
+            yield _Part("inversion", inversion)
             # By itself dq takes three of a backward's five matrix products, dk with dv four: both need the scores.
-            yield self._attention("dq", fine(True, False) - preparation, "backward", 3 / 5)
-            yield self._attention("dk, dv", fine(False, True) - preparation - inversion, "backward", 4 / 5)
+            yield _Part("dq", fine(True, False), (preparation,), 3 / 5)
+            yield _Part("dk, dv", fine(False, True), (preparation, inversion), 4 / 5)
         if out_c is None:
             return
 
-        means = [x.requires_grad_() for x in run.block_means(problem, q, k, v, None, None) if x is not None]
-        coarse = F.scaled_dot_product_attention(means[0], means[1], means[2], scale=problem.softmax_scale)
-        yield Stage(
-            "coarse attention",
-            self._ms(lambda: torch.autograd.grad(coarse, means, out_c, retain_graph=True)),
-        )
+        means = ops.block_means(q, k, v, None, None, *problem.static)
+        yield _Part("coarse attention", lambda: ops.coarse_attend_backward(*means, q, k, None, out_c, *problem.static))
 
         def spread() -> None:
             for mean, x in zip(means, (q, k, v), strict=True):
-                run.block_mean_backward(problem, mean.detach(), x, None)
+                run.block_mean_backward(problem, mean, x, None)
 
-        yield Stage("means", self._ms(spread))
+        yield _Part("means", spread)
 
     def _selection(self) -> tuple[Tensor, Tensor, Tensor | None]:
         inputs = self._inputs

@@ -125,7 +125,10 @@ def _row(case: Case, choice: Choice, direction: str, beside: _Dense, seconds: fl
     checked = check(case, inputs, run.results(direction), direction, seed)
     if not checked.ok:
         return Row(*identity, FAILED, checked)
-    ms = run.median_ms(direction, seconds)
+    if profile:
+        ms, breakdown = stages.breakdown(case, inputs, direction, seconds)
+    else:
+        ms, breakdown = run.median_ms(direction, seconds), ()
     dense = beside.fastest(direction)
     timing = Timing(
         ms,
@@ -133,5 +136,4 @@ def _row(case: Case, choice: Choice, direction: str, beside: _Dense, seconds: fl
         speedup=None if dense is None else dense.ms / ms,
         peak_mib=run.peak_mib(direction),
     )
-    breakdown = tuple(stages.breakdown(case, inputs, direction, ms, seconds)) if profile else ()
     return Row(*identity, OK, checked, beside.precision(case, direction), timing, dense, breakdown)

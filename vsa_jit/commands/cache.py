@@ -7,6 +7,7 @@ from pathlib import Path
 
 from vsa_jit.jit.archive import export_entries, import_entries
 from vsa_jit.jit.cache import BadEntry, open_store
+from vsa_jit.text import counted
 
 SUMMARY = "list, clear, export or import compiled kernels"
 
@@ -31,12 +32,13 @@ def run(args: argparse.Namespace) -> int:
                 print(
                     f"{recipe.arch}  {recipe.key[:12]}  {recipe.label}  {recipe.compiler}  {entry.size / 1024:.0f} KiB"
                 )
-        print(f"{len(entries)} kernels in {store.root}")
+        print(f"{counted(len(entries), 'kernel')} in {store.root}")
     elif args.action == "clear":
-        print(f"removed {store.clear()} kernels from {store.root}")
+        print(f"removed {counted(store.clear(), 'kernel')} from {store.root}")
     elif args.action == "export":
-        print(f"wrote {export_entries(store, args.file)} kernels to {args.file}")
+        print(f"wrote {counted(export_entries(store, args.file), 'kernel')} to {args.file}")
     else:
         new, present = import_entries(store, args.file)
-        print(f"took {new} kernels into {store.root}; {present} were there already")
+        there = f"{present} {'was' if present == 1 else 'were'} there already"
+        print(f"took {counted(new, 'kernel')} into {store.root}; {there}")
     return 0

@@ -9,8 +9,9 @@ import torch
 import vsa_jit
 from vsa_jit.bench import parse
 from vsa_jit.jit import engines
-from vsa_jit.jit.toolchain import ARCHS
+from vsa_jit.jit.toolchain import ARCHS, arch_named
 from vsa_jit.precompile import check_kept
+from vsa_jit.text import counted
 
 SUMMARY = "compile kernels ahead of time, on any machine"
 DESCRIPTION = """\
@@ -23,8 +24,12 @@ DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.description = DESCRIPTION
-    parser.add_argument("--arch", choices=tuple(ARCHS), help="GPU architecture; default: that of the GPU here")
-    parser.add_argument("--dtype", nargs="+", choices=tuple(DTYPES), default=list(DTYPES), help="default: all")
+    parser.add_argument(
+        "--arch", type=arch_named, choices=tuple(ARCHS), help="GPU architecture; default: that of the GPU here"
+    )
+    parser.add_argument(
+        "--dtype", nargs="+", type=parse.dtype_named, choices=tuple(DTYPES), default=list(DTYPES), help="default: all"
+    )
     parser.add_argument("--head-dim", nargs="+", type=parse.head_dim, metavar="D", help="default: all, 64 and 128")
     parser.add_argument(
         "--block-size",
@@ -51,5 +56,5 @@ def run(args: argparse.Namespace) -> int:
         check_kept(folders)
     for folder in folders:
         print(folder)
-    print(f"{len(folders)} kernels are ready")
+    print(f"{counted(len(folders), 'kernel')} {'is' if len(folders) == 1 else 'are'} ready")
     return 0

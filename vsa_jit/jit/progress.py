@@ -11,6 +11,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from types import TracebackType
 
+from vsa_jit.text import counted
+
 REFRESH_S = 0.2
 BAR_WIDTH = 24
 
@@ -37,7 +39,7 @@ class Compiling:
     """Says what is compiled, then shows a bar on standard error until it ends; logs at INFO where nobody looks on."""
 
     def __init__(self, labels: Sequence[str], target: str, compiler: str, seconds: int, where: Path | None) -> None:
-        count = f"{len(labels)} kernel{'' if len(labels) == 1 else 's'}"
+        count = counted(len(labels), "kernel")
         kept = "not kept" if where is None else f"kept in {where}"
         self._line = f"compiling {count} ({', '.join(labels)}) for {target} with {compiler}, about {seconds} s, {kept}"
         self._total = len(labels)

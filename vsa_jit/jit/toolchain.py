@@ -27,6 +27,13 @@ ARCHS = {"9.0a": "sm_90a"}
 CAPABILITIES = {(9, 0): "9.0a"}
 
 
+def arch_named(name: str) -> str:
+    """An architecture of ``ARCHS`` by any of its usual names, such as 9.0, sm_90 or sm_90a; another name as it is."""
+    found = re.fullmatch(r"(?:sm_?|compute_)?(\d+)\.?(\d)a?", name)
+    arch = f"{found[1]}.{found[2]}a" if found else name
+    return arch if arch in ARCHS else name
+
+
 @dataclass(frozen=True)
 class Nvrtc:
     """NVRTC's library and, where there are headers of the same version, their folder."""

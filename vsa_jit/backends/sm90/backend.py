@@ -2,6 +2,15 @@
 
 from vsa_jit.backends.sm90.forward import forward
 from vsa_jit.backends.sm90.means import block_means
-from vsa_jit.backends.triton import backward, block_mean_backward, compact, select
+from vsa_jit.backends.triton import backward, block_mean_backward, compact, invert, matmul, select
 
-__all__ = ["backward", "block_mean_backward", "block_means", "compact", "forward", "select"]
+__all__ = [
+    "backward",
+    "block_mean_backward",
+    "block_means",
+    "compact",
+    "forward",
+    "invert",
+    "matmul",
+    "select",
+]

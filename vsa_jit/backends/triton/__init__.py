@@ -21,6 +21,7 @@ from vsa_jit.backends.triton.backward import (
 )
 from vsa_jit.backends.triton.forward import attend_forward_kernel
 from vsa_jit.backends.triton.means import block_mean_backward_kernel, block_means_kernel
+from vsa_jit.backends.triton.product import matmul_kernel
 from vsa_jit.backends.triton.rows import reciprocal
 from vsa_jit.backends.triton.select import compact_kernel, invert_kernel, select_kernel
 from vsa_jit.problem import Gradients, Operands, Problem, axes, bhsd, empty_like
@@ -92,6 +93,18 @@ def block_mean_backward(problem: Problem, dmean: Tensor, x: Tensor, sizes: Tenso
             **_MEANS_LAUNCH,
         )
     return dx
+
+
+def matmul(a: Tensor, b: Tensor) -> Tensor:
+    rows, m, k = a.shape
+    n = b.shape[2]
+    out = a.new_empty((rows, m, n))
+    tiles, depth = config.matmul(along_sum=b.stride(1) < b.stride(2))
+    with torch.cuda.device_of(a):
+        matmul_kernel[(rows * triton.cdiv(m, tiles.rows) * triton.cdiv(n, tiles.columns),)](
+            a, b, out, m, n, k, *a.stride(), *b.stride(), BLOCK_K=depth, **tiles.launch
+        )
+    return out
 
 
 def select(scores: Tensor, kv_sizes: Tensor | None, topk: int, q2k_idx: Tensor, q2k_num: Tensor) -> None:

@@ -52,6 +52,9 @@ _BACKWARD_KV_WGMMA = (Config(64, 64, 4, 2), Config(32, 64, 8, 2))
 _BACKWARD_KV_WGMMA_RASTER = (Config(64, 128, 8, 2), *_BACKWARD_KV_WGMMA)
 _BACKWARD_KV_WGMMA_BORDER = (Config(64, 128, 8, 3), Config(32, 64, 4, 2), Config(32, 64, 8, 2))
 _BACKWARD_KV_MMA = (Config(32, 64, 4, 2), Config(32, 64, 8, 2), Config(16, 64, 8, 2))
+# Of products of block means, measured on an H200: where the right factor is contiguous along the sum, and elsewhere.
+_MATMUL_ALONG_SUM = (Config(64, 64, 4, 3), 32)
+_MATMUL = (Config(128, 32, 4, 3), 16)
 _FP32 = (Config(32, 32, 4, 2), Config(32, 16, 4, 2), Config(16, 16, 4, 2))
 
 
@@ -87,6 +90,15 @@ def backward_kv(block: int, head_dim: int, itemsize: int, arch: Architecture, ra
     candidates = _FP32 if itemsize == 4 else wgmma if arch.wgmma else _BACKWARD_KV_MMA
     fit = _Fit(block, head_dim, itemsize, arch)
     return fit.first(candidates, lambda c: (2 * c.columns, 4 * c.rows), lambda c: 2 * c.columns * (fit.width + c.rows))
+
+
+def matmul(along_sum: bool) -> tuple[Config, int]:
+    """Tiles of the result, and how much of the sum is added at a time.
+
+    Args:
+        along_sum: whether the right factor is contiguous along the sum.
+    """
+    return _MATMUL_ALONG_SUM if along_sum else _MATMUL
 
 
 class _Fit:

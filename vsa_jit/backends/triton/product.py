@@ -1,4 +1,4 @@
-"""Products that add up over the tiles of a row."""
+"""Products: of matrices, and those that add up over the tiles of a row."""
 
 import triton
 import triton.language as tl
@@ -12,3 +12,47 @@ def add_product(acc, a, b, EXACT: tl.constexpr):
         # A multiply-add, because the compiler would turn a product plus acc back into a product that starts from acc.
         return tl.fma(tl.dot(a, b, input_precision="ieee"), 1.0, acc)
     return tl.dot(a, b, acc, input_precision="ieee")
+
+
+@triton.jit
+def matmul_kernel(
+    A,
+    B,
+    Out,
+    m_len,
+    n_len,
+    k_len,
+    stride_ar,
+    stride_am,
+    stride_ak,
+    stride_br,
+    stride_bk,
+    stride_bn,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+):
+    """Out = A · B for each row r: [R, M, K] and [R, K, N] of any strides, fp32, Out contiguous.
+
+    Each factor is a sum of two TF32 numbers, which hold 22 of its 24 bits, and three of their four products are added:
+    faster than fp32's own units, and measured to be closer to fp64, since tensor cores add fewer partial sums in turn.
+    """
+    tiles_m, tiles_n = tl.cdiv(m_len, BLOCK_M), tl.cdiv(n_len, BLOCK_N)
+    tile = tl.program_id(0)
+    r = (tile // (tiles_m * tiles_n)).to(tl.int64)
+    m = (tile // tiles_n % tiles_m * BLOCK_M + tl.arange(0, BLOCK_M)).to(tl.int64)
+    n = (tile % tiles_n * BLOCK_N + tl.arange(0, BLOCK_N)).to(tl.int64)
+    k = tl.arange(0, BLOCK_K).to(tl.int64)
+    in_m, in_n = m < m_len, n < n_len
+    a_ptrs = A + r * stride_ar + m[:, None] * stride_am + k[None, :] * stride_ak
+    b_ptrs = B + r * stride_br + k[:, None] * stride_bk + n[None, :] * stride_bn
+    acc = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
+    for k0 in range(0, k_len, BLOCK_K):
+        in_k = k < k_len - k0
+        a = tl.load(a_ptrs, mask=in_m[:, None] & in_k[None, :], other=0.0)
+        b = tl.load(b_ptrs, mask=in_k[:, None] & in_n[None, :], other=0.0)
+        acc = tl.dot(a, b, acc, input_precision="tf32x3")
+        a_ptrs += BLOCK_K * stride_ak
+        b_ptrs += BLOCK_K * stride_bk
+    out_ptrs = Out + (r * m_len + m[:, None]) * n_len + n[None, :]
+    tl.store(out_ptrs, acc, mask=in_m[:, None] & in_n[None, :])

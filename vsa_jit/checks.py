@@ -1,0 +1,325 @@
+"""The checks of arguments, at the public edge, that make everything below trust a call.
+
+Shapes may be symbolic, of a program that ``torch.compile`` or ``torch.export`` traces: they are compared size by size.
+"""
+
+from __future__ import annotations
+
+import math
+import operator
+import warnings
+from collections.abc import Sequence
+from typing import Any, cast, get_args
+
+import torch
+from torch import Tensor
+
+from vsa_jit import symbolic
+from vsa_jit.problem import TILE_OF_TOKENS, Layout, Problem, sizes_of
+from vsa_jit.text import counted
+
+LAYOUTS = get_args(Layout)
+DTYPES = (torch.bfloat16, torch.float16, torch.float32)
+INDEX_DTYPES = (torch.int32, torch.int64)
+MIN_HEAD_DIM = 16
+MAX_HEAD_DIM = 256
+# Kernels take numbers in fp32, and the softmax scale multiplied by log2(e).
+LARGEST_FLOAT = torch.finfo(torch.float32).max
+SCALES = torch.finfo(torch.float32).tiny, LARGEST_FLOAT * math.log(2)
+# 1 - 0.7 is a little above 0.3 in floating point, and more so in fp32: 3.0000000000000004 of 10 blocks are 3, not 4.
+# The share of the blocks that counts as rounding, and the most of one block.
+ROUNDING, MOST_ROUNDING = 1e-6, 0.5
+# The longest side of a cube of tokens that an int may have been meant for.
+LONGEST_CUBE = 16
+
+
+def check_problem(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *,
+    block_size: int | Sequence[int],
+    grid: Sequence[int] | None,
+    layout: str,
+    softmax_scale: float | None,
+    backend: str,
+    variable_block_sizes: Tensor | None,
+    q_variable_block_sizes: Tensor | None,
+) -> Problem:
+    """Checks the arguments that every function takes and gives the record of the call.
+
+    Raises:
+        TypeError: an argument is of the wrong kind or dtype.
+        ValueError: an argument has a wrong value, shape, layout or device.
+    """
+    if not isinstance(layout, str):
+        raise TypeError(f"layout: expected a string, got {type(layout).__name__}")
+    if layout not in LAYOUTS:
+        raise ValueError(f"layout: expected one of {LAYOUTS}, got {layout!r}")
+    for name, x in (("q", q), ("k", k), ("v", v)):
+        _check_input(name, x, layout)
+    for name, x in (("k", k), ("v", v)):
+        if x.dtype != q.dtype:
+            raise TypeError(f"{name}: expected q's dtype {q.dtype}, got {x.dtype}")
+        if x.device != q.device:
+            raise ValueError(f"{name}: expected q's device {q.device}, got {x.device}")
+    if not _same_shape(v.shape, k.shape):
+        raise ValueError(f"v: expected k's shape {tuple(k.shape)}, got {tuple(v.shape)}")
+    batch, heads, q_len, head_dim = sizes_of(q, layout)
+    kv_batch, kv_heads, kv_len, kv_head_dim = sizes_of(k, layout)
+    if kv_batch != batch:
+        raise ValueError(f"k: expected q's batch size {batch}, got {kv_batch}")
+    if kv_head_dim != head_dim:
+        raise ValueError(f"k: expected q's head dimension {head_dim}, got {kv_head_dim}")
+    if heads % kv_heads != 0:
+        raise ValueError(f"q: expected a number of heads that is a multiple of k's {kv_heads}, got {heads}")
+    if not MIN_HEAD_DIM <= head_dim <= MAX_HEAD_DIM:
+        raise ValueError(f"q: expected a head dimension from {MIN_HEAD_DIM} to {MAX_HEAD_DIM}, got {head_dim}")
+    if softmax_scale is None:
+        scale = head_dim**-0.5
+    else:
+        scale = check_number("softmax_scale", softmax_scale, "a number or None")
+        if not SCALES[0] <= scale <= SCALES[1]:
+            raise ValueError(f"softmax_scale: expected a number from {SCALES[0]:.3g} to {SCALES[1]:.3g}, got {scale}")
+
+    tile = check_block_size(block_size, with_grid=grid is not None)
+    video = None if grid is None else _check_triple("grid", grid)
+    if video is not None:
+        for name, given in (
+            ("variable_block_sizes", variable_block_sizes),
+            ("q_variable_block_sizes", q_variable_block_sizes),
+        ):
+            if given is not None:
+                raise ValueError(f"{name}: expected None where grid is given (the grid says which tokens are valid)")
+        for name, length in (("q", q_len), ("k", kv_len)):
+            if length != math.prod(video):
+                raise ValueError(
+                    f"grid: expected T·H·W to be {name}'s sequence length {length}, got {video} with {math.prod(video)}"
+                )
+    problem = Problem(batch, heads, kv_heads, q_len, kv_len, head_dim, tile, video, layout, float(scale), backend)
+    for name, sizes, length in (
+        ("variable_block_sizes", variable_block_sizes, kv_len),
+        ("q_variable_block_sizes", q_variable_block_sizes, q_len),
+    ):
+        if sizes is not None:
+            _check_sizes(name, sizes, length, problem, q.device)
+    if not torch.compiler.is_compiling():
+        warn_of_layout(problem, stacklevel=5)
+    return problem
+
+
+def warn_of_layout(problem: Problem, stacklevel: int) -> None:
+    """Warns where heads and tokens seem to have changed places: fewer tokens than a block, and more heads than tokens.
+
+    Where sizes are symbolic nothing is said, since asking would fix them.
+    """
+    other = "bshd" if problem.layout == "bhsd" else "bhsd"
+    for name, heads, length in (("q", problem.heads, problem.q_len), ("k", problem.kv_heads, problem.kv_len)):
+        known = isinstance(heads, int) and isinstance(length, int)
+        if known and problem.batch != 0 and length < problem.block and length < heads:
+            warnings.warn(
+                f"vsa_jit: layout={problem.layout!r} makes {name} {counted(heads, 'head')} of "
+                f"{counted(length, 'token')}; pass layout={other!r} if it is {counted(length, 'head')} of "
+                f"{counted(heads, 'token')}",
+                stacklevel=stacklevel,
+            )
+            return
+
+
+def check_topk(topk: int | None, sparsity: float | None, num_kv_blocks: int) -> int:
+    """Key blocks to keep for each query block, from exactly one of ``topk`` and ``sparsity``: 1 … num_kv_blocks."""
+    if (topk is None) == (sparsity is None):
+        both = "both" if topk is not None else "neither"
+        raise ValueError(f"topk, sparsity: expected exactly one of them, got {both}")
+    if topk is not None:
+        topk = check_int("topk", topk)
+        if topk < 1:
+            raise ValueError(f"topk: expected at least 1, got {topk}")
+        return min(topk, num_kv_blocks)
+    sparsity = check_number("sparsity", sparsity, "a float")
+    check_sparsity(sparsity, "sparsity: ", sparsity)
+    blocks = (1.0 - sparsity) * num_kv_blocks - min(ROUNDING * num_kv_blocks, MOST_ROUNDING)
+    if symbolic.is_symbolic(sparsity):
+        return symbolic.as_int(symbolic.as_tensor(blocks).ceil(), 1, num_kv_blocks)
+    return max(1, min(math.ceil(blocks), num_kv_blocks))
+
+
+def check_sparsity(sparsity: float, source: str, got: object) -> None:
+    """Raises ``ValueError`` where a share is not in [0, 1); ``source`` begins its message, ``got`` says what came."""
+    if not 0.0 <= sparsity < 1.0:
+        percent = f"; did you mean {sparsity / 100:g}?" if 1.0 < sparsity < 100.0 else ""
+        raise ValueError(f"{source}expected a number in [0, 1), got {got}{percent}")
+
+
+def check_gate(gate: Tensor | float | None, q: Tensor) -> Tensor | float:
+    """The gate as a float or as a tensor of q's shape (a view where it was broadcast).
+
+    A float that ``torch.compile`` keeps symbolic becomes a tensor of no dimensions on the CPU.
+    """
+    if gate is None:
+        return 1.0
+    if isinstance(gate, Tensor):
+        _check_tensor("compress_attn_weight", gate, (*DTYPES, torch.float64), q.device)
+        if not _broadcasts(gate.shape, q.shape):
+            raise ValueError(
+                f"compress_attn_weight: expected q's shape {tuple(q.shape)} or one that broadcasts to it, "
+                f"got {tuple(gate.shape)}"
+            )
+        return gate if _same_shape(gate.shape, q.shape) else gate.expand(q.shape)
+    gate = check_number("compress_attn_weight", gate, "a tensor, a float or None")
+    if not -LARGEST_FLOAT <= gate <= LARGEST_FLOAT:
+        raise ValueError(f"compress_attn_weight: expected a finite number, got {gate}")
+    if symbolic.is_symbolic(gate):
+        # Whether the coarse output is needed at all stays a question that is asked of the number.
+        return symbolic.as_tensor(gate) if gate != 0.0 else 0.0
+    return float(gate)
+
+
+def check_block_map(block_map: Tensor, problem: Problem, device: torch.device) -> Tensor:
+    """The map as bool [B, H, n_q, n_k] (a view where it was broadcast)."""
+    _check_tensor("block_map", block_map, (torch.bool,), device)
+    full = (problem.batch, problem.heads, problem.num_q_blocks, problem.num_kv_blocks)
+    if block_map.dim() < 2 or not _broadcasts(block_map.shape, full):
+        raise ValueError(
+            f"block_map: expected shape {full} or one that broadcasts to it, such as {full[1:]} or {full[2:]}, "
+            f"got {tuple(block_map.shape)}"
+        )
+    return block_map.expand(full)
+
+
+def check_indices(q2k_idx: Tensor, q2k_num: Tensor, problem: Problem, device: torch.device) -> tuple[Tensor, Tensor]:
+    """Both as int32."""
+    _check_tensor("q2k_idx", q2k_idx, INDEX_DTYPES, device)
+    _check_tensor("q2k_num", q2k_num, INDEX_DTYPES, device)
+    rows = (problem.batch, problem.heads, problem.num_q_blocks)
+    if q2k_idx.dim() != 4 or not _same_shape(q2k_idx.shape[:3], rows):
+        expected = f"({', '.join(map(str, rows))}, m)"
+        raise ValueError(f"q2k_idx: expected shape {expected} for any m, got {tuple(q2k_idx.shape)}")
+    if not _same_shape(q2k_num.shape, rows):
+        raise ValueError(f"q2k_num: expected shape {rows}, got {tuple(q2k_num.shape)}")
+    # Clamped first: what does not fit into int32 names no block either, and must not come to name one.
+    if q2k_idx.dtype != torch.int32:
+        q2k_idx = q2k_idx.clamp(-1, problem.num_kv_blocks).int()
+    if q2k_num.dtype != torch.int32:
+        q2k_num = q2k_num.clamp(0, q2k_idx.shape[3]).int()
+    return q2k_idx, q2k_num
+
+
+def check_block_size(block_size: int | Sequence[int], *, with_grid: bool) -> tuple[int, int, int]:
+    if isinstance(block_size, bool):
+        raise TypeError("block_size: expected an int or three ints (t, h, w), got bool")
+    if _is_sequence(block_size):
+        tile = _check_triple("block_size", block_size)
+        return check_tile("block_size: ", tile, f"{tile} with {math.prod(tile)}")
+    tokens = check_int("block_size", block_size, "three ints")
+    if not with_grid:
+        return check_tile("block_size: ", (1, 1, tokens), f"{tokens}{hint_of_cube(tokens)}")
+    if tokens not in TILE_OF_TOKENS:
+        raise ValueError(
+            f"block_size: expected a tile (t, h, w) or one of {tuple(TILE_OF_TOKENS)} where grid is given, "
+            f"got {tokens}{hint_of_cube(tokens)}"
+        )
+    return TILE_OF_TOKENS[tokens]
+
+
+def check_tile(source: str, tile: tuple[int, int, int], got: str) -> tuple[int, int, int]:
+    """The tile, if it has a number of tokens that a block may have; else raises, the message begun by ``source``."""
+    tokens = math.prod(tile)
+    if tokens < 64 or tokens % 64 != 0:
+        raise ValueError(f"{source}expected a positive multiple of 64 tokens, got {got}")
+    return tile
+
+
+def hint_of_cube(side: int) -> str:
+    """A question, where a number of tokens may have been meant as the side of a cube of them."""
+    is_side = 0 < side <= LONGEST_CUBE and side**3 % 64 == 0
+    return f"; did you mean ({side}, {side}, {side})?" if is_side else ""
+
+
+def check_int(name: str, value: Any, expected: str = "an int") -> int:
+    """An integer of any kind as an int, or as it is where it is symbolic."""
+    if isinstance(value, (int, torch.SymInt)) and not isinstance(value, bool):
+        return cast(int, value)
+    # A tensor would be waited for.
+    if not isinstance(value, (bool, Tensor)):
+        try:
+            return operator.index(value)
+        except TypeError:
+            pass
+    raise TypeError(f"{name}: expected {expected}, got {type(value).__name__}")
+
+
+def check_number(name: str, value: Any, expected: str) -> float:
+    """A real number of any kind as a float or int, or as it is where it is symbolic."""
+    if isinstance(value, (int, float, torch.SymInt, torch.SymFloat)) and not isinstance(value, bool):
+        return cast(float, value)
+    if not isinstance(value, (bool, str, bytes, bytearray, Tensor)):
+        try:
+            return float(value)
+        except TypeError:
+            pass
+    raise TypeError(f"{name}: expected {expected}, got {type(value).__name__}")
+
+
+def _same_shape(shape: Sequence[int], expected: Sequence[int]) -> bool:
+    return len(shape) == len(expected) and all([a == b for a, b in zip(shape, expected, strict=True)])
+
+
+def _broadcasts(shape: Sequence[int], full: Sequence[int]) -> bool:
+    if len(shape) > len(full):
+        return False
+    return all([a == 1 or a == b for a, b in zip(reversed(shape), reversed(full), strict=False)])
+
+
+def _check_tensor(name: str, x: Any, dtypes: tuple[torch.dtype, ...], device: torch.device | None) -> None:
+    if not isinstance(x, Tensor):
+        raise TypeError(f"{name}: expected a tensor, got {type(x).__name__}")
+    if x.layout != torch.strided or x.is_nested:
+        raise TypeError(f"{name}: expected a dense tensor, got a nested one or one of layout {x.layout}")
+    if x.dtype not in dtypes:
+        raise TypeError(f"{name}: expected dtype {' or '.join(map(str, dtypes))}, got {x.dtype}")
+    if device is not None and x.device != device:
+        raise ValueError(f"{name}: expected q's device {device}, got {x.device}")
+
+
+def _check_input(name: str, x: Any, layout: str) -> None:
+    _check_tensor(name, x, DTYPES, None)
+    if x.dim() != 4:
+        raise ValueError(f"{name}: expected 4 dimensions ({layout}), got shape {tuple(x.shape)}")
+    # A batch of nothing is one that PyTorch's attention takes.
+    if any([size == 0 for size in x.shape[1:]]):
+        raise ValueError(f"{name}: expected no empty dimension, got shape {tuple(x.shape)}")
+    if x.stride(-1) != 1:
+        raise ValueError(
+            f"{name}: expected a contiguous last dimension (stride 1), got stride {x.stride(-1)}; "
+            "call .contiguous() on it"
+        )
+
+
+def _is_sequence(value: Any) -> bool:
+    """Whether a value may hold several integers: a list, a tuple, or a NumPy array, of no text."""
+    if isinstance(value, (str, bytes, bytearray, Tensor)):
+        return False
+    return isinstance(value, Sequence) or getattr(value, "ndim", 0) > 0
+
+
+def _check_triple(name: str, value: Any) -> tuple[int, int, int]:
+    if not _is_sequence(value):
+        raise TypeError(f"{name}: expected three ints, got {type(value).__name__}")
+    if len(value) != 3:
+        raise ValueError(f"{name}: expected three ints, got {len(value)}: {tuple(value)}")
+    t, h, w = [check_int(name, size, "three ints") for size in value]
+    if t < 1 or h < 1 or w < 1:
+        raise ValueError(f"{name}: expected three positive ints, got {(t, h, w)}")
+    return t, h, w
+
+
+def _check_sizes(name: str, sizes: Tensor, length: int, problem: Problem, device: torch.device) -> None:
+    _check_tensor(name, sizes, INDEX_DTYPES, device)
+    block, num_blocks = problem.block, problem.num_blocks(length)
+    if length % block != 0:
+        raise ValueError(
+            f"{name}: expected a sequence of whole blocks of {block} tokens (padded to full size), got length {length}"
+        )
+    if sizes.dim() != 1 or sizes.shape[0] != num_blocks:
+        raise ValueError(f"{name}: expected shape ({num_blocks},), one size for each block, got {tuple(sizes.shape)}")

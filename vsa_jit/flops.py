@@ -1,0 +1,112 @@
+"""How many floating-point operations each operator does, for PyTorch's ``FlopCounterMode``.
+
+As PyTorch counts its own attention: two for each multiply-add of a matrix product, and nothing else. Only key blocks
+that were selected count: those of the indices where their values are known, else as many as the indices have room for.
+"""
+
+from __future__ import annotations
+
+import sys
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import _get_current_dispatch_mode_stack
+
+from vsa_jit.grid import block_tokens
+from vsa_jit.lookalikes import PLAIN
+from vsa_jit.problem import Problem
+
+# Products: scores and output; in a backward scores and their gradient, then dq, then dk and dv.
+PRODUCTS_FORWARD, PRODUCTS_SHARED_BACKWARD, PRODUCTS_DQ, PRODUCTS_DKV, PRODUCTS_TANGENT = 2, 2, 1, 2, 5
+
+
+def tell_counters_at_work() -> None:
+    if torch._C._len_torch_dispatch_stack() > 0:
+        tell_counters()
+
+
+def tell_counters() -> None:
+    """Makes the formulas known to ``FlopCounterMode``, and to those of its kind that are counting now.
+
+    A counter knows of an operator what its module knew when the counter was made, and that module is not imported here:
+    it imports Triton.
+    """
+    module: Any = sys.modules.get("torch.utils.flop_counter")
+    if module is None:
+        return
+    formulas = {getattr(torch.ops.vsa_jit, name): formula for name, formula in FORMULAS.items()}
+    counters = [getattr(mode, "counter", None) for mode in _get_current_dispatch_mode_stack()]
+    registries = [counter.flop_registry for counter in counters if isinstance(counter, module.FlopCounterMode)]
+    for registry in (module.flop_registry, *registries):
+        for packet, formula in formulas.items():
+            registry.setdefault(packet, formula)
+
+
+def _attend(q: Tensor, k: Tensor, v: Tensor, *args: Any, out_val: Any = None) -> int:
+    return PRODUCTS_FORWARD * _product(q, k, args[:4], args[8:])
+
+
+def _attend_backward(q: Tensor, k: Tensor, v: Tensor, *args: Any, out_val: Any = None) -> int:
+    need_dq, need_dkv = args[11], args[12]
+    products = PRODUCTS_DQ * need_dq + PRODUCTS_DKV * need_dkv
+    products += PRODUCTS_SHARED_BACKWARD if products else 0
+    return products * _product(q, k, args[:4], args[13:])
+
+
+def _attend_tangent(q: Tensor, k: Tensor, v: Tensor, *args: Any, out_val: Any = None) -> int:
+    return PRODUCTS_TANGENT * _product(q, k, args[:4], args[12:])
+
+
+def _product(q: Tensor, k: Tensor, selection: tuple, static: tuple) -> int:
+    """Of one product of all queries with the keys that they attend."""
+    return 2 * q.shape[3] * _pairs(Problem.of(q, k, *static[-5:]), *selection)
+
+
+def _pairs(problem: Problem, q2k_idx: Tensor, q2k_num: Tensor, q_sizes: Tensor | None, kv_sizes: Tensor | None) -> int:
+    """Valid queries, each as often as there are valid keys that it attends."""
+    width = q2k_idx.shape[3]
+    if not all(_is_known(x) for x in (q2k_idx, q2k_num, q_sizes, kv_sizes)):
+        keys = min(width * problem.block, problem.kv_len)
+        return problem.batch * problem.heads * problem.q_len * keys
+    queries, keys_of = (
+        (block_tokens(problem, length, sizes, q2k_idx.device) >= 0).sum(1)
+        for length, sizes in ((problem.q_len, q_sizes), (problem.kv_len, kv_sizes))
+    )
+    exists = (q2k_idx >= 0) & (q2k_idx < problem.num_kv_blocks)
+    used = (torch.arange(width, device=q2k_idx.device) < q2k_num[..., None]) & exists
+    selected = keys_of[q2k_idx.long().clamp(0, problem.num_kv_blocks - 1)].masked_fill(~used, 0).sum(-1)
+    return int((selected * queries).sum())
+
+
+def _is_known(x: Tensor | None) -> bool:
+    if x is None:
+        return True
+    waits = x.is_cuda and torch.cuda.is_current_stream_capturing()
+    return type(x) in PLAIN and not x.is_meta and not waits
+
+
+def _coarse_attend(q_c: Tensor, k_c: Tensor, v_c: Tensor | None, *args: Any, out_val: Any = None) -> int:
+    return (1 if v_c is None else PRODUCTS_FORWARD) * _coarse_product(q_c, k_c)
+
+
+def _coarse_attend_backward(q_c: Tensor, k_c: Tensor, *args: Any, out_val: Any = None) -> int:
+    return (PRODUCTS_SHARED_BACKWARD + PRODUCTS_DQ + PRODUCTS_DKV) * _coarse_product(q_c, k_c)
+
+
+def _coarse_attend_tangent(q_c: Tensor, k_c: Tensor, *args: Any, out_val: Any = None) -> int:
+    return PRODUCTS_TANGENT * _coarse_product(q_c, k_c)
+
+
+def _coarse_product(q_c: Tensor, k_c: Tensor) -> int:
+    return 2 * q_c.numel() * k_c.shape[2]
+
+
+FORMULAS = {
+    "attend": _attend,
+    "attend_backward": _attend_backward,
+    "attend_tangent": _attend_tangent,
+    "coarse_attend": _coarse_attend,
+    "coarse_attend_backward": _coarse_attend_backward,
+    "coarse_attend_tangent": _coarse_attend_tangent,
+}

@@ -1,0 +1,218 @@
+"""How a function becomes an operator of PyTorch: its schema, the way past the dispatcher, its derivatives."""
+
+from __future__ import annotations
+
+import functools
+import operator
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from typing import Any
+
+import torch
+from torch import Tensor, library
+from torch._functorch.autograd_function import enable_single_level_autograd_function
+from torch.autograd import forward_ad, profiler
+from torch.autograd.function import _SingleLevelFunction
+from torch.utils._pytree import tree_map
+
+from vsa_jit import flops
+from vsa_jit.lookalikes import PLAIN
+
+_LIBRARY = library.Library("vsa_jit", "DEF")
+# Of every tensor that belongs to an element of the batch: the others are sizes of blocks, numbers, and empty.
+MIN_BATCHED_DIMS = 3
+
+
+def autocast_off(device: torch.device) -> AbstractContextManager:
+    """Where autocast is on for a device, turns it off."""
+    return torch.autocast(device.type, enabled=False) if is_autocast_on(device) else nullcontext()
+
+
+def is_autocast_on(device: torch.device) -> bool:
+    return device.type != "meta" and torch.is_autocast_enabled(device.type)
+
+
+def nobody_watches() -> bool:
+    """Whether nobody traces, transforms or watches what this thread does."""
+    return not (
+        torch.compiler.is_compiling()
+        or torch._C._len_torch_dispatch_stack() > 0
+        or torch._C._len_torch_function_stack() > 0
+        or torch._C._are_functorch_transforms_active()
+        or forward_ad._current_level >= 0
+        or profiler._is_profiler_enabled
+        or torch.autograd._profiler_enabled()
+        or torch.jit.is_tracing()
+    )
+
+
+def are_plain(args: Sequence[Any]) -> bool:
+    """Whether the tensors among arguments are what their memory holds, and no gradient is recorded for them."""
+    recorded, others = torch.is_grad_enabled(), _keys_of_others()
+    # A loop, which is quicker than a generator: this runs at every call.
+    for x in args:
+        if isinstance(x, Tensor) and (
+            type(x) not in PLAIN or torch._C._dispatch_keys(x).raw_repr() & others or (recorded and x.requires_grad)
+        ):
+            return False
+    return True
+
+
+@functools.cache
+def _keys_of_others() -> int:
+    """PyTorch's dispatch keys but those of a tensor whose values are what its memory holds."""
+    names = ("CPU", "CUDA", "ADInplaceOrView", "AutogradCPU", "AutogradCUDA", "AutocastCPU", "AutocastCUDA")
+    keys = (torch._C.DispatchKeySet(getattr(torch._C.DispatchKey, name)).raw_repr() for name in names)
+    return ~functools.reduce(operator.or_, keys)
+
+
+class Operator:
+    """A function as an operator of its name, with the schema of its annotations, on every device.
+
+    The same as PyTorch's ``custom_op`` but for that one's checks at every call, which cost more than a launch. So does
+    the way through PyTorch's dispatcher, which only those calls take that somebody else has to see. Inside, autocast is
+    off: an operator computes in the dtype of its inputs and in fp32, whatever surrounds the call.
+    """
+
+    def __init__(self, function: Callable) -> None:
+        self._function = function
+        self._fake: Callable | None = None
+        name = function.__name__
+        schema = library.infer_schema(function, mutates_args=())
+        _LIBRARY.define(name + schema, tags=(torch.Tag.pt2_compliant_tag,))
+        _LIBRARY.impl(name, self._run, "CompositeExplicitAutograd")
+        self.overload = getattr(torch.ops.vsa_jit, name).default
+        library.register_vmap(self.overload, self._map, lib=_LIBRARY)
+
+    def fake(self, function: Callable) -> Callable:
+        """Takes a function that makes the operator's results without their values, for tracing."""
+        self._fake = function
+        return library.register_fake(self.overload, function, lib=_LIBRARY)
+
+    def _run(self, *args: Any) -> Any:
+        if args[0].shape[0] == 0 and self._fake is not None:
+            # A batch of nothing: no result has an element.
+            return self._fake(*args)
+        with autocast_off(args[0].device):
+            return self._function(*args)
+
+    def __call__(self, *args: Any) -> Any:
+        if nobody_watches() and are_plain(args):
+            return self._run(*args)
+        if not torch.compiler.is_compiling():
+            flops.tell_counters_at_work()
+        return self.overload(*args)
+
+    def _map(self, info: Any, in_dims: tuple, *args: Any) -> tuple[Any, Any]:
+        """The rule of ``torch.vmap``: one call with a larger batch or, where that cannot be, one after the other."""
+        mapped = [isinstance(x, Tensor) and dim is not None for x, dim in zip(args, in_dims, strict=True)]
+        first = [x.movedim(dim, 0) if of_call else x for of_call, x, dim in zip(mapped, args, in_dims, strict=True)]
+        # Sizes of blocks belong to all of a batch, and tensors that are the same in all calls would have to be copied.
+        if any(
+            [
+                of_call != (x.dim() - of_call >= MIN_BATCHED_DIMS)
+                for of_call, x in zip(mapped, first, strict=True)
+                if isinstance(x, Tensor)
+            ]
+        ):
+            calls = [
+                self.overload(*[x[i] if of_call else x for of_call, x in zip(mapped, first, strict=True)])
+                for i in range(info.batch_size)
+            ]
+            stacked = tree_map(lambda *results: torch.stack(results), calls[0], *calls[1:])
+            return stacked, tree_map(lambda x: 0, stacked)
+
+        def apart(x: Tensor) -> Tensor:
+            return x.unflatten(0, (info.batch_size, -1)) if x.dim() >= MIN_BATCHED_DIMS else x
+
+        results = self.overload(*[x.flatten(0, 1) if of_call else x for of_call, x in zip(mapped, first, strict=True)])
+        return tree_map(apart, results), tree_map(lambda x: 0 if x.dim() >= MIN_BATCHED_DIMS else None, results)
+
+    def differentiate(
+        self,
+        setup_context: Callable[[Any, tuple, Any], None],
+        backward: Callable[..., tuple],
+        jvp: Callable[..., Any] | None = None,
+        recorded: Callable[[tuple], tuple] | None = None,
+    ) -> None:
+        """Registers derivatives, which are those of ``torch.autograd.Function``.
+
+        What ``torch.library.register_autograd`` does, and more: forward mode, PyTorch's function transforms
+        (``torch.func.grad``, ``jvp``, ``vmap`` of them), and arguments that depend on whether gradients are recorded.
+        That is known only here, where the operator runs: a traced or exported program may run with other tensors than
+        it was traced with, and tensors of a function transform do not show that they need a gradient.
+
+        Args:
+            setup_context, backward: as of ``Function``; a gradient that nobody needs is None in ``backward``.
+            jvp: as of ``Function``. None: a call with a tangent raises.
+            recorded: gives the arguments to run with where gradients are recorded.
+        """
+        overload, name = self.overload, self._function.__name__
+
+        def below_autograd(keyset: Any, args: tuple) -> Any:
+            with torch._C._AutoDispatchBelowAutograd():
+                return overload.redispatch(keyset & torch._C._after_autograd_keyset, *args)
+
+        def forward(*args: Any) -> Any:
+            inputs, keyset = args[:-1], args[-1]
+            inputs = inputs if recorded is None else recorded(inputs)
+            # An outer transform records derivatives too; for this level PyTorch has turned that off by now.
+            with _recording() if torch._C._are_functorch_transforms_active() else nullcontext():
+                return below_autograd(keyset, inputs)
+
+        def setup(ctx: Any, inputs: tuple, output: Any) -> None:
+            ctx.set_materialize_grads(False)
+            setup_context(ctx, inputs[:-1], output)
+
+        def refuse(ctx: Any, *tangents: Any) -> Any:
+            raise NotImplementedError(f"vsa_jit: forward-mode differentiation (jvp) does not go through {name}")
+
+        # The level of a function transform is one of autograd, and the dispatcher comes here once for each: what
+        # ``torch.autograd.Function`` itself does about levels must not happen again.
+        function: Any = type(
+            f"vsa_jit_{name}",
+            (_SingleLevelFunction,),
+            {
+                "forward": staticmethod(forward),
+                "setup_context": staticmethod(setup),
+                "backward": staticmethod(lambda ctx, *grads: (*backward(ctx, *grads), None)),
+                "jvp": staticmethod(jvp or refuse),
+            },
+        )
+
+        def run(keyset: Any, *args: Any) -> Any:
+            flops.tell_counters_at_work()
+            if not (_needs_gradient(args) or _has_tangent(args)):
+                return below_autograd(keyset, args)
+            transformed = torch._C._are_functorch_transforms_active()
+            with enable_single_level_autograd_function() if transformed else nullcontext():
+                return function.apply(*args, keyset)
+
+        _LIBRARY.impl(name, run, "Autograd", with_keyset=True)
+
+    def differentiate_once(self) -> None:
+        """Makes every derivative of this operator, which computes one, an error."""
+        self.differentiate(lambda ctx, inputs, output: None, _refuse_second_derivative)
+
+
+@contextmanager
+def _recording() -> Iterator[None]:
+    with torch.enable_grad(), forward_ad._set_fwd_grad_enabled(True):
+        yield
+
+
+def _refuse_second_derivative(ctx: Any, *grads: Tensor) -> tuple:
+    raise NotImplementedError("vsa_jit: the gradients of sparse attention cannot be differentiated again")
+
+
+def _needs_gradient(args: tuple) -> bool:
+    return torch.is_grad_enabled() and any(isinstance(x, Tensor) and x.requires_grad for x in args)
+
+
+def _has_tangent(args: tuple) -> bool:
+    if not torch._C._is_fwd_grad_enabled():
+        return False
+    # A compiled program opens levels of forward mode through function transforms alone.
+    if forward_ad._current_level < 0 and not torch._C._are_functorch_transforms_active():
+        return False
+    return any(isinstance(x, Tensor) and torch._VF._unpack_dual(x, level=0)[1] is not None for x in args)

@@ -1,0 +1,32 @@
+"""Numbers that ``torch.compile`` keeps symbolic, so that a schedule of them is not compiled value after value.
+
+It does so for a float argument that changes; but a float that reaches an operator, or decides a shape, becomes a
+constant again. A tensor of no dimensions does not, and neither does an integer that is read from one.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+def is_symbolic(number: float) -> bool:
+    if not torch.compiler.is_dynamo_compiling():
+        return False
+    from torch.fx.experimental.symbolic_shapes import has_static_value
+
+    return not has_static_value(number)
+
+
+def as_tensor(number: float) -> Tensor:
+    """fp64, on the CPU, where reading it waits for nothing."""
+    return torch.ones((), dtype=torch.float64, device="cpu") * number
+
+
+def as_int(number: Tensor, least: int, most: int) -> int:
+    """A tensor of no dimensions as an integer, which is clamped to ``least`` … ``most``."""
+    with torch._dynamo.patch_dynamo_config(capture_scalar_outputs=True):
+        value = int(number.to(torch.int64).clamp(least, most).item())
+    torch._check(value >= least)
+    torch._check(value <= most)
+    return value
