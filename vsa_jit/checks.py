@@ -138,9 +138,11 @@ def check_topk(topk: int | None, sparsity: float | None, num_kv_blocks: int) -> 
         return min(topk, num_kv_blocks)
     sparsity = check_number("sparsity", sparsity, "a float")
     check_sparsity(sparsity, "sparsity: ", sparsity)
-    blocks = (1.0 - sparsity) * num_kv_blocks - min(ROUNDING * num_kv_blocks, MOST_ROUNDING)
     if symbolic.is_symbolic(sparsity):
-        return symbolic.as_int(symbolic.as_tensor(blocks).ceil(), 1, num_kv_blocks)
+        kept = (1.0 - symbolic.as_tensor(sparsity)) * num_kv_blocks
+        rounding = (torch.full_like(kept, ROUNDING) * num_kv_blocks).clamp(max=MOST_ROUNDING)
+        return symbolic.as_int((kept - rounding).ceil(), 1, num_kv_blocks)
+    blocks = (1.0 - sparsity) * num_kv_blocks - min(ROUNDING * num_kv_blocks, MOST_ROUNDING)
     return max(1, min(math.ceil(blocks), num_kv_blocks))
 
 

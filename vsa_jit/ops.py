@@ -151,7 +151,7 @@ def coarse_attend(
         scores = run.matmul(q_rows, k_rows.mT)
         run.select(scores, kv_sizes, topk, idx, num)
         if v_c is not None:
-            out_rows.copy_(run.matmul(_softmax(problem, scores, kv_sizes), v_rows))
+            run.matmul(_softmax(problem, scores, kv_sizes), v_rows, out_rows)
     return out_c, q2k_idx, q2k_num
 
 
@@ -210,11 +210,11 @@ def coarse_attend_backward(
         problem, q_c, k_c, v_c, dout_c.contiguous(), dq_c, dk_c, dv_c
     ):
         p = _softmax(problem, run.matmul(q_rows, k_rows.mT), kv_sizes)
-        dv_rows.copy_(run.matmul(p.mT, dout_rows))
-        ds = torch._softmax_backward_data(run.matmul(dout_rows, v_rows.mT), p, -1, torch.float32)
-        ds.mul_(problem.softmax_scale)
-        dq_rows.copy_(run.matmul(ds, k_rows))
-        dk_rows.copy_(run.matmul(ds.mT, q_rows))
+        run.matmul(p.mT, dout_rows, dv_rows)
+        dp = run.matmul(dout_rows * problem.softmax_scale, v_rows.mT)
+        ds = torch._softmax_backward_data(dp, p, -1, torch.float32)
+        run.matmul(ds, k_rows, dq_rows)
+        run.matmul(ds.mT, q_rows, dk_rows)
     return dq_c, dk_c, dv_c
 
 

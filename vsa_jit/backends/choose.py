@@ -44,8 +44,12 @@ class Backend(Protocol):
 
     def block_mean_backward(self, problem: Problem, dmean: Tensor, x: Tensor, sizes: Tensor | None) -> Tensor: ...
 
-    def matmul(self, a: Tensor, b: Tensor) -> Tensor:
-        """a · b of fp32 matrices, [R, M, K] and [R, K, N] of any strides, as exact as fp32 arithmetic."""
+    def matmul(self, a: Tensor, b: Tensor, out: Tensor | None = None) -> Tensor:
+        """a · b of fp32 matrices, [R, M, K] and [R, K, N] of any strides, as exact as fp32 arithmetic.
+
+        Args:
+            out: where the result goes, contiguous; a new tensor if None.
+        """
         ...
 
     def select(self, scores: Tensor, kv_sizes: Tensor | None, topk: int, q2k_idx: Tensor, q2k_num: Tensor) -> None: ...

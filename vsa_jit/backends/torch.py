@@ -23,13 +23,14 @@ CHUNK_ELEMENTS = 1 << 20
 invert = None
 
 
-def matmul(a: Tensor, b: Tensor) -> Tensor:
+def matmul(a: Tensor, b: Tensor, out: Tensor | None = None) -> Tensor:
     # PyTorch may be allowed TF32 or bf16 inside of fp32 products, and that by process-wide settings, which are not ours
     # to change.
     settings = torch.backends.cuda if a.is_cuda else torch.backends.mkldnn
     if settings.matmul.fp32_precision in ("none", "ieee"):
-        return a @ b
-    return (a.double() @ b.double()).float()
+        return torch.matmul(a, b, out=out)
+    product = a.double() @ b.double()
+    return product.float() if out is None else out.copy_(product)
 
 
 def block_means(

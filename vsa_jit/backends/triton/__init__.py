@@ -95,10 +95,10 @@ def block_mean_backward(problem: Problem, dmean: Tensor, x: Tensor, sizes: Tenso
     return dx
 
 
-def matmul(a: Tensor, b: Tensor) -> Tensor:
+def matmul(a: Tensor, b: Tensor, out: Tensor | None = None) -> Tensor:
     rows, m, k = a.shape
     n = b.shape[2]
-    out = a.new_empty((rows, m, n))
+    out = a.new_empty((rows, m, n)) if out is None else out
     tiles, depth = config.matmul(along_sum=b.stride(1) < b.stride(2))
     with torch.cuda.device_of(a):
         matmul_kernel[(rows * triton.cdiv(m, tiles.rows) * triton.cdiv(n, tiles.columns),)](
