@@ -1,6 +1,6 @@
 """Settings of PyTorch around a call change nothing of it: output, selection and gradients, eager and compiled."""
 
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 
 import pytest
 import reference as ref
@@ -177,6 +177,20 @@ def test_selection(run, setting):
         _, idx, num = ops.coarse_attend(q_c, k_c, None, inputs.q, inputs.k, None, 3, *static)
     assert (num == 3).all()
     assert torch.equal(idx.cpu(), expected.expand(1, 4, 10, 3))
+
+
+def test_selection_among_scores_that_are_equal_but_for_rounding(run, setting):
+    """Sums of the same terms in two orders: which is larger depends on the arithmetic, and that on no setting."""
+    inputs = inputs_of(run, torch.float32 if run[0] != "sm90" else torch.float16)
+    static = [[1, 1, 64], None, "bhsd", 0.125, run[0]]
+    k_c = torch.randn(1, 2, 5, 64, device=run[1])
+    k_c = torch.cat([k_c, k_c.unflatten(-1, (32, 2)).flip(-1).flatten(-2)], 2)
+    q_c = torch.randn(1, 4, 10, 32, device=run[1]).repeat_interleave(2, -1)
+    selections = []
+    for _ in range(2):
+        with torch.no_grad(), setting(run[1]) if selections else nullcontext():
+            selections.append(ops.coarse_attend(q_c, k_c, None, inputs.q, inputs.k, None, 3, *static)[1])
+    assert torch.equal(*selections)
 
 
 by_product_run = pytest.mark.parametrize("product_run", [*BACKENDS, *INTERPRETED], ids=lambda run: "-".join(run))

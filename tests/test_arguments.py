@@ -105,11 +105,24 @@ WRONG_CALLS = [
         ValueError,
         r"block_size: expected a tile .* where grid is given, got 8; did you mean \(8, 8, 8\)\?$",
     ),
+    ("block_size", {"block_size": 2**70}, ValueError, "block_size: expected at most 16777216 tokens, got 118"),
+    ("block_size", {"block_size": (2**40,) * 3}, ValueError, "block_size: expected at most 16777216 tokens, got"),
+    ("softmax_scale", {"softmax_scale": np.True_}, TypeError, "softmax_scale: expected .*, got bool"),
     ("block_size", {"block_size": 32}, ValueError, "block_size: expected a positive multiple of 64 tokens, got 32$"),
     ("block_size", {"block_size": 5}, ValueError, "block_size: expected a positive multiple of 64 tokens, got 5$"),
-    ("block_size", {"block_size": "64"}, TypeError, "block_size: expected three ints, got str"),
-    ("block_size", {"block_size": torch.tensor(64)}, TypeError, "block_size: expected three ints, got Tensor"),
-    ("block_size", {"block_size": np.float32(64)}, TypeError, "block_size: expected three ints, got float32"),
+    ("block_size", {"block_size": "64"}, TypeError, "block_size: expected an int or three ints .*, got str"),
+    (
+        "block_size",
+        {"block_size": torch.tensor(64)},
+        TypeError,
+        "block_size: expected an int or three ints .*, got Tensor",
+    ),
+    (
+        "block_size",
+        {"block_size": np.float32(64)},
+        TypeError,
+        "block_size: expected an int or three ints .*, got float32",
+    ),
     ("grid", {"grid": np.array([4.0, 8.0, 8.0])}, TypeError, "grid: expected three ints, got float64"),
     ("grid", {"grid": torch.tensor([4, 8, 8])}, TypeError, "grid: expected three ints, got Tensor"),
     ("softmax_scale", {"softmax_scale": np.float32("nan")}, ValueError, "softmax_scale: expected a number .*, got nan"),
@@ -119,11 +132,11 @@ WRONG_CALLS = [
     ("block_size", {"block_size": (4, 4, 5)}, ValueError, r"block_size: .* multiple of 64 .*\(4, 4, 5\) with 80"),
     ("block_size", {"block_size": (8, 8)}, ValueError, "block_size: expected three ints, got 2"),
     ("block_size", {"block_size": (4, -4, -4)}, ValueError, "block_size: expected three positive ints"),
-    ("block_size", {"block_size": 64.0}, TypeError, "block_size: expected three ints, got float"),
+    ("block_size", {"block_size": 64.0}, TypeError, "block_size: expected an int or three ints .*, got float"),
     ("block_size", {"block_size": True}, TypeError, "block_size: expected an int or three ints"),
     ("grid", {"grid": (4, 8, 9)}, ValueError, r"grid: expected T·H·W to be q's sequence length 256, got \(4, 8, 9\)"),
     ("grid", {"grid": (4, 64)}, ValueError, "grid: expected three ints, got 2"),
-    ("grid", {"grid": (4, 8.0, 8)}, TypeError, "grid: expected three ints, got float"),
+    ("grid", {"grid": (4, 8.0, 8)}, TypeError, r"grid: expected three ints, got float in \(4, 8.0, 8\)"),
     (
         "block_size",
         {"grid": (4, 8, 8), "block_size": 192},
@@ -208,6 +221,9 @@ def test_arguments_of_every_function(argument, changes, error, message):
         ({"sparsity": 90}, ValueError, r"sparsity: expected a number in \[0, 1\), got 90; did you mean 0.9\?$"),
         ({"sparsity": 87.5}, ValueError, r"sparsity: expected .*, got 87.5; did you mean 0.875\?$"),
         ({"sparsity": np.float32(95)}, ValueError, r"sparsity: expected .*, got 95.0; did you mean 0.95\?$"),
+        ({"sparsity": 1.5}, ValueError, r"sparsity: expected a number in \[0, 1\), got 1.5$"),
+        ({"sparsity": np.True_}, TypeError, "sparsity: expected a float, got bool"),
+        ({"sparsity": np.False_}, TypeError, "sparsity: expected a float, got bool"),
         ({"sparsity": 1}, ValueError, r"sparsity: expected a number in \[0, 1\), got 1$"),
         ({"topk": np.float64(2)}, TypeError, "topk: expected an int, got float64"),
         ({"topk": np.True_}, TypeError, "topk: expected an int, got bool"),
@@ -224,6 +240,7 @@ def test_topk_and_sparsity(arguments, error, message):
     ("gate", "error", "message"),
     [
         ("0.5", TypeError, "compress_attn_weight: expected a tensor, a float or None, got str"),
+        (np.False_, TypeError, "compress_attn_weight: expected a tensor, a float or None, got bool"),
         (float("inf"), ValueError, "compress_attn_weight: expected a finite number, got inf"),
         (
             torch.ones(B, H, S, D, dtype=torch.int32),
@@ -332,12 +349,14 @@ def test_real_numbers_of_every_kind(number):
     assert torch.equal(result, expected)
 
 
-@pytest.mark.parametrize("blocks", [1, 7, 10, 100, 624, 1440, 10_000])
+@pytest.mark.parametrize("blocks", [1, 7, 10, 100, 624, 1440, 10_001, 2_000_000])
 def test_sparsity_is_the_same_in_every_precision(blocks):
+    for thousandth in range(1000):
+        expected = max(1, -(-(1000 - thousandth) * blocks // 1000))
+        for kind in (float, np.float32, lambda value: Fraction(round(1000 * value), 1000)):
+            assert check_topk(None, kind(thousandth / 1000), blocks) == expected
     for percent in range(100):
-        expected = max(1, -(-(100 - percent) * blocks // 100))
-        assert check_topk(None, percent / 100, blocks) == expected
-        assert check_topk(None, np.float32(percent / 100), blocks) == expected
+        assert check_topk(None, np.float16(percent / 100), blocks) == check_topk(None, percent / 100, blocks)
 
 
 @pytest.mark.parametrize("where", ["idx", "num", "both"])

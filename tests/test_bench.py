@@ -188,7 +188,7 @@ def one_line(capsys) -> str:
         (["--seq-len", "0"], ["--seq-len", "positive", "'0'"]),
         (["--sparsity", "1.0"], ["--sparsity", "[0, 1)", "'1.0'"]),
         (["--sparsity", "90"], ["--sparsity", "[0, 1)", "'90'", "did you mean 0.9?"]),
-        (["--block-size", "4"], ["--block-size", "got '4'; did you mean (4, 4, 4)?"]),
+        (["--block-size", "4"], ["--block-size", "got '4'; did you mean 4x4x4?"]),
         (["--block-size", "32"], ["--block-size", "multiple of 64 tokens, got '32'"]),
         (["--block-size", "4,4"], ["--block-size", "three positive ints", "'4,4'"]),
         (["--dtype", "float8"], ["--dtype", "bf16, fp16, fp32", "'float8'"]),
@@ -358,7 +358,8 @@ def test_test_file_is_the_benchmark():
         (("--block-size", "4,4,4", "--grid", "8,8,8"), ("--block-size", "4x4x4", "--grid", "8x8x8")),
         (("--dtype", "bfloat16", "float16", "float32"), ("--dtype", "bf16", "fp16", "fp32")),
         (("--dtype", "torch.bfloat16", "half", "float"), ("--dtype", "bf16", "fp16", "fp32")),
-        (("--dtype", "BFloat16"), ("--dtype", "bf16")),
+        (("--dtype", "BFloat16", "FP32"), ("--dtype", "bf16", "fp32")),
+        (("--block-size", "(4, 4, 4)"), ("--block-size", "4x4x4")),
     ],
 )
 def test_other_names_of_the_same(given, same_as):

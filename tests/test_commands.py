@@ -59,7 +59,7 @@ def test_warmup_without_a_gpu(no_gpu, capsys, folder):
     assert [os.stat(path).st_mtime_ns for path in paths] == before
 
 
-@pytest.mark.parametrize("arch", ["9.0", "sm_90", "sm_90a", "90", "90a", "compute_90a"])
+@pytest.mark.parametrize("arch", ["9.0", "SM90", "sm_90a", "90", "90a", "compute_90a"])
 def test_warmup_by_any_name(no_gpu, capsys, folder, arch):
     arguments = ("--head-dim", "128", "--block-size", "4,4,4")
     assert command("warmup", "--arch", "9.0a", "--dtype", "bf16", *arguments) == 0

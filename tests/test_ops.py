@@ -72,6 +72,8 @@ def test_opcheck_coarse_branch_and_compact(device):
     sizes = torch.tensor([64, 0, 3, 64, 64, 1, 9, 64], device=device)
     library.opcheck(ops.coarse_attend.overload, (*means, q, k, sizes, 2, *static))
     library.opcheck(ops.coarse_attend.overload, (*means[:2], None, q, k, None, 2, *static))
+    strided = [x.detach().transpose(1, 2).contiguous().transpose(1, 2).requires_grad_() for x in means]
+    library.opcheck(ops.coarse_attend.overload, (*strided, q, k, sizes, 99, *static))
     block_map = torch.rand(1, 4, 8, 8, device=device) < 0.5
     library.opcheck(ops.compact.overload, (block_map, q, k, *static))
     means = torch.randn(1, 4, 8, 32, device=device)
@@ -204,6 +206,45 @@ def test_compiled_schedule_of_a_module():
         q = torch.randn(1, 2, 300 + 10 * (i // 10), 32)
         torch.testing.assert_close(compiled(q), module(q), rtol=1e-5, atol=1e-6)
     assert counter.frame_count <= 5
+
+
+@pytest.mark.parametrize("wrong", [90.0, -0.1, 1.0])
+def test_a_wrong_number_in_a_schedule(wrong):
+    """What the program says depends on PyTorch, which runs it eagerly or stops; nothing is computed."""
+    q = torch.randn(1, 2, 200, 32)
+    compiled = torch.compile(lambda q, value: vsa_jit.video_sparse_attn(q, q, q, sparsity=value), backend="aot_eager")
+    for value in (0.1, 0.2):
+        compiled(q, value)
+    with pytest.raises(ValueError, match=r"sparsity: expected a number in \[0, 1\)"):
+        compiled(q, wrong)
+
+
+@pytest.mark.parametrize("strict", [False, True])
+@pytest.mark.parametrize("arguments", [{"topk": 3}, {"sparsity": 0.6}, {"sparsity": 0.9}], ids=str)
+def test_exported_with_lengths_of_its_own(strict, arguments):
+    """Queries and keys of any lengths, equal ones too, and however few blocks are left to select."""
+
+    class Attention(torch.nn.Module):
+        def forward(self, q, k):
+            return vsa_jit.video_sparse_attn(q, k, k, **arguments)
+
+    dynamic = ({2: torch.export.Dim.DYNAMIC}, {2: torch.export.Dim.DYNAMIC})
+    traced = torch.randn(1, 2, 640, 32), torch.randn(1, 2, 2048, 32)
+    program = torch.export.export(Attention(), traced, dynamic_shapes=dynamic, strict=strict).module()
+    for q_len, kv_len in ((640, 2048), (512, 512), (300, 257), (200, 1500)):
+        q, k = torch.randn(1, 2, q_len, 32), torch.randn(1, 2, kv_len, 32)
+        torch.testing.assert_close(program(q, k), Attention()(q, k), rtol=1e-5, atol=1e-6)
+
+
+def test_compiled_block_sizes():
+    q = torch.randn(1, 2, 512, 32)
+
+    def call(q, block_size):
+        return vsa_jit.video_sparse_attn(q, q, q, topk=2, block_size=block_size)
+
+    compiled = torch.compile(call, fullgraph=True, backend="aot_eager")
+    for block_size in (64, 128, 192, 256):
+        torch.testing.assert_close(compiled(q, block_size), call(q, block_size), rtol=1e-5, atol=1e-6)
 
 
 def test_a_gate_that_becomes_zero_while_compiled():

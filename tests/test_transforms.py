@@ -93,6 +93,32 @@ def test_vmap_over_sizes_of_blocks(run):
     calls.check([torch.vmap(call)(q, k, v, sizes)], [torch.stack(apart)])
 
 
+@pytest.mark.parametrize("dims", [(0, 0, 0), (0, None, None)])
+def test_vmap_of_no_calls(dims):
+    """As of PyTorch's operators: results without an element."""
+    shapes = [(0, 2, 2, 200, 64) if dim == 0 else (2, 2, 200, 64) for dim in dims]
+    tensors = [torch.randn(shape) for shape in shapes]
+    calls = Calls(("torch", "cpu"), 0.5)
+    assert torch.vmap(calls.call, in_dims=dims)(*tensors).shape == (0, 2, 2, 200, 64)
+    block_map = torch.ones(4, 4, dtype=torch.bool)
+    out, lse = torch.vmap(lambda *x: vsa_jit.block_sparse_attn(*x, block_map), in_dims=dims)(*tensors)
+    assert (out.shape, lse.shape) == ((0, 2, 2, 200, 64), (0, 2, 2, 200))
+
+
+def test_saved_tensors_that_come_back_in_another_order_of_memory(run):
+    """As hooks may give them: the same values with other strides."""
+    calls = Calls(run, 0.5)
+
+    def restrided(x):
+        return x.transpose(1, 2).contiguous().transpose(1, 2) if x.dim() > 2 else x
+
+    def call(*inputs):
+        with torch.autograd.graph.saved_tensors_hooks(lambda x: x, restrided):
+            return calls.call(*inputs)
+
+    calls.check(calls.differentiate(call, calls.of_one, calls.dout[0]), calls.apart[0])
+
+
 def traced(calls):
     return make_fx(calls.function)(*calls.of_one)
 
@@ -278,6 +304,18 @@ def test_tangent(case, way, device):
     assert torch.equal(padding, torch.zeros_like(padding))
 
 
+def test_a_tangent_inside_one_of_something_else():
+    """Two levels, and the call depends on one of them alone."""
+    calls = Calls(("torch", "cpu"), 0.5)
+    q, k, v = calls.of_one
+
+    def inner(scale):
+        return scale * torch.func.jvp(lambda q: calls.call(q, k, v), (q,), (q,))[1]
+
+    scaled = torch.func.jvp(inner, (torch.tensor(3.0),), (torch.tensor(2.0),))
+    torch.testing.assert_close(scaled, (inner(3), inner(2)))
+
+
 def test_tangent_of_lse_and_of_one_input_alone():
     calls = Calls(("torch", "cpu"), None)
     q, k, v = calls.of_one
@@ -329,8 +367,10 @@ def test_a_tangent_on_another_backend_is_refused_by_name(run):
         (lambda f, x: torch.func.grad(lambda y: torch.func.grad(f)(y).sum())(x), "cannot be differentiated again"),
         (lambda f, x: torch.func.jvp(torch.func.grad(f), (x,), (x,)), "jvp"),
         (lambda f, x: torch.func.grad(lambda y: torch.func.jvp(f, (y,), (x,))[1])(x), "cannot be differentiated again"),
+        (lambda f, x: torch.func.jvp(lambda y: torch.func.jvp(f, (y,), (x,))[1], (x,), (x,)), "jvp"),
+        (lambda f, x: torch.func.jacfwd(torch.func.jacfwd(lambda s: f(s * x)))(torch.tensor(1.0)), "jvp"),
     ],
-    ids=["grad of grad", "jvp of grad", "grad of jvp"],
+    ids=["grad of grad", "jvp of grad", "grad of jvp", "jvp of jvp", "jacfwd of jacfwd"],
 )
 def test_second_derivatives_are_refused_by_name(derivative, message):
     calls = Calls(("torch", "cpu"), 0.5)

@@ -90,7 +90,7 @@ def video_sparse_attn(
     topk = check_topk(topk, sparsity, problem.num_kv_blocks)
     gate = check_gate(compress_attn_weight, q)
 
-    if q_variable_block_sizes is None and problem.q_len == problem.kv_len:
+    if kv_sizes is not None and q_variable_block_sizes is None and problem.q_len == problem.kv_len:
         q_sizes = kv_sizes
     q2k_idx, q2k_num, out_c = coarse.coarse_branch(
         problem, q, k, v, q_sizes, kv_sizes, topk, with_output=isinstance(gate, Tensor) or gate != 0.0

@@ -6,6 +6,7 @@ Shapes may be symbolic, of a program that ``torch.compile`` or ``torch.export`` 
 from __future__ import annotations
 
 import math
+import numbers
 import operator
 import warnings
 from collections.abc import Sequence
@@ -26,9 +27,12 @@ MAX_HEAD_DIM = 256
 # Kernels take numbers in fp32, and the softmax scale multiplied by log2(e).
 LARGEST_FLOAT = torch.finfo(torch.float32).max
 SCALES = torch.finfo(torch.float32).tiny, LARGEST_FLOAT * math.log(2)
-# 1 - 0.7 is a little above 0.3 in floating point, and more so in fp32: 3.0000000000000004 of 10 blocks are 3, not 4.
-# The share of the blocks that counts as rounding, and the most of one block.
-ROUNDING, MOST_ROUNDING = 1e-6, 0.5
+# 1 - 0.7 is a little above 0.3 in floating point: 3.0000000000000004 of 10 blocks are 3, not 4.
+ROUNDING = 5e-7
+# Shares above 1 that are more likely to be meant in percent than to be slips.
+PERCENT = 10.0, 100.0
+# Far beyond any sequence, and small enough for every product of sizes.
+LARGEST_BLOCK = 1 << 24
 # The longest side of a cube of tokens that an int may have been meant for.
 LONGEST_CUBE = 16
 
@@ -138,18 +142,17 @@ def check_topk(topk: int | None, sparsity: float | None, num_kv_blocks: int) -> 
         return min(topk, num_kv_blocks)
     sparsity = check_number("sparsity", sparsity, "a float")
     check_sparsity(sparsity, "sparsity: ", sparsity)
-    if symbolic.is_symbolic(sparsity):
+    if symbolic.is_symbolic(sparsity) or symbolic.is_symbolic(num_kv_blocks):
         kept = (1.0 - symbolic.as_tensor(sparsity)) * num_kv_blocks
-        rounding = (torch.full_like(kept, ROUNDING) * num_kv_blocks).clamp(max=MOST_ROUNDING)
-        return symbolic.as_int((kept - rounding).ceil(), 1, num_kv_blocks)
-    blocks = (1.0 - sparsity) * num_kv_blocks - min(ROUNDING * num_kv_blocks, MOST_ROUNDING)
-    return max(1, min(math.ceil(blocks), num_kv_blocks))
+        return symbolic.as_int((kept - ROUNDING).ceil(), 1, num_kv_blocks)
+    return max(1, min(math.ceil((1.0 - sparsity) * num_kv_blocks - ROUNDING), num_kv_blocks))
 
 
 def check_sparsity(sparsity: float, source: str, got: object) -> None:
     """Raises ``ValueError`` where a share is not in [0, 1); ``source`` begins its message, ``got`` says what came."""
     if not 0.0 <= sparsity < 1.0:
-        percent = f"; did you mean {sparsity / 100:g}?" if 1.0 < sparsity < 100.0 else ""
+        is_percent = not symbolic.is_symbolic(sparsity) and PERCENT[0] <= sparsity < PERCENT[1]
+        percent = f"; did you mean {sparsity / 100:g}?" if is_percent else ""
         raise ValueError(f"{source}expected a number in [0, 1), got {got}{percent}")
 
 
@@ -210,12 +213,18 @@ def check_indices(q2k_idx: Tensor, q2k_num: Tensor, problem: Problem, device: to
 def check_block_size(block_size: int | Sequence[int], *, with_grid: bool) -> tuple[int, int, int]:
     if isinstance(block_size, bool):
         raise TypeError("block_size: expected an int or three ints (t, h, w), got bool")
-    if _is_sequence(block_size):
+    if not isinstance(block_size, (int, torch.SymInt)) and _is_sequence(block_size):
         tile = _check_triple("block_size", block_size)
-        return check_tile("block_size: ", tile, f"{tile} with {math.prod(tile)}")
-    tokens = check_int("block_size", block_size, "three ints")
+        fault = fault_of_tile(tile)
+        if fault is not None:
+            raise ValueError(f"block_size: {fault}, got {tile} with {math.prod(tile)}")
+        return tile
+    tokens = check_int("block_size", block_size, "an int or three ints (t, h, w)")
     if not with_grid:
-        return check_tile("block_size: ", (1, 1, tokens), f"{tokens}{hint_of_cube(tokens)}")
+        fault = fault_of_tile((1, 1, tokens))
+        if fault is not None:
+            raise ValueError(f"block_size: {fault}, got {tokens}{hint_of_cube(tokens)}")
+        return 1, 1, tokens
     if tokens not in TILE_OF_TOKENS:
         raise ValueError(
             f"block_size: expected a tile (t, h, w) or one of {tuple(TILE_OF_TOKENS)} where grid is given, "
@@ -224,18 +233,20 @@ def check_block_size(block_size: int | Sequence[int], *, with_grid: bool) -> tup
     return TILE_OF_TOKENS[tokens]
 
 
-def check_tile(source: str, tile: tuple[int, int, int], got: str) -> tuple[int, int, int]:
-    """The tile, if it has a number of tokens that a block may have; else raises, the message begun by ``source``."""
+def fault_of_tile(tile: tuple[int, int, int]) -> str | None:
+    """What is expected of a block, where a tile has no number of tokens that one may have."""
     tokens = math.prod(tile)
     if tokens < 64 or tokens % 64 != 0:
-        raise ValueError(f"{source}expected a positive multiple of 64 tokens, got {got}")
-    return tile
+        return "expected a positive multiple of 64 tokens"
+    if tokens > LARGEST_BLOCK:
+        return f"expected at most {LARGEST_BLOCK} tokens"
+    return None
 
 
-def hint_of_cube(side: int) -> str:
-    """A question, where a number of tokens may have been meant as the side of a cube of them."""
+def hint_of_cube(side: int, cube: str = "({0}, {0}, {0})") -> str:
+    """A question, where a number of tokens may have been meant as the side of a cube of them, which is written so."""
     is_side = 0 < side <= LONGEST_CUBE and side**3 % 64 == 0
-    return f"; did you mean ({side}, {side}, {side})?" if is_side else ""
+    return f"; did you mean {cube.format(side)}?" if is_side else ""
 
 
 def check_int(name: str, value: Any, expected: str = "an int") -> int:
@@ -255,11 +266,9 @@ def check_number(name: str, value: Any, expected: str) -> float:
     """A real number of any kind as a float or int, or as it is where it is symbolic."""
     if isinstance(value, (int, float, torch.SymInt, torch.SymFloat)) and not isinstance(value, bool):
         return cast(float, value)
-    if not isinstance(value, (bool, str, bytes, bytearray, Tensor)):
-        try:
-            return float(value)
-        except TypeError:
-            pass
+    if isinstance(value, numbers.Real) and not isinstance(value, bool):
+        # The decimal that a number of fewer bits stands for: 0.7, where fp32 holds 0.699999988.
+        return float(str(value)) if hasattr(value, "dtype") else float(value)
     raise TypeError(f"{name}: expected {expected}, got {type(value).__name__}")
 
 
@@ -310,6 +319,9 @@ def _check_triple(name: str, value: Any) -> tuple[int, int, int]:
         raise TypeError(f"{name}: expected three ints, got {type(value).__name__}")
     if len(value) != 3:
         raise ValueError(f"{name}: expected three ints, got {len(value)}: {tuple(value)}")
+    for size in value:
+        if not isinstance(size, torch.SymInt) and (isinstance(size, (bool, Tensor)) or not hasattr(size, "__index__")):
+            raise TypeError(f"{name}: expected three ints, got {type(size).__name__} in {tuple(value)}")
     t, h, w = [check_int(name, size, "three ints") for size in value]
     if t < 1 or h < 1 or w < 1:
         raise ValueError(f"{name}: expected three positive ints, got {(t, h, w)}")

@@ -115,15 +115,23 @@ class Operator:
                 if isinstance(x, Tensor)
             ]
         ):
-            calls = [
-                self.overload(*[x[i] if of_call else x for of_call, x in zip(mapped, first, strict=True)])
-                for i in range(info.batch_size)
-            ]
+
+            def one(call: Callable, take: Callable[[Tensor], Tensor]) -> Any:
+                return call(*[take(x) if of_call else x for of_call, x in zip(mapped, first, strict=True)])
+
+            calls = [one(self.overload, operator.itemgetter(i)) for i in range(info.batch_size)]
+            if not calls:
+                assert self._fake is not None
+                shapes = one(self._fake, lambda x: x.new_empty(x.shape[1:]))
+                none = tree_map(lambda x: x.new_empty((0, *x.shape)), shapes)
+                return none, tree_map(lambda x: 0, none)
             stacked = tree_map(lambda *results: torch.stack(results), calls[0], *calls[1:])
             return stacked, tree_map(lambda x: 0, stacked)
 
+        calls_and_batch = next(x.shape[:2] for x in first if isinstance(x, Tensor))
+
         def apart(x: Tensor) -> Tensor:
-            return x.unflatten(0, (info.batch_size, -1)) if x.dim() >= MIN_BATCHED_DIMS else x
+            return x.unflatten(0, calls_and_batch) if x.dim() >= MIN_BATCHED_DIMS else x
 
         results = self.overload(*[x.flatten(0, 1) if of_call else x for of_call, x in zip(mapped, first, strict=True)])
         return tree_map(apart, results), tree_map(lambda x: 0 if x.dim() >= MIN_BATCHED_DIMS else None, results)
@@ -144,7 +152,7 @@ class Operator:
 
         Args:
             setup_context, backward: as of ``Function``; a gradient that nobody needs is None in ``backward``.
-            jvp: as of ``Function``. None: a call with a tangent raises.
+            jvp: as of ``Function``, with the saved tensors after the context. None: a call with a tangent raises.
             recorded: gives the arguments to run with where gradients are recorded.
         """
         overload, name = self.overload, self._function.__name__
@@ -164,8 +172,15 @@ class Operator:
             ctx.set_materialize_grads(False)
             setup_context(ctx, inputs[:-1], output)
 
-        def refuse(ctx: Any, *tangents: Any) -> Any:
-            raise NotImplementedError(f"vsa_jit: forward-mode differentiation (jvp) does not go through {name}")
+        def tangent(ctx: Any, *tangents: Any) -> Any:
+            if jvp is None:
+                raise NotImplementedError(f"vsa_jit: forward-mode differentiation (jvp) does not go through {name}")
+            if not torch._C._are_functorch_transforms_active():
+                return jvp(ctx, ctx.saved_tensors, *tangents[:-1])
+            # For an outer transform, as in ``forward``; at this level a saved tensor still has its tangent.
+            saved = [None if x is None else torch._VF._unpack_dual(x, level=0)[0] for x in ctx.saved_tensors]
+            with _recording():
+                return jvp(ctx, saved, *tangents[:-1])
 
         # The level of a function transform is one of autograd, and the dispatcher comes here once for each: what
         # ``torch.autograd.Function`` itself does about levels must not happen again.
@@ -176,7 +191,7 @@ class Operator:
                 "forward": staticmethod(forward),
                 "setup_context": staticmethod(setup),
                 "backward": staticmethod(lambda ctx, *grads: (*backward(ctx, *grads), None)),
-                "jvp": staticmethod(jvp or refuse),
+                "jvp": staticmethod(tangent),
             },
         )
 

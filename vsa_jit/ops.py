@@ -4,7 +4,6 @@ Every operator ends with the same five arguments, ``Problem.static``: the tile, 
 and the backend asked for. Which backend runs is decided when the operator runs, from the device of its tensors.
 """
 
-import functools
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
@@ -97,8 +96,10 @@ def _block_means_grad(ctx: Any, dq_c: Tensor | None, dk_c: Tensor | None, dv_c: 
     return *grads, *(None,) * 7
 
 
-def _block_means_jvp(ctx: Any, q_t: Tensor | None, k_t: Tensor | None, v_t: Tensor | None, *_: None) -> tuple:
-    q, k, v, q_sizes, kv_sizes = ctx.saved_tensors
+def _block_means_jvp(
+    ctx: Any, saved: Sequence[Any], q_t: Tensor | None, k_t: Tensor | None, v_t: Tensor | None, *_: None
+) -> tuple:
+    q, k, v, q_sizes, kv_sizes = saved
     tangents = (_or_zeros(x_t, x) for x_t, x in ((q_t, q), (k_t, k), (v_t, v)))
     return block_means(*tangents, q_sizes, kv_sizes, *ctx.static)
 
@@ -157,6 +158,8 @@ def coarse_attend(
 
 @coarse_attend.fake
 def _(q_c, k_c, v_c, q, k, kv_sizes, topk, *static):
+    most = k_c.shape[2]
+    topk = min(topk, most) if isinstance(topk, int) and isinstance(most, int) else topk
     return (
         q_c.new_empty(0 if v_c is None else q_c.shape),
         q_c.new_empty((*q_c.shape[:3], topk), dtype=torch.int32),
@@ -205,7 +208,7 @@ def coarse_attend_backward(
     """Gradients of the output of ``coarse_attend`` in q_c, k_c and v_c."""
     problem = Problem.of(q, k, tile, grid, layout, softmax_scale, backend)
     run = backend_for(problem, q, k)
-    dq_c, dk_c, dv_c = (torch.empty_like(x) for x in (q_c, k_c, v_c))
+    dq_c, dk_c, dv_c = map(_contiguous_like, (q_c, k_c, v_c))
     for q_rows, k_rows, v_rows, dout_rows, dq_rows, dk_rows, dv_rows in _scored_at_a_time(
         problem, q_c, k_c, v_c, dout_c.contiguous(), dq_c, dk_c, dv_c
     ):
@@ -220,7 +223,7 @@ def coarse_attend_backward(
 
 @coarse_attend_backward.fake
 def _(q_c, k_c, v_c, *_):
-    return torch.empty_like(q_c), torch.empty_like(k_c), torch.empty_like(v_c)
+    return _contiguous_like(q_c), _contiguous_like(k_c), _contiguous_like(v_c)
 
 
 @Operator
@@ -243,7 +246,7 @@ def coarse_attend_tangent(
     """The tangent of the output of ``coarse_attend`` along those of q_c, k_c and v_c."""
     problem = Problem.of(q, k, tile, grid, layout, softmax_scale, backend)
     run = backend_for(problem, q, k)
-    out_t = torch.empty_like(q_c)
+    out_t = _contiguous_like(q_c)
     for q_rows, k_rows, v_rows, q_t, k_t, v_t, out_rows in _scored_at_a_time(
         problem, q_c, k_c, v_c, q_c_t, k_c_t, v_c_t, out_t
     ):
@@ -256,7 +259,7 @@ def coarse_attend_tangent(
 
 @coarse_attend_tangent.fake
 def _(q_c, *_):
-    return torch.empty_like(q_c)
+    return _contiguous_like(q_c)
 
 
 def _setup_coarse_attend(ctx: Any, inputs: tuple, output: tuple[Tensor, ...]) -> None:
@@ -273,8 +276,10 @@ def _coarse_attend_grad(ctx: Any, dout_c: Tensor | None, *_: None) -> tuple:
     return *grads, *(None,) * 9
 
 
-def _coarse_attend_jvp(ctx: Any, q_t: Tensor | None, k_t: Tensor | None, v_t: Tensor | None, *_: None) -> tuple:
-    q_c, k_c, v_c, q, k, kv_sizes = ctx.saved_tensors
+def _coarse_attend_jvp(
+    ctx: Any, saved: Sequence[Any], q_t: Tensor | None, k_t: Tensor | None, v_t: Tensor | None, *_: None
+) -> tuple:
+    q_c, k_c, v_c, q, k, kv_sizes = saved
     if v_c is None:
         return None, None, None
     tangents = (_or_zeros(x_t, x) for x_t, x in ((q_t, q_c), (k_t, k_c), (v_t, v_c)))
@@ -388,7 +393,8 @@ class PlainCall(NamedTuple):
 def _(q, k, v, q2k_idx, q2k_num, q_sizes, kv_sizes, out_c, gate, gate_value, keep_out_s, *static):
     problem = Problem.of(q, k, *static)
     # A program that is being compiled cannot warn by itself.
-    warn_of_layout(problem, stacklevel=2)
+    if torch.compiler.is_compiling():
+        warn_of_layout(problem, stacklevel=2)
     lse = q.new_empty((problem.batch, problem.heads, problem.q_len), dtype=torch.float32)
     return empty_like(q), lse, empty_like(q) if keep_out_s else q.new_empty(0)
 
@@ -448,9 +454,8 @@ def _(
     def gradient(x: Tensor | None, needed: bool, empty: Callable = empty_like) -> Tensor:
         return empty(x) if x is not None and needed else q.new_empty(0)
 
-    contiguous = functools.partial(torch.empty_like, memory_format=torch.contiguous_format)
     gate = None if gate is None or gate.dim() == 0 else gate
-    dgate, dout_c = (gradient(x, out_c is not None, contiguous) for x in (gate, out_c))
+    dgate, dout_c = (gradient(x, out_c is not None, _contiguous_like) for x in (gate, out_c))
     return gradient(q, need_dq), gradient(k, need_dkv), gradient(v, need_dkv), dgate, dout_c
 
 
@@ -524,8 +529,8 @@ def _attend_grad(ctx: Any, dout: Tensor | None, dlse: Tensor | None, _dout_s: No
     return dq, dk, dv, *(None,) * 4, dout_c, dgate, *(None,) * 7
 
 
-def _attend_jvp(ctx: Any, *tangents: Tensor | None) -> tuple:
-    *tensors, _out_s, _lse = ctx.saved_tensors
+def _attend_jvp(ctx: Any, saved: Sequence[Any], *tangents: Tensor | None) -> tuple:
+    *tensors, _out_s, _lse = saved
     # Of q, k, v, the coarse output and the gate.
     along = (_or_zeros(tangents[i], tensors[i]) for i in (0, 1, 2, 7, 8))
     out_t, lse_t = attend_tangent(*tensors, ctx.gate_value, *along, *ctx.static)
@@ -535,6 +540,10 @@ def _attend_jvp(ctx: Any, *tangents: Tensor | None) -> tuple:
 attend.differentiate(_setup_attend, _attend_grad, _attend_jvp, _with_what_the_backward_needs)
 attend_backward.differentiate_once()
 attend_tangent.differentiate_once()
+
+
+def _contiguous_like(x: Tensor) -> Tensor:
+    return torch.empty_like(x, memory_format=torch.contiguous_format)
 
 
 def _save(ctx: Any, *tensors: Tensor | None) -> None:

@@ -11,7 +11,7 @@ import torch
 
 from vsa_jit.backends.sm90.means import DTYPES, HEAD_DIMS
 from vsa_jit.backends.sm90.support import kernels_of
-from vsa_jit.checks import check_block_size
+from vsa_jit.checks import check_block_size, check_int
 from vsa_jit.jit import engines, module
 from vsa_jit.jit.cache import open_store
 from vsa_jit.jit.compile import entries_of
@@ -65,6 +65,8 @@ def _several(name: str, given: Any, kind: type, allowed: tuple) -> tuple:
     if given is None:
         return allowed
     values = tuple(given) if isinstance(given, Sequence) and not isinstance(given, str) else (given,)
+    if kind is int:
+        values = tuple(check_int(name, value, "int or several") for value in values)
     for value in values:
         if isinstance(value, bool) or not isinstance(value, kind):
             raise TypeError(f"{name}: expected {kind.__name__} or several, got {type(value).__name__}")

@@ -6,12 +6,15 @@ constant again. A tensor of no dimensions does not, and neither does an integer 
 
 from __future__ import annotations
 
+from typing import cast
+
 import torch
 from torch import Tensor
 
 
 def is_symbolic(number: float) -> bool:
-    if not torch.compiler.is_dynamo_compiling():
+    """Whether a program is being traced that is to run with other values of this number."""
+    if not torch.compiler.is_compiling():
         return False
     from torch.fx.experimental.symbolic_shapes import has_static_value
 
@@ -26,7 +29,7 @@ def as_tensor(number: float) -> Tensor:
 def as_int(number: Tensor, least: int, most: int) -> int:
     """A tensor of no dimensions as an integer, which is clamped to ``least`` … ``most``."""
     with torch._dynamo.patch_dynamo_config(capture_scalar_outputs=True):
-        value = int(number.to(torch.int64).clamp(least, most).item())
+        value = cast(int, number.to(torch.int64).clamp(least, most).item())
     torch._check(value >= least)
     torch._check(value <= most)
     return value

@@ -23,14 +23,27 @@ CHUNK_ELEMENTS = 1 << 20
 invert = None
 
 
+# Devices that compute in fp64.
+_FP64_DEVICES = ("cpu", "cuda")
+
+
 def matmul(a: Tensor, b: Tensor, out: Tensor | None = None) -> Tensor:
-    # PyTorch may be allowed TF32 or bf16 inside of fp32 products, and that by process-wide settings, which are not ours
-    # to change.
+    # Always in fp64, so that scores have the same bits, and with them the same order, whatever PyTorch is allowed.
+    product = _in_fp64(a, b) if a.device.type in _FP64_DEVICES else a @ b
+    return product if out is None else out.copy_(product)
+
+
+def product(a: Tensor, b: Tensor) -> Tensor:
+    """a · b in fp32. PyTorch may be allowed TF32 or bf16 inside of such products, and that by settings of the whole
+    process, which are not ours to change: then in fp64."""
+    if a.device.type not in _FP64_DEVICES:
+        return a @ b
     settings = torch.backends.cuda if a.is_cuda else torch.backends.mkldnn
-    if settings.matmul.fp32_precision in ("none", "ieee"):
-        return torch.matmul(a, b, out=out)
-    product = a.double() @ b.double()
-    return product.float() if out is None else out.copy_(product)
+    return a @ b if settings.matmul.fp32_precision in ("none", "ieee") else _in_fp64(a, b)
+
+
+def _in_fp64(a: Tensor, b: Tensor) -> Tensor:
+    return (a.double() @ b.double()).float()
 
 
 def block_means(
@@ -126,7 +139,7 @@ def chunks(
                 q_rows = take(q[b, h], q_tokens[rows])
                 k_rows = take(k[b, h_kv], tokens)
                 v_rows = take(v[b, h_kv], tokens)
-                scores = matmul(q_rows, k_rows.mT).mul_(problem.softmax_scale)
+                scores = product(q_rows, k_rows.mT).mul_(problem.softmax_scale)
                 scores.masked_fill_((tokens < 0)[:, None, :], float("-inf"))
                 poisoned = (used & ~exists).any(-1)[:, None, None]
                 yield Chunk(b, h, h_kv, rows, q_rows, k_rows, v_rows, tokens, scores, poisoned)
@@ -151,7 +164,7 @@ def forward(problem: Problem, operands: Operands, keep_out_s: bool) -> tuple[Ten
     padded = q.new_empty((problem.num_q_blocks, problem.block, problem.head_dim + 1), dtype=torch.float32)
     for chunk in chunks(problem, q, k, v, q2k_idx, q2k_num, q_tokens, kv_tokens):
         p, chunk_lse = softmax(chunk.scores)
-        block_out = torch.cat([matmul(p, chunk.v), chunk_lse], -1)
+        block_out = torch.cat([product(p, chunk.v), chunk_lse], -1)
         padded[chunk.rows] = block_out.masked_fill(chunk.poisoned, float("nan"))
         if chunk.rows.stop < problem.num_q_blocks:
             continue
@@ -209,16 +222,16 @@ def backward(
         delta = (dout_rows * take(out_s[b, h], tokens)).sum(-1, keepdim=True)
         if dlse is not None:
             delta = delta - take(dlse[b, h, :, None], tokens)
-        ds = p * (matmul(dout_rows, chunk.v.mT) - delta) * problem.softmax_scale
+        ds = p * (product(dout_rows, chunk.v.mT) - delta) * problem.softmax_scale
         # What a slot without a token holds may be NaN, and goes to the spare row.
         missing = chunk.kv_tokens < 0
         ds = ds.masked_fill(missing[:, None, :], 0.0)
         if need_dkv:
             into = chunk.kv_tokens.masked_fill(missing, problem.kv_len).flatten()
-            dk_sum[b, chunk.h_kv].index_add_(0, into, matmul(ds.mT, chunk.q).flatten(0, 1))
-            dv_sum[b, chunk.h_kv].index_add_(0, into, matmul(p.mT, dout_rows).flatten(0, 1))
+            dk_sum[b, chunk.h_kv].index_add_(0, into, product(ds.mT, chunk.q).flatten(0, 1))
+            dv_sum[b, chunk.h_kv].index_add_(0, into, product(p.mT, dout_rows).flatten(0, 1))
         if dq is not None:
-            dq_blocks[chunk.rows] = matmul(ds, chunk.k)
+            dq_blocks[chunk.rows] = product(ds, chunk.k)
             if chunk.rows.stop == problem.num_q_blocks:
                 put(bhsd(dq, layout)[b, h], q_tokens, dq_blocks)
     if not need_dkv:

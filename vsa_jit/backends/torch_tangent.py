@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from vsa_jit.backends.torch import chunks, matmul, put, softmax, take
+from vsa_jit.backends.torch import chunks, product, put, softmax, take
 from vsa_jit.grid import block_tokens
 from vsa_jit.problem import Operands, Problem, bhsd, empty_like
 
@@ -36,9 +36,9 @@ def attend(
         p, _ = softmax(chunk.scores)
         q_rows_t = take(q_t[b, h], q_tokens[chunk.rows])
         k_rows_t, v_rows_t = take(k_t[b, h_kv], chunk.kv_tokens), take(v_t[b, h_kv], chunk.kv_tokens)
-        scores_t = (matmul(q_rows_t, chunk.k.mT) + matmul(chunk.q, k_rows_t.mT)) * problem.softmax_scale
+        scores_t = (product(q_rows_t, chunk.k.mT) + product(chunk.q, k_rows_t.mT)) * problem.softmax_scale
         rows_lse_t = (p * scores_t).sum(-1, keepdim=True)
-        rows_out_t = matmul(p * (scores_t - rows_lse_t), chunk.v) + matmul(p, v_rows_t)
+        rows_out_t = product(p * (scores_t - rows_lse_t), chunk.v) + product(p, v_rows_t)
         rows[chunk.rows] = torch.cat([rows_out_t, rows_lse_t], -1).masked_fill(chunk.poisoned, float("nan"))
         if chunk.rows.stop < problem.num_q_blocks:
             continue

@@ -10,7 +10,7 @@ from collections.abc import Callable, Collection
 import torch
 
 from vsa_jit.bench.cases import DTYPES, BlockSize
-from vsa_jit.checks import MAX_HEAD_DIM, MIN_HEAD_DIM, check_sparsity, check_tile, hint_of_cube
+from vsa_jit.checks import MAX_HEAD_DIM, MIN_HEAD_DIM, check_sparsity, fault_of_tile, hint_of_cube
 
 # Sizes beyond it exist on no device, and PyTorch cannot even take them.
 LARGEST_INT = 2**31 - 1
@@ -64,7 +64,7 @@ def _float(text: str) -> float:
 
 
 def triple(text: str) -> tuple[int, int, int]:
-    parts = re.split("[x,]", text.lower())
+    parts = re.split(r"[x,]\s*", text.lower().strip("() "))
     if len(parts) != 3 or not all(_is_int(part, 1, LARGEST_INT) for part in parts):
         raise ArgumentTypeError(f"expected three positive ints such as 21x30x52, got {text!r}")
     return int(parts[0]), int(parts[1]), int(parts[2])
@@ -72,12 +72,10 @@ def triple(text: str) -> tuple[int, int, int]:
 
 def block_size(text: str) -> BlockSize:
     size: BlockSize = positive_int(text) if text.isdecimal() else triple(text)
-    tile = (1, 1, size) if isinstance(size, int) else size
-    got = f"{text!r}{hint_of_cube(size)}" if isinstance(size, int) else f"{text!r} with {block_tokens(size)}"
-    try:
-        check_tile("", tile, got)
-    except ValueError as error:
-        raise ArgumentTypeError(str(error)) from None
+    fault = fault_of_tile((1, 1, size) if isinstance(size, int) else size)
+    if fault is not None:
+        what = hint_of_cube(size, "{0}x{0}x{0}") if isinstance(size, int) else f" with {block_tokens(size)}"
+        raise ArgumentTypeError(f"{fault}, got {text!r}{what}")
     return size
 
 
@@ -102,7 +100,8 @@ def device(text: str) -> torch.device:
 
 def dtype_named(text: str) -> str:
     """A dtype by its short name, whichever of its usual names was given; another text as it is."""
-    return DTYPE_NAMES.get(text.lower().removeprefix("torch."), text)
+    name = text.lower().removeprefix("torch.")
+    return DTYPE_NAMES.get(name, name if name in DTYPES else text)
 
 
 def dtype(text: str) -> str:

@@ -25,6 +25,7 @@ RESOLVED = 3.0
 # Of the median of normally distributed values, in standard errors of their mean; and a normal distribution's standard
 # deviation in median absolute deviations.
 MEDIAN_ERROR, DEVIATION = 1.2533, 1.4826
+FEW = 10
 
 
 @dataclass(frozen=True)
@@ -85,7 +86,9 @@ def _differences(times: Sequence[float], others: Sequence[Sequence[float]]) -> l
 
 def _stage(name: str, times: Sequence[float], flops: float | None = None) -> Stage:
     ms = statistics.median(times)
-    deviation = DEVIATION * statistics.median([abs(time - ms) for time in times])
+    deviations = [abs(time - ms) for time in times]
+    # The median of a few deviations may be small by chance.
+    deviation = max(deviations) if len(times) < FEW else DEVIATION * statistics.median(deviations)
     noise = RESOLVED * MEDIAN_ERROR * deviation / math.sqrt(len(times))
     if ms <= noise:
         return Stage(name, None, max(noise, abs(ms)))

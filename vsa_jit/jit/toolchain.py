@@ -29,7 +29,7 @@ CAPABILITIES = {(9, 0): "9.0a"}
 
 def arch_named(name: str) -> str:
     """An architecture of ``ARCHS`` by any of its usual names, such as 9.0, sm_90 or sm_90a; another name as it is."""
-    found = re.fullmatch(r"(?:sm_?|compute_)?(\d+)\.?(\d)a?", name)
+    found = re.fullmatch(r"(?:sm_?|compute_)?(\d+)\.?(\d)a?", name.lower())
     arch = f"{found[1]}.{found[2]}a" if found else name
     return arch if arch in ARCHS else name
 

@@ -233,7 +233,7 @@ def backward(
         prepare_backward_kernel[(problem.batch * problem.heads * problem.num_q_blocks,)](
             dout,
             out_s,
-            lse,
+            lse.contiguous(),
             None if dlse is None else dlse.contiguous(),
             q_sizes,
             gate,
