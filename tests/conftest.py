@@ -4,6 +4,7 @@ import atexit
 import os
 import random
 import shutil
+import sys
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
@@ -43,6 +44,14 @@ def lose_home(tmp_path, monkeypatch) -> Callable[[], None]:
         monkeypatch.setenv("HOME", str(tmp_path / "nowhere"))
 
     return lose
+
+
+@pytest.fixture(autouse=True)
+def nothing_compiled():
+    """What an earlier test compiled counts for no later one: functions of the same code share a limit."""
+    yield
+    if "torch._dynamo" in sys.modules:
+        torch._dynamo.reset()
 
 
 @pytest.fixture(autouse=True)

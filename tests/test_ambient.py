@@ -154,7 +154,6 @@ def test_results_of_a_compiled_region(setting, compiled):
     inputs = inputs_of(run, torch.float32)
     call = video_sparse_attn(run)
     expected = results_of(run, inputs, call)
-    torch._dynamo.reset()
     program = torch.compile(call, fullgraph=True, backend="aot_eager")
     if not compiled:
         results_of(run, inputs, program)

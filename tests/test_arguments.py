@@ -320,7 +320,7 @@ def test_no_indices_at_all_is_an_empty_map():
     assert lse.isneginf().all()
 
 
-NUMBERS = [np.int64, np.int32, np.uint8, lambda value: torch.Size([value])[0]]
+NUMBERS = [np.int64, np.int32, np.uint8, np.array, lambda value: torch.Size([value])[0]]
 
 
 @pytest.mark.parametrize("number", NUMBERS)
@@ -339,7 +339,7 @@ def test_integers_of_every_kind(number):
         assert torch.equal(out, vsa_jit.block_sparse_attn_from_indices(**tensors, **indices())[0])
 
 
-@pytest.mark.parametrize("number", [np.float32, np.float64, np.float16, Fraction])
+@pytest.mark.parametrize("number", [np.float32, np.float64, np.float16, Fraction, np.array])
 def test_real_numbers_of_every_kind(number):
     tensors = qkv()
     expected = vsa_jit.video_sparse_attn(**tensors, sparsity=0.5, softmax_scale=0.25, compress_attn_weight=0.5)

@@ -173,7 +173,6 @@ def test_compiled_schedule_of_numbers(run, number, backend):
     def call(q, k, v, value):
         return vsa_jit.video_sparse_attn(q, k, v, backend=name, **NUMBERS[number](value))
 
-    torch._dynamo.reset()
     counter = CompileCounterWithBackend(backend)
     compiled = torch.compile(call, fullgraph=True, backend=counter)
     leaves = [leaf(1, 2, 640, 64, device=device, dtype=dtype) for _ in range(3)]
@@ -197,7 +196,6 @@ def test_compiled_schedule_of_a_module():
         def forward(self, q):
             return vsa_jit.video_sparse_attn(q, q, q, sparsity=self.sparsity, compress_attn_weight=self.gate)
 
-    torch._dynamo.reset()
     module = Attention()
     counter = CompileCounterWithBackend("aot_eager")
     compiled = torch.compile(module, fullgraph=True, backend=counter)

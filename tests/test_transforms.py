@@ -277,8 +277,6 @@ def test_tangent(case, way, device):
         def transformed(primals, tangents):
             return torch.func.jvp(call, primals, tangents)
 
-        # PyTorch 2.11 takes functions with the same code for the same, whatever the defaults of their arguments.
-        torch._dynamo.reset()
         program = torch.compile(transformed, backend="aot_eager") if way == "compiled" else transformed
         out, out_t = program(primals, tangents)
 

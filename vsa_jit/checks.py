@@ -266,10 +266,18 @@ def check_number(name: str, value: Any, expected: str) -> float:
     """A real number of any kind as a float or int, or as it is where it is symbolic."""
     if isinstance(value, (int, float, torch.SymInt, torch.SymFloat)) and not isinstance(value, bool):
         return cast(float, value)
-    if isinstance(value, numbers.Real) and not isinstance(value, bool):
+    if _is_numpy_number(value):
         # The decimal that a number of fewer bits stands for: 0.7, where fp32 holds 0.699999988.
-        return float(str(value)) if hasattr(value, "dtype") else float(value)
+        return float(str(value))
+    if isinstance(value, numbers.Real) and not isinstance(value, bool):
+        return float(value)
     raise TypeError(f"{name}: expected {expected}, got {type(value).__name__}")
+
+
+def _is_numpy_number(value: Any) -> bool:
+    """Whether a value is a NumPy number, or an array of no dimensions: PyTorch's compiler makes that of one."""
+    is_real = getattr(getattr(value, "dtype", None), "kind", "") in tuple("fiu")
+    return is_real and getattr(value, "ndim", 1) == 0
 
 
 def _same_shape(shape: Sequence[int], expected: Sequence[int]) -> bool:

@@ -393,7 +393,7 @@ class PlainCall(NamedTuple):
 def _(q, k, v, q2k_idx, q2k_num, q_sizes, kv_sizes, out_c, gate, gate_value, keep_out_s, *static):
     problem = Problem.of(q, k, *static)
     # A program that is being compiled cannot warn by itself.
-    if torch.compiler.is_compiling():
+    if torch._guards.TracingContext.try_get() is not None:
         warn_of_layout(problem, stacklevel=2)
     lse = q.new_empty((problem.batch, problem.heads, problem.q_len), dtype=torch.float32)
     return empty_like(q), lse, empty_like(q) if keep_out_s else q.new_empty(0)
