@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import reference as ref
 import torch
-from problems import BACKENDS, Case, Inputs
+from problems import BACKENDS, GPU, Case, Inputs
 from torch import library
 from torch._dynamo.testing import CompileCounterWithBackend
 from torch._subclasses import FakeTensorMode
@@ -527,7 +527,7 @@ def test_who_does_not_watch_does_not_wait_for_the_dispatcher(monkeypatch):
 
 @pytest.mark.parametrize("name", ["q", "gate"])
 def test_a_view_that_pytorch_negates_when_it_is_read(name):
-    inputs = Inputs(Case("lazy", q_len=200, gate="full"), "cpu", torch.float32)
+    inputs = Inputs(Case("lazy", q_len=200, gate="full"), "cuda" if GPU else "cpu", torch.float32)
     x = getattr(inputs, name).detach()
     with torch.no_grad():
         setattr(inputs, name, torch._neg_view(x))

@@ -5,7 +5,7 @@ from dataclasses import replace
 import pytest
 import reference as ref
 import torch
-from problems import CASES, GPU, ON_HOPPER, Case, Inputs
+from problems import CASES, GPU, INTERPRETED, ON_HOPPER, Case, Inputs
 
 import vsa_jit
 
@@ -177,7 +177,8 @@ def test_number_of_indices_is_clamped(run):
 
 def test_same_bits_on_every_run(run):
     backend, device, _ = run
-    case = Case("bits", q_len=700, heads=4, kv_heads=2, topk=5, gate="full")
+    interpreted = (backend, device) in INTERPRETED
+    case = Case("bits", q_len=300 if interpreted else 700, heads=4, kv_heads=2, topk=3, gate="full")
     results = []
     for _ in range(2):
         inputs = make_inputs(case, run, seed=7)
@@ -192,7 +193,7 @@ def test_same_bits_on_every_run(run):
 
 def test_sparsity_and_topk_agree(run):
     backend = run[0]
-    inputs = make_inputs(Case("sparsity", q_len=640), run)
+    inputs = make_inputs(Case("sparsity", q_len=640, heads=1, head_dim=16), run)
     call = vsa_jit.video_sparse_attn
     for sparsity, topk in ((0.0, 10), (0.7, 3), (0.75, 3), (0.99, 1)):
         by_sparsity = call(inputs.q, inputs.k, inputs.v, sparsity=sparsity, backend=backend)
@@ -302,7 +303,7 @@ def test_sizes_of_keys_say_nothing_of_queries(function, run):
 
 def test_indices_of_64_bits_and_maps_that_broadcast(run):
     backend, device, _ = run
-    inputs = make_inputs(Case("others", q_len=200, kv_len=300, batch=2), run)
+    inputs = make_inputs(Case("others", q_len=130, kv_len=200, batch=2, head_dim=16), run)
     idx, num, _ = inputs.uneven_indices()
     order = {**inputs.order, "backend": backend}
     narrow = vsa_jit.block_sparse_attn_from_indices(inputs.q, inputs.k, inputs.v, idx, num, **order)
