@@ -1,7 +1,7 @@
 """Plain PyTorch, on any device: gathers the selected blocks of a few query blocks at a time.
 
-Memory is O(selected) for one chunk of query blocks, never a matrix of all queries by all keys. All arithmetic is fp32,
-whatever precision PyTorch is allowed for its own products.
+Memory is O(selected) for one chunk of query blocks, never a matrix of all queries by all keys. All arithmetic is fp32
+or fp64, whatever precision PyTorch is allowed for its own products.
 """
 
 from __future__ import annotations
@@ -29,8 +29,8 @@ _FP64_DEVICES = ("cpu", "cuda")
 
 def matmul(a: Tensor, b: Tensor, out: Tensor | None = None) -> Tensor:
     # Always in fp64, so that scores have the same bits, and with them the same order, whatever PyTorch is allowed.
-    product = _in_fp64(a, b) if a.device.type in _FP64_DEVICES else a @ b
-    return product if out is None else out.copy_(product)
+    result = _in_fp64(a, b) if a.device.type in _FP64_DEVICES else a @ b
+    return result if out is None else out.copy_(result)
 
 
 def product(a: Tensor, b: Tensor) -> Tensor:
