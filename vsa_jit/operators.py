@@ -145,7 +145,7 @@ class Operator:
     ) -> None:
         """Registers derivatives, which are those of ``torch.autograd.Function``.
 
-        What ``torch.library.register_autograd`` does, and more: forward mode, PyTorch's function transforms
+        What PyTorch's ``register_autograd`` does, and more: forward mode, PyTorch's function transforms
         (``torch.func.grad``, ``jvp``, ``vmap`` of them), and arguments that depend on whether gradients are recorded.
         That is known only here, where the operator runs: a traced or exported program may run with other tensors than
         it was traced with, and tensors of a function transform do not show that they need a gradient.
