@@ -156,6 +156,20 @@ def test_compiled_map_of_changing_size(run, dynamic):
     assert counter.frame_count <= 3
 
 
+def test_compiled_grid_that_comes_from_outside():
+    """Its sizes are symbolic from the second video on."""
+    counter = CompileCounterWithBackend("aot_eager")
+
+    def call(q, k, v, grid):
+        return vsa_jit.video_sparse_attn(q, k, v, topk=2, grid=grid, block_size=(4, 4, 4))
+
+    compiled = torch.compile(call, fullgraph=True, backend=counter)
+    for grid in ((3, 5, 9), (4, 6, 7), (5, 3, 8), (2, 9, 10)):
+        q, k, v = (torch.randn(1, 2, grid[0] * grid[1] * grid[2], 16) for _ in range(3))
+        torch.testing.assert_close(compiled(q, k, v, grid), call(q, k, v, grid))
+    assert counter.frame_count <= 3
+
+
 NUMBERS = {
     "sparsity": lambda value, **others: {"sparsity": value, **others},
     "gate": lambda value, **others: {"topk": 2, "compress_attn_weight": value, **others},
