@@ -4,6 +4,7 @@ from vsa_jit.api import (
     block_sparse_attn,
     block_sparse_attn_from_indices,
     explain,
+    recall,
     video_sparse_attn,
     warmup,
 )
@@ -20,6 +21,7 @@ __all__ = [
     "block_sparse_attn",
     "block_sparse_attn_from_indices",
     "explain",
+    "recall",
     "video_sparse_attn",
     "warmup",
 ]

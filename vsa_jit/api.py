@@ -15,6 +15,7 @@ from vsa_jit.checks import (
     check_gate,
     check_indices,
     check_problem,
+    check_several_topk,
     check_topk,
 )
 from vsa_jit.lookalikes import LookAlikes
@@ -200,6 +201,72 @@ def block_sparse_attn_from_indices(
     if call is not None:
         _plain_calls.keep(settings, tensors, call)
     return _attend(problem, q, k, v, idx, num, q_sizes, kv_sizes, None, 0.0)
+
+
+@torch.no_grad()
+def recall(
+    q: Tensor,
+    k: Tensor,
+    variable_block_sizes: Tensor | None = None,
+    q_variable_block_sizes: Tensor | None = None,
+    *,
+    topk: Sequence[int] | None = None,
+    sparsity: Sequence[float] | None = None,
+    block_size: int | Sequence[int] = 64,
+    grid: Sequence[int] | None = None,
+    layout: Layout = "bhsd",
+    softmax_scale: float | None = None,
+    backend: BackendName = "auto",
+) -> Tensor:
+    """How much of dense attention's probability falls on the key blocks that ``video_sparse_attn`` would select.
+
+    1 where nothing is lost, and ``topk / n_k`` where the selection does no better than chance. For one query it is
+    exp(lse of the selected keys - lse of all keys), which takes as long as a dense attention, and no matrix of tokens
+    by tokens.
+
+    Args:
+        topk: several numbers of key blocks, each as in ``video_sparse_attn``.
+        sparsity: instead of ``topk``, several shares of key blocks to leave out.
+
+    The other arguments are those of ``video_sparse_attn``.
+
+    Returns:
+        fp32 [B, H, m], the mean over the valid queries of each head, for each of the m values. It has no gradient.
+
+    Raises:
+        TypeError, ValueError: an argument is wrong; the message names it, what was expected and what came.
+        RuntimeError: the backend asked for cannot run this call.
+    """
+    problem, q_sizes, kv_sizes = _check(
+        q,
+        k,
+        k,
+        variable_block_sizes,
+        q_variable_block_sizes,
+        block_size=block_size,
+        grid=grid,
+        layout=layout,
+        softmax_scale=softmax_scale,
+        backend=backend,
+    )
+    counts = check_several_topk(topk, sparsity, problem.num_kv_blocks)
+    if kv_sizes is not None and q_variable_block_sizes is None and problem.q_len == problem.kv_len:
+        q_sizes = kv_sizes
+
+    def log_sum_exp(topk: int) -> Tensor:
+        q2k_idx, q2k_num, _ = coarse.coarse_branch(problem, q, k, k, q_sizes, kv_sizes, topk, with_output=False)
+        _, lse = _attend(problem, q, k, k, q2k_idx, q2k_num, q_sizes, kv_sizes, None, 0.0)
+        return lse
+
+    of_all = log_sum_exp(problem.num_kv_blocks)
+    is_valid = torch.ones(problem.q_len, dtype=torch.bool, device=q.device)
+    if q_sizes is not None:
+        is_valid = (torch.arange(problem.block, device=q.device) < q_sizes[:, None]).flatten()
+    # Where there are no keys at all, none of their probability is found.
+    is_valid = is_valid & (of_all != float("-inf"))
+    num_valid = is_valid.sum(-1).clamp(min=1)
+    shares = [torch.where(is_valid, (log_sum_exp(count) - of_all).exp(), 0.0).sum(-1) / num_valid for count in counts]
+    return torch.stack(shares, dim=-1).clamp(max=1.0)
 
 
 def explain(

@@ -148,6 +148,18 @@ def check_topk(topk: int | None, sparsity: float | None, num_kv_blocks: int) -> 
     return max(1, min(math.ceil((1.0 - sparsity) * num_kv_blocks - ROUNDING), num_kv_blocks))
 
 
+def check_several_topk(topk: Sequence[int] | None, sparsity: Sequence[float] | None, num_kv_blocks: int) -> list[int]:
+    """``check_topk`` of each of several values."""
+    if (topk is None) == (sparsity is None):
+        check_topk(topk, sparsity, num_kv_blocks)  # type: ignore[arg-type]
+    for name, values in (("topk", topk), ("sparsity", sparsity)):
+        if values is not None and (not _is_sequence(values) or len(values) == 0):
+            raise TypeError(f"{name}: expected a list of values, got {values!r}")
+    if topk is not None:
+        return [check_topk(value, None, num_kv_blocks) for value in topk]
+    return [check_topk(None, value, num_kv_blocks) for value in sparsity or ()]
+
+
 def check_sparsity(sparsity: float, source: str, got: object) -> None:
     """Raises ``ValueError`` where a share is not in [0, 1); ``source`` begins its message, ``got`` says what came."""
     if not 0.0 <= sparsity < 1.0:
@@ -328,7 +340,9 @@ def _check_triple(name: str, value: Any) -> tuple[int, int, int]:
     if len(value) != 3:
         raise ValueError(f"{name}: expected three ints, got {len(value)}: {tuple(value)}")
     for size in value:
-        if not isinstance(size, torch.SymInt) and (isinstance(size, (bool, Tensor)) or not hasattr(size, "__index__")):
+        # What is an int already is not asked for more: PyTorch's compiler cannot ask it of a symbolic one.
+        is_int = isinstance(size, (int, torch.SymInt)) and not isinstance(size, bool)
+        if not is_int and (isinstance(size, (bool, Tensor)) or not hasattr(size, "__index__")):
             raise TypeError(f"{name}: expected three ints, got {type(size).__name__} in {tuple(value)}")
     t, h, w = [check_int(name, size, "three ints") for size in value]
     if t < 1 or h < 1 or w < 1:
