@@ -1,0 +1,113 @@
+"""``enable_vsa`` and ``disable_vsa``: what they are given, and what they change."""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Sequence
+from typing import Any
+
+from torch import nn
+
+from vsa_jit.backends.choose import NAMES
+from vsa_jit.checks import check_block_size, check_int, check_topk
+from vsa_jit.integrations.diffusers import wan
+from vsa_jit.integrations.diffusers.checkpoint import Source, read_gates
+from vsa_jit.integrations.diffusers.models import find_transformers
+from vsa_jit.integrations.diffusers.settings import Settings
+from vsa_jit.names import check_name
+from vsa_jit.problem import BackendName
+
+
+def enable_vsa(
+    transformer_or_pipe: Any,
+    *,
+    sparsity: float | None = None,
+    topk: int | None = None,
+    gates: Source | None = None,
+    block_size: int | Sequence[int] = (4, 4, 4),
+    dense_layers: Sequence[int] = (),
+    dense_steps: int = 0,
+    backend: BackendName = "auto",
+) -> None:
+    """Makes the self-attention of a diffusers model Video Sparse Attention, for videos of any size.
+
+    Wan 2.1 and 2.2, from text and from images (``WanTransformer3DModel``). The processors of self-attention change, and
+    gates are added where they are asked for. Before or after ``enable_parallelism`` (Ulysses), ``torch.compile``,
+    adapters and whole-model offloading; a second call replaces the settings of the first.
+
+    Args:
+        transformer_or_pipe: a transformer, also one in a wrapper, or a pipeline with one or two of them.
+        sparsity: the share of key blocks to leave out, in [0, 1). Exactly one of it and ``topk`` is given.
+        topk: key blocks to attend for each query block, at least 1.
+        gates: where the gates come from, layers of each block that weigh the coarse output. A folder, a
+            ``.safetensors`` file or a repository of the hub, of a pipeline or of its transformer. A state dict, or for
+            each of several transformers one by its name in the pipeline. Only keys of gates are read,
+            ``blocks.N.to_gate_compress.{weight,bias}``. What it has none for is zero, and a warning names it; an empty
+            dict makes all zero, to be trained. None: gates that the model has from an earlier call are kept, and where
+            it has none the coarse output is dropped with its cost.
+        block_size: tokens of a block or a video tile (t, h, w), as in ``video_sparse_attn``.
+        dense_layers: layers that attend all keys, by index, from the end where it is negative.
+        dense_steps: the first steps of denoising that attend all keys, as the pipeline's scheduler counts them.
+        backend: as in ``video_sparse_attn``.
+
+    Raises:
+        TypeError, ValueError: an argument is wrong, or a key of a gate is none of the model's; the message names it,
+            what was expected and what came.
+    """
+    models = find_transformers(transformer_or_pipe)
+    # How many blocks there are is known when a video comes.
+    check_topk(topk, sparsity, 1)
+    tile = check_block_size(block_size, with_grid=True)
+    check_name("backend", backend, NAMES)
+    pipeline = _check_steps(dense_steps, transformer_or_pipe)
+    plans = []
+    for name, transformer in models.items():
+        layers = _check_layers(dense_layers, len(transformer.blocks))
+        settings = Settings(topk, sparsity, tile, layers, dense_steps, pipeline, backend)
+        new_gates = None if gates is None else read_gates(gates, name, len(models), transformer)
+        plans.append((transformer, settings, new_gates))
+    for transformer, settings, new_gates in plans:
+        wan.enable(transformer, settings, new_gates)
+
+
+def disable_vsa(transformer_or_pipe: Any) -> None:
+    """Gives a model its own attention back, and removes the gates with their weights.
+
+    Args:
+        transformer_or_pipe: as in ``enable_vsa``; where it is not enabled, nothing changes.
+
+    Raises:
+        TypeError: there is no supported transformer.
+    """
+    for transformer in find_transformers(transformer_or_pipe).values():
+        wan.disable(transformer)
+
+
+def _check_layers(dense_layers: Sequence[int], layers: int) -> frozenset[int]:
+    """The layers that are dense, counted from the front."""
+    if isinstance(dense_layers, str) or not isinstance(dense_layers, (Sequence, range, set, frozenset)):
+        raise TypeError(f"dense_layers: expected indices of layers, got {type(dense_layers).__name__}")
+    indices = [check_int("dense_layers", layer, "indices of layers") for layer in dense_layers]
+    for index in indices:
+        if not -layers <= index < layers:
+            raise ValueError(f"dense_layers: expected indices from {-layers} to {layers - 1}, got {index}")
+    return frozenset(index % layers for index in indices)
+
+
+def _check_steps(dense_steps: int, transformer_or_pipe: Any) -> weakref.ref[Any] | None:
+    """The pipeline to ask for the step, where some steps are dense. It owns the transformer, and is not owned."""
+    if check_int("dense_steps", dense_steps) < 0:
+        raise ValueError(f"dense_steps: expected at least 0, got {dense_steps}")
+    if dense_steps == 0:
+        return None
+    if isinstance(transformer_or_pipe, nn.Module):
+        raise ValueError(
+            f"dense_steps: expected 0 for a transformer alone, got {dense_steps}; it is a pipeline that counts steps"
+        )
+    scheduler = getattr(transformer_or_pipe, "scheduler", None)
+    if not hasattr(scheduler, "step_index"):
+        raise ValueError(
+            f"dense_steps: expected 0 where the scheduler counts no steps ({type(scheduler).__name__}), "
+            f"got {dense_steps}"
+        )
+    return weakref.ref(transformer_or_pipe)
