@@ -3,18 +3,17 @@
 from __future__ import annotations
 
 import argparse
-import contextlib
 import os
 import sys
 from collections.abc import Callable, Sequence
 from itertools import product
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any
 
 import torch
 
 from vsa_jit.backends.choose import NAMES
-from vsa_jit.bench import parse, report
+from vsa_jit.bench import parse, report, step_command
 from vsa_jit.bench.cases import (
     DEFAULTS,
     DIRECTIONS,
@@ -32,6 +31,7 @@ from vsa_jit.bench.cases import (
 )
 from vsa_jit.bench.extras import INSTALL, has_matplotlib
 from vsa_jit.bench.stages import write_trace
+from vsa_jit.bench.steps import MODELS, MODES
 from vsa_jit.bench.sweep import OK, Row, sweep
 from vsa_jit.checks import LAYOUTS
 
@@ -67,6 +67,20 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     several(what, "--dtype", parse.dtype, "NAME", ", ".join(DTYPES))
     several(what, "--backend", parse.one_of(NAMES), "NAME", f"{', '.join(NAMES)}; default auto")
 
+    model = parser.add_argument_group("the step of a whole model, instead")
+    model.add_argument(
+        "--model",
+        type=parse.one_of(MODELS),
+        metavar="NAME",
+        help=f"time inference and training steps of a transformer of diffusers with random weights. {_listed(MODELS)}",
+    )
+    model.add_argument("--layers", type=parse.positive_int, metavar="N", help="its first N layers; default all")
+    model.add_argument(
+        "--mode",
+        type=parse.one_of((*MODES, "both")),
+        help="eager, compiled (compile_repeated_blocks, full graphs) or both (default)",
+    )
+
     how = parser.add_argument_group("how to run it")
     how.add_argument(
         "--direction",
@@ -80,8 +94,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     how.add_argument(
         "--gate",
         type=parse.one_of(GATES),
-        default="tensor",
-        help="weight of the coarse output: tensor (default, as a learned gate), one, or off, which drops it",
+        help="weight of the coarse output: tensor (as a learned gate; default), one, or off, which drops it (default "
+        "with --model)",
     )
     how.add_argument("--device", type=parse.device, help="cpu, cuda or cuda:N; default cuda where there is one")
     how.add_argument("--seconds", type=parse.seconds, metavar="X", help="time that goes into each measurement")
@@ -115,6 +129,12 @@ def run(args: argparse.Namespace) -> int:
         argparse.ArgumentError: the arguments do not go together, or the device cannot run them.
     """
     device = args.device or torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    if args.model is not None:
+        _check_outputs(args)
+        return step_command.run(args, device)
+    for name in ("layers", "mode"):
+        if getattr(args, name) is not None:
+            raise argparse.ArgumentError(None, f"argument --{name}: expected argument --model beside it")
     defaults = DEFAULTS[device.type]
     seconds = args.seconds or defaults.seconds
     directions = DIRECTIONS if args.direction == "both" else (args.direction,)
@@ -161,7 +181,7 @@ def plan(args: argparse.Namespace, defaults: Defaults) -> list[Case]:
             shape = Shape(seq_len, grid, args.batch, args.heads or sizes.heads, head_dim, dtype, args.layout)
             choices = _selections(args, defaults, preset)
             for (block_size, selection), backend in product(choices, args.backend or ["auto"]):
-                cases.append(Case(shape, block_size, selection, args.gate, backend))
+                cases.append(Case(shape, block_size, selection, args.gate or "tensor", backend))
     return cases
 
 
@@ -223,7 +243,7 @@ def _write_outputs(
 ) -> None:
     for target, write in ((args.json, report.write_json), (args.csv, report.write_csv)):
         if target is not None:
-            with _open(target) as file:
+            with report.open_output(target) as file:
                 write(environment, rows, file)
     if args.plot is not None:
         from vsa_jit.bench.plot import plot
@@ -231,9 +251,3 @@ def _write_outputs(
         plot(rows, environment, args.plot)
     if args.trace is not None:
         write_trace(rows[0].case, Inputs.random(rows[0].case.shape, device, args.seed), args.trace)
-
-
-def _open(target: str) -> contextlib.AbstractContextManager[TextIO]:
-    if target == "-":
-        return contextlib.nullcontext(sys.stdout)
-    return open(target, "w", encoding="utf-8", newline="")

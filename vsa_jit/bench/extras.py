@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 
 INSTALL = "pip install 'vsa-jit[bench]'"
+MODEL_INSTALL = "pip install 'vsa-jit[diffusers]'"
 
 
 def has_rich() -> bool:
@@ -13,3 +14,7 @@ def has_rich() -> bool:
 
 def has_matplotlib() -> bool:
     return importlib.util.find_spec("matplotlib") is not None
+
+
+def has_diffusers() -> bool:
+    return importlib.util.find_spec("diffusers") is not None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import csv
 import importlib.metadata
 import json
@@ -159,6 +160,13 @@ def write_csv(environment: dict[str, Any], rows: Sequence[Row], file: TextIO) ->
     writer.writerows(lines)
 
 
+def open_output(target: str) -> contextlib.AbstractContextManager[TextIO]:
+    """The file, or standard output for "-"."""
+    if target == "-":
+        return contextlib.nullcontext(sys.stdout)
+    return open(target, "w", encoding="utf-8", newline="")
+
+
 def print_header(environment: dict[str, Any], choices: Iterable[str], file: TextIO) -> None:
     """The machine and the versions, and which backends run and why."""
     capability = environment["compute_capability"]
@@ -176,14 +184,14 @@ def print_header(environment: dict[str, Any], choices: Iterable[str], file: Text
 def print_tables(rows: Sequence[Row], file: TextIO) -> None:
     """Speed and memory, then precision, then the stages of each row that has them."""
     print(file=file)
-    _print_table(SPEED_COLUMNS, [_speed_cells(number, row) for number, row in enumerate(rows, 1)], file)
+    print_table(SPEED_COLUMNS, [_speed_cells(number, row) for number, row in enumerate(rows, 1)], file)
     print(file=file)
-    _print_table(PRECISION_COLUMNS, [_precision_cells(number, row) for number, row in enumerate(rows, 1)], file)
+    print_table(PRECISION_COLUMNS, [_precision_cells(number, row) for number, row in enumerate(rows, 1)], file)
     print(f"\n{NOTES}", file=file)
     for number, row in enumerate(rows, 1):
         if row.stages:
             print(f"\n# {number}: {row.direction}, {row.case}", file=file)
-            _print_table(STAGE_COLUMNS, _stage_cells(row), file)
+            print_table(STAGE_COLUMNS, _stage_cells(row), file)
 
 
 def _speed_cells(number: int, row: Row) -> list[str]:
@@ -204,7 +212,7 @@ def _speed_cells(number: int, row: Row) -> list[str]:
         return cells + ["-"] * 7
     own = [f"{timing.ms:.3f}", _rate(timing.tflops), "-" if timing.speedup is None else f"{timing.speedup:.2f}x"]
     beside = ["-", "-"] if dense is None else [f"{dense.ms:.3f}", dense.name]
-    return [*cells, *own, *beside, _memory(timing.peak_mib), _memory(None if dense is None else dense.peak_mib)]
+    return [*cells, *own, *beside, memory(timing.peak_mib), memory(None if dense is None else dense.peak_mib)]
 
 
 def _precision_cells(number: int, row: Row) -> list[str]:
@@ -241,12 +249,12 @@ def _rate(tflops: float) -> str:
     return f"{tflops:.0f}" if tflops >= 100 else f"{tflops:#.3g}"
 
 
-def _memory(mib: float | None) -> str:
+def memory(mib: float | None) -> str:
     """PyTorch counts memory on GPUs only."""
     return "n/a" if mib is None else f"{mib:.0f}"
 
 
-def _print_table(columns: Sequence[str], rows: Sequence[Sequence[str]], file: TextIO) -> None:
+def print_table(columns: Sequence[str], rows: Sequence[Sequence[str]], file: TextIO) -> None:
     widths = [max(map(len, cells)) for cells in zip(columns, *rows, strict=True)]
     # With its borders a table takes three more for each column; in a narrower terminal it would lose text.
     if file.isatty() and has_rich() and sum(widths) + 3 * len(widths) < shutil.get_terminal_size().columns:

@@ -1,0 +1,161 @@
+"""``vsa-jit bench --model``: the step of a whole model, here a tiny one on a CPU."""
+
+import contextlib
+import functools
+import json
+
+import pytest
+import torch
+
+pytest.importorskip("diffusers", reason="needs diffusers: pip install 'vsa-jit[diffusers]'")
+
+from diffusers import WanTransformer3DModel
+from diffusers.models.transformers import transformer_wan
+from torch.nn.attention import SDPBackend
+from wan import HEAD_DIM, HEADS
+
+from vsa_jit.bench import steps
+from vsa_jit.bench.cases import Selection
+from vsa_jit.bench.steps import DENSE, LIMIT, MODELS, Bench, Model, Plan
+from vsa_jit.cli import main
+
+CPU = torch.device("cpu")
+CONFIG = {
+    "num_attention_heads": HEADS,
+    "attention_head_dim": HEAD_DIM,
+    "text_dim": 16,
+    "freq_dim": 16,
+    "ffn_dim": 32,
+    "num_layers": 2,
+}
+GRID = (3, 5, 6)
+PLAN = Plan(
+    "wan-1.3b", 2, GRID, 1, "fp32", True, "auto", (((4, 4, 4), Selection(topk=2)),), ("forward", "backward"), ()
+)
+
+
+@pytest.fixture(autouse=True)
+def tiny(monkeypatch):
+    monkeypatch.setitem(MODELS, "wan-1.3b", Model("tiny", CONFIG, GRID))
+
+
+def bench(*arguments: str) -> int:
+    return main(["bench", "--model", "wan-1.3b", "--device", "cpu", "--seconds", "0.001", *arguments])
+
+
+def test_rows_of_every_combination(capsys, tmp_path):
+    path = tmp_path / "steps.json"
+    sizes = ("--sparsity", "0.9", "0.5", "--block-size", "4x4x4", "2x8x8", "--layers", "1")
+    assert bench("--mode", "eager", *sizes, "--json", str(path)) == 0
+    content = json.loads(path.read_text())
+    assert content["model"] == "wan-1.3b"
+    assert content["layers"] == 1
+    assert content["grid"] == "3x5x6"
+    assert content["gate"] is False
+    attentions = [
+        DENSE,
+        LIMIT,
+        *(f"{block}, sparsity {sparsity}" for block in ("4x4x4", "2x8x8") for sparsity in (0.9, 0.5)),
+    ]
+    rows = content["rows"]
+    assert [(row["step"], row["attention"]) for row in rows] == [
+        (step, attention) for step in ("inference", "training") for attention in attentions
+    ]
+    for row in rows:
+        beside = {other["attention"]: other["ms"] for other in rows if other["step"] == row["step"]}
+        assert row["speedup"] == pytest.approx(beside[DENSE] / row["ms"])
+        assert row["share_of_limit"] == pytest.approx(beside[LIMIT] / row["ms"])
+        assert row["ms"] > 0
+        assert row["peak_mib"] is None
+    for step, error in content["check"]["errors"].items():
+        assert error <= content["check"]["bounds"][step] <= 1e-4
+
+    printed = capsys.readouterr().out
+    assert "model: tiny, 1 layer, 3x5x6 tokens, batch 1, fp32, random weights, without gates" in printed
+    lines = [line.split() for line in printed.splitlines() if line.lstrip().startswith(("inference", "training"))]
+    assert len(lines) == len(rows)
+    assert [line[-2] for line in lines] == [f"{row['share_of_limit']:.2f}" for row in rows]
+
+
+def test_compiled_steps(monkeypatch, tmp_path):
+    # Without code generation, which takes most of a minute.
+    compile_blocks = functools.partialmethod(WanTransformer3DModel.compile_repeated_blocks, backend="aot_eager")
+    monkeypatch.setattr(WanTransformer3DModel, "compile_repeated_blocks", compile_blocks)
+    path = tmp_path / "steps.json"
+    assert bench("--mode", "compiled", "--direction", "forward", "--topk", "2", "--block-size", "64", "--layers", "1",
+                 "--json", str(path)) == 0  # fmt: skip
+    rows = json.loads(path.read_text())["rows"]
+    assert [(row["mode"], row["attention"]) for row in rows] == [
+        ("compiled", attention) for attention in (DENSE, LIMIT, "64, topk 2")
+    ]
+
+
+def test_a_failed_check_has_no_speeds(capsys, monkeypatch, tmp_path):
+    monkeypatch.setattr(steps, "TOLERANCE", {"fp32": 0.0})
+    monkeypatch.setattr(steps, "_difference", lambda x, wanted: 0.0 if torch.equal(x, wanted) else 1.0)
+    monkeypatch.setattr(Bench, "_sparse", lambda self, block_size, **kwargs: steps._build(self.plan, self.device))
+    path = tmp_path / "steps.json"
+    assert bench("--mode", "eager", "--direction", "forward", "--json", str(path)) == 1
+    assert json.loads(path.read_text())["rows"] == []
+    assert "check, inference: FAILED" in capsys.readouterr().out
+
+
+def test_the_limit_leaves_out_self_attention_and_nothing_else(monkeypatch):
+    bench = Bench(PLAN, CPU, seed=1)
+    outs = {}
+    with steps.only(SDPBackend.MATH):
+        for direction in ("forward", "backward"):
+            outs[direction] = bench.result(bench.models[LIMIT], direction)
+        gradients = []
+        for name in (LIMIT, DENSE):
+            bench._call(bench.models[name], "backward")()
+            gradients.append({name: x.grad.norm() for name, x in bench.models[name].named_parameters()})
+    # All that the dense step computes, the step without attention computes too.
+    assert gradients[0].keys() == gradients[1].keys()
+    assert all(norm > 0 for norm in gradients[0].values())
+
+    dispatch = transformer_wan.dispatch_attention_fn
+
+    def values(query, key, value, **kwargs):
+        return value if query.shape[1] == key.shape[1] else dispatch(query, key, value, **kwargs)
+
+    monkeypatch.setattr(steps, "_left_out", contextlib.nullcontext)
+    monkeypatch.setattr(transformer_wan, "dispatch_attention_fn", values)
+    torch.testing.assert_close(outs["forward"], bench.result(bench.models[DENSE], "forward"))
+
+
+def test_copies_share_weights_and_gates_are_there():
+    bench = Bench(PLAN, CPU, seed=1)
+    sparse = bench.models["4x4x4, topk 2"]
+    assert sparse.blocks[0].ffn.net[2].weight is bench.models[DENSE].blocks[0].ffn.net[2].weight
+    assert hasattr(sparse.blocks[0], "to_gate_compress")
+    assert not hasattr(bench.models[DENSE].blocks[0], "to_gate_compress")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("--seq-len", "128"), "argument --seq-len: not allowed with argument --model"),
+        (("--profile",), "argument --profile: not allowed with argument --model"),
+        (("--grid", "1x2x3", "1x2x4"), "argument --grid: expected one value with --model, got 2"),
+        (("--gate", "one"), "argument --gate: expected tensor or off with --model, got 'one'"),
+        (("--layers", "3"), "argument --layers: expected at most 2, got 3"),
+        (("--layers", "0"), "argument --layers: expected a positive int"),
+        (("--mode", "fast"), "argument --mode: expected one of eager, compiled, both, got 'fast'"),
+        (("--json", "/nowhere/steps.json"), "argument --json: expected a file in a folder that can be written to"),
+    ],
+)
+def test_wrong_arguments_are_named(capsys, arguments, message):
+    assert bench(*arguments) == 2
+    assert message in capsys.readouterr().err
+
+
+def test_without_diffusers(capsys, monkeypatch):
+    monkeypatch.setattr("vsa_jit.bench.step_command.has_diffusers", lambda: False)
+    assert bench() == 2
+    assert "expected diffusers to be installed: pip install 'vsa-jit[diffusers]'" in capsys.readouterr().err
+
+
+def test_arguments_of_models_need_one(capsys):
+    assert main(["bench", "--device", "cpu", "--layers", "2"]) == 2
+    assert "argument --layers: expected argument --model beside it" in capsys.readouterr().err

@@ -1,0 +1,140 @@
+"""``vsa-jit bench --model``: its arguments, and what it prints and writes."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Sequence
+from dataclasses import asdict
+from itertools import product
+from typing import Any, TextIO
+
+import torch
+
+from vsa_jit.bench import report
+from vsa_jit.bench.cases import DEFAULTS, DIRECTIONS, Selection, format_size
+from vsa_jit.bench.extras import MODEL_INSTALL, has_diffusers
+from vsa_jit.bench.steps import MODELS, MODES, Bench, Plan, StepCheck, StepRow, best_sdpa
+from vsa_jit.text import counted
+
+NOTES = """\
+ms: a whole step; inference is the transformer's forward, training its forward and backward with checkpointing.
+speed-up: over the dense model in the same step and mode. of limit: the same, as a share of what the model reaches
+whose self-attention is left out, and nothing else. MiB: peak memory above weights and inputs, gradients included."""
+COLUMNS = ("step", "mode", "self-attention", "ms", "speed-up", "of limit", "MiB")
+# What a model says itself, or what is of kernels alone.
+OTHERS = ["seq_len", "shape", "recipe", "head_dim", "heads", "profile", "csv", "plot", "trace"]
+DEFAULT_BLOCK_SIZES = ((4, 4, 4), (2, 8, 8))
+
+
+def run(args: argparse.Namespace, device: torch.device) -> int:
+    """Measures the steps that the arguments describe.
+
+    Returns:
+        The exit code: 0, or 1 where the check failed.
+
+    Raises:
+        argparse.ArgumentError: the arguments do not go together.
+    """
+    plan = plan_of(args, device)
+    if not has_diffusers():
+        raise argparse.ArgumentError(None, f"argument --model: expected diffusers to be installed: {MODEL_INSTALL}")
+    seconds = args.seconds or DEFAULTS[device.type].seconds
+    environment = report.environment(device, args.seed, seconds)
+    people = sys.stderr if args.json == "-" else sys.stdout
+    report.print_header(environment, [], people)
+    progress = report.Progress(2 + len(plan.directions) * len(plan.modes))
+    progress.start("choosing the dense attention")
+    sdpa = best_sdpa(plan, device, args.seed, seconds)
+    progress.start("checking")
+    bench = Bench(plan, device, args.seed)
+    checked = bench.check(sdpa)
+    rows: list[StepRow] = []
+    if checked.ok:
+        for mode in plan.modes:
+            if mode == "compiled":
+                bench.compile()
+            for direction in plan.directions:
+                progress.start(f"{direction}, {mode}")
+                rows += bench.measure(direction, mode, sdpa[direction], seconds)
+    progress.finish()
+    print_table(plan, sdpa, checked, rows, people)
+    if args.json is not None:
+        with report.open_output(args.json) as file:
+            write_json(environment, plan, checked, rows, file)
+    return 0 if checked.ok else 1
+
+
+def plan_of(args: argparse.Namespace, device: torch.device) -> Plan:
+    """What the arguments describe, with the model's own sizes where they are silent."""
+    for name in OTHERS:
+        if getattr(args, name):
+            flag = name.replace("_", "-")
+            raise argparse.ArgumentError(None, f"argument --{flag}: not allowed with argument --model")
+    for name in ("grid", "backend", "dtype"):
+        values = getattr(args, name) or ()
+        if len(values) > 1:
+            raise argparse.ArgumentError(None, f"argument --{name}: expected one value with --model, got {len(values)}")
+    if args.gate == "one":
+        raise argparse.ArgumentError(None, "argument --gate: expected tensor or off with --model, got 'one'")
+    model = MODELS[args.model]
+    if args.layers is not None and args.layers > model.config["num_layers"]:
+        most = model.config["num_layers"]
+        raise argparse.ArgumentError(None, f"argument --layers: expected at most {most}, got {args.layers}")
+    defaults = DEFAULTS[device.type]
+    if args.topk:
+        selections = [Selection(topk=topk) for topk in args.topk]
+    else:
+        selections = [Selection(sparsity=sparsity) for sparsity in args.sparsity or defaults.sparsities]
+    return Plan(
+        model=args.model,
+        layers=args.layers or model.config["num_layers"],
+        grid=args.grid[0] if args.grid else model.grid,
+        batch=args.batch,
+        dtype=args.dtype[0] if args.dtype else defaults.dtype,
+        gate=args.gate == "tensor",
+        backend=args.backend[0] if args.backend else "auto",
+        variants=tuple(product(args.block_size or DEFAULT_BLOCK_SIZES, selections)),
+        directions=DIRECTIONS if args.direction == "both" else (args.direction,),
+        modes=MODES if args.mode in (None, "both") else (args.mode,),
+    )
+
+
+def print_table(plan: Plan, sdpa: dict[str, Any], checked: StepCheck, rows: Sequence[StepRow], file: TextIO) -> None:
+    gate = "with gates" if plan.gate else "without gates"
+    print(
+        f"model: {MODELS[plan.model].about}, {counted(plan.layers, 'layer')}, {format_size(plan.grid)} tokens, "
+        f"batch {plan.batch}, {plan.dtype}, random weights, {gate}",
+        file=file,
+    )
+    print("dense attention:", ", ".join(f"{name.name.lower()} ({step})" for step, name in sdpa.items()), file=file)
+    for step, error in checked.errors.items():
+        state = "ok" if error <= checked.bounds[step] else report.FAILED
+        print(
+            f"check, {step}: {state}, all blocks selected differ by {error:.2e} from dense, "
+            f"bound {checked.bounds[step]:.2e}",
+            file=file,
+        )
+    if rows:
+        print(file=file)
+        report.print_table(COLUMNS, [_cells(row) for row in rows], file)
+        print(f"\n{NOTES}", file=file)
+
+
+def _cells(row: StepRow) -> list[str]:
+    numbers = [f"{row.ms:.1f}", f"{row.speedup:.2f}x", f"{row.share_of_limit:.2f}", report.memory(row.peak_mib)]
+    return [row.step, row.mode, row.attention, *numbers]
+
+
+def write_json(
+    environment: dict[str, Any], plan: Plan, checked: StepCheck, rows: Sequence[StepRow], file: TextIO
+) -> None:
+    what = {"model": plan.model, "layers": plan.layers, "grid": format_size(plan.grid), "batch": plan.batch}
+    what |= {"dtype": plan.dtype, "gate": plan.gate, "backend": plan.backend}
+    json.dump(
+        {"environment": environment, **what, "check": asdict(checked), "rows": [asdict(row) for row in rows]},
+        file,
+        indent=2,
+    )
+    file.write("\n")
