@@ -173,7 +173,7 @@ def test_selection(run, setting):
     k_c = near[:, None].expand(1, 2, 10, 64) * torch.randn(1, 2, 1, 64, device=device).abs()
     expected = near.topk(3).indices.sort().values.int().cpu()
     with torch.no_grad(), setting(device):
-        _, idx, num = ops.coarse_attend(q_c, k_c, None, inputs.q, inputs.k, None, 3, *static)
+        _, idx, num = ops.coarse_attend(q_c, k_c, None, inputs.q, inputs.k, None, 3, torch.float32, *static)
     assert (num == 3).all()
     assert torch.equal(idx.cpu(), expected.expand(1, 4, 10, 3))
 
@@ -188,7 +188,7 @@ def test_selection_among_scores_that_are_equal_but_for_rounding(run, setting):
     selections = []
     for _ in range(2):
         with torch.no_grad(), setting(run[1]) if selections else nullcontext():
-            selections.append(ops.coarse_attend(q_c, k_c, None, inputs.q, inputs.k, None, 3, *static)[1])
+            selections.append(ops.coarse_attend(q_c, k_c, None, inputs.q, inputs.k, None, 3, torch.float32, *static)[1])
     assert torch.equal(*selections)
 
 

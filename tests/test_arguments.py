@@ -237,6 +237,16 @@ def test_topk_and_sparsity(arguments, error, message):
 
 
 @pytest.mark.parametrize(
+    ("dtype", "error", "got"), [("bfloat16", TypeError, "str"), (torch.float64, ValueError, "torch.float64")]
+)
+@pytest.mark.parametrize("function", [vsa_jit.video_sparse_attn, vsa_jit.explain])
+def test_selection_dtype(function, dtype, error, got):
+    expected = "selection_dtype: expected torch.bfloat16 or torch.float16 or torch.float32 or None, got " + got
+    with pytest.raises(error, match=f"^{expected}$"):
+        function(**qkv(), topk=2, selection_dtype=dtype)
+
+
+@pytest.mark.parametrize(
     ("gate", "error", "message"),
     [
         ("0.5", TypeError, "compress_attn_weight: expected a tensor, a float or None, got str"),

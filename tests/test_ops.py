@@ -70,10 +70,10 @@ def test_opcheck_coarse_branch_and_compact(device):
     library.opcheck(ops.block_means.overload, (q, k, None, None, None, *static))
     means = leaf(1, 4, 8, 32, device=device), leaf(1, 2, 8, 32, device=device), leaf(1, 2, 8, 32, device=device)
     sizes = torch.tensor([64, 0, 3, 64, 64, 1, 9, 64], device=device)
-    library.opcheck(ops.coarse_attend.overload, (*means, q, k, sizes, 2, *static))
-    library.opcheck(ops.coarse_attend.overload, (*means[:2], None, q, k, None, 2, *static))
+    library.opcheck(ops.coarse_attend.overload, (*means, q, k, sizes, 2, torch.float32, *static))
+    library.opcheck(ops.coarse_attend.overload, (*means[:2], None, q, k, None, 2, torch.bfloat16, *static))
     strided = [x.detach().transpose(1, 2).contiguous().transpose(1, 2).requires_grad_() for x in means]
-    library.opcheck(ops.coarse_attend.overload, (*strided, q, k, sizes, 99, *static))
+    library.opcheck(ops.coarse_attend.overload, (*strided, q, k, sizes, 99, torch.bfloat16, *static))
     block_map = torch.rand(1, 4, 8, 8, device=device) < 0.5
     library.opcheck(ops.compact.overload, (block_map, q, k, *static))
     means = torch.randn(1, 4, 8, 32, device=device)

@@ -1,12 +1,17 @@
-"""Selection, compaction and inversion by themselves: ties, zeros of both signs, empty blocks, sizes of every kind."""
+"""Selection, compaction and inversion by themselves: ties, zeros of both signs, empty blocks, sizes of every kind; and
+the dtype in which is selected."""
 
 import os
+from dataclasses import replace
 
 import pytest
 import reference as ref
 import torch
+from problems import BACKENDS as RUNS
+from problems import HALF, INTERPRETED, Case, Inputs
 
 import vsa_jit
+from vsa_jit import ops
 from vsa_jit.backends import torch as torch_backend
 from vsa_jit.backends import triton as triton_backend
 from vsa_jit.problem import Problem
@@ -166,3 +171,131 @@ def test_many_blocks():
 
 def test_interpreter_is_what_runs_without_a_gpu():
     assert torch.cuda.is_available() or os.environ["TRITON_INTERPRET"] == "1"
+
+
+def quarters(*shape, most=64):
+    """Random multiples of 1/4, whose products and sums fp32 holds exactly, and narrower dtypes do not."""
+    return torch.randint(-most, most + 1, shape) / 4
+
+
+def near_ties(*shape):
+    """Means of query blocks and of key blocks, of which every second one scores almost as the one before."""
+    q_c, k_c = quarters(*shape), quarters(*shape)
+    k_c[:, :, 1::2] = k_c[:, :, : shape[2] // 2 * 2 : 2]
+    k_c[:, :, 1::2, 0] += 0.25
+    q_c[..., 0] = 0.25 - 0.5 * torch.randint(0, 2, q_c.shape[:3])
+    return q_c, k_c
+
+
+def rounded_scores(q_c, k_c, scale, dtype):
+    """The scaled scores of block means, every step in a dtype."""
+    q_c, k_c = q_c.to(dtype), k_c.to(dtype)
+    return ((q_c.double() @ k_c.double().mT).to(dtype).float() * scale).to(dtype)
+
+
+def rounded_coarse(q_c, k_c, v_c, scale, nonempty, dtype):
+    scores = rounded_scores(q_c, k_c, scale, dtype).float().masked_fill(~nonempty, float("-inf"))
+    p = scores.softmax(-1).to(dtype)
+    return (p.double() @ v_c.to(dtype).double()).to(dtype)
+
+
+@pytest.mark.parametrize("run", [*RUNS, *INTERPRETED], ids=lambda run: "-".join(run))
+@pytest.mark.parametrize("dtype", HALF)
+@pytest.mark.parametrize("scale", [128**-0.5, 0.002])
+def test_selection_in_a_narrower_dtype(run, dtype, scale):
+    backend, device = run
+    blocks, topk = 64, 9
+    q = torch.empty(1, 2, 64 * blocks, 128, dtype=torch.float16, device=device)
+    # Too near to the quarters for a narrower dtype, so that the means round to them.
+    q_c, k_c = (x * (1 + 1e-5 * torch.rand(x.shape)) for x in near_ties(1, 2, blocks, 128))
+    v_c = torch.randn(1, 2, blocks, 128)
+    sizes = torch.full((blocks,), 64)
+    sizes[torch.randperm(blocks)[:3]] = 0
+    static = [[1, 1, 64], None, "bhsd", scale, backend]
+    means = [x.to(device) for x in (q_c, k_c, v_c)]
+    out_c, idx, num = ops.coarse_attend(*means, q, q, sizes.to(device), topk, dtype, *static)
+    expected, expected_num = expected_indices(rounded_scores(q_c, k_c, scale, dtype), topk, sizes > 0)
+    assert torch.equal(idx.cpu(), expected)
+    assert torch.equal(num.cpu(), expected_num)
+    assert (expected != expected_indices(q_c.double() @ k_c.double().mT, topk, sizes > 0)[0]).any()
+
+    assert torch.equal(out_c, out_c.to(dtype).float())
+    # Another order of summing moves a probability or an output to the value beside it, here and there.
+    assert ref.error(out_c, rounded_coarse(q_c, k_c, v_c, scale, sizes > 0, dtype)) < torch.finfo(dtype).eps / 4
+
+
+SELECTION_CASES = [
+    Case("tiled", q_len=576, sizes=(64,) * 4 + (0,) + (64,) * 4, head_dim=64, heads=4, kv_heads=2, topk=3, gate="full"),
+    Case("raster, bshd", grid=(8, 4, 16), layout="bshd", head_dim=64, batch=2, topk=3, gate=0.5),
+]
+
+
+@pytest.mark.parametrize("run", RUNS, ids=lambda run: "-".join(run))
+@pytest.mark.parametrize("dtype", HALF)
+@pytest.mark.parametrize("case", SELECTION_CASES, ids=lambda case: case.name)
+def test_output_and_gradients_in_a_narrower_selection_dtype(run, dtype, case):
+    backend, device = run
+    # A scale as small as the values are large.
+    inputs = Inputs(replace(case, softmax_scale=0.002), device, torch.float16 if device == "cpu" else dtype)
+    set_block_means(inputs)
+    q_c, k_c, _ = (x.detach().cpu() for x in inputs.means(inputs.clean(torch.float64)))
+    k_c = k_c.repeat_interleave(q_c.shape[1] // k_c.shape[1], 1)
+    block_map = ref.select(rounded_scores(q_c, k_c, inputs.scale, dtype), case.topk, inputs.kv_nonempty)
+    assert (block_map != ref.select(q_c @ k_c.mT, case.topk, inputs.kv_nonempty)).any()
+
+    out = vsa_jit.video_sparse_attn(
+        inputs.q,
+        inputs.k,
+        inputs.v,
+        topk=case.topk,
+        compress_attn_weight=inputs.gate,
+        selection_dtype=dtype,
+        backend=backend,
+        **inputs.order,
+    )
+    out.backward(inputs.dout)
+    reference, plain = inputs.expected(torch.float64, block_map), inputs.expected(dtype, block_map)
+    results = {"out": out, "dq": inputs.q.grad, "dk": inputs.k.grad, "dv": inputs.v.grad}
+    if isinstance(inputs.gate, torch.Tensor):
+        results["dgate"] = inputs.gate.grad
+    for name, x in results.items():
+        ref.assert_close(name, inputs.bhsd(x), reference[name], plain[name])
+
+
+def set_block_means(inputs):
+    """Fills the valid queries and keys so that the means of their blocks are exactly those of ``near_ties``."""
+    case = inputs.case
+    q_c, k_c = near_ties(case.batch, case.heads, inputs.num_q_blocks, case.head_dim)
+    sides = ((inputs.q, q_c, inputs.q_block), (inputs.k, k_c[:, : case.kv_heads], inputs.kv_block))
+    for x, means, block_of in sides:
+        view = inputs.bhsd(x.detach())
+        for block in range(means.shape[2]):
+            tokens = (block_of == block).nonzero().flatten()
+            noise = quarters(*means.shape[:2], len(tokens) // 2, case.head_dim, most=8)
+            filled = means[:, :, block, None] + torch.cat([noise, -noise], 2)
+            view[:, :, tokens] = torch.where(view[:, :, tokens].isnan(), float("nan"), filled.to(view))
+
+
+def test_selection_in_fp32_is_the_default():
+    q, k, v = (torch.randn(1, 2, 320, 32, dtype=torch.bfloat16) for _ in range(3))
+    expected = vsa_jit.video_sparse_attn(q, k, v, topk=2)
+    assert torch.equal(vsa_jit.video_sparse_attn(q, k, v, topk=2, selection_dtype=torch.float32), expected)
+    assert not torch.equal(vsa_jit.video_sparse_attn(q, k, v, topk=2, selection_dtype=torch.bfloat16), expected)
+
+
+def test_tangent_in_a_narrower_selection_dtype():
+    """Of the coarse output alone, whose selection is of all blocks: that of the rounded operations' values."""
+    static = [[1, 1, 64], None, "bhsd", 0.125, "torch"]
+    q = torch.empty(1, 2, 64 * 5, 64)
+    means, along = ([torch.randn(1, 2, 5, 64) for _ in range(3)] for _ in range(2))
+
+    def coarse(*means):
+        return ops.coarse_attend(*means, q, q, None, 5, torch.bfloat16, *static)[0]
+
+    def dense(*means):
+        return ref.coarse(*means, torch.ones(5, dtype=torch.bool), 0.125)
+
+    def tangent(function, dtype):
+        return torch.func.jvp(function, *(tuple(x.to(dtype) for x in xs) for xs in (means, along)))[1]
+
+    ref.assert_close("out_t", tangent(coarse, torch.float32), tangent(dense, torch.float64), tangent(dense, HALF[0]))

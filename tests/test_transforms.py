@@ -30,8 +30,9 @@ def gate(request):
 class Calls:
     """A function of q, k, v and perhaps a gate, tensors for several calls of it, and what those give one by one."""
 
-    def __init__(self, run, gate):
+    def __init__(self, run, gate, selection_dtype=None):
         self.backend, device = run
+        self.selection_dtype = selection_dtype
         self.dtype = torch.float32 if device == "cpu" else torch.float16
         self.gate = gate
         shape = (CALLS, 1, 2, 200, 64)
@@ -44,7 +45,15 @@ class Calls:
 
     def call(self, q, k, v, gate=None):
         weight = self.gate if gate is None else gate
-        return vsa_jit.video_sparse_attn(q, k, v, topk=2, compress_attn_weight=weight, backend=self.backend)
+        return vsa_jit.video_sparse_attn(
+            q,
+            k,
+            v,
+            topk=2,
+            compress_attn_weight=weight,
+            selection_dtype=self.selection_dtype,
+            backend=self.backend,
+        )
 
     @property
     def function(self):
@@ -156,6 +165,26 @@ def test_a_program_that_was_traced_without_gradients_has_them(run, gate, program
     with torch.no_grad():
         function = program(calls)
     calls.check(calls.differentiate(function, calls.of_one, calls.dout[0]), calls.apart[0])
+
+
+def compiled_to_machine_code(calls):
+    return torch.compile(calls.function, fullgraph=True)
+
+
+@pytest.mark.parametrize("program", [traced, exported, compiled, compiled_to_machine_code])
+def test_a_program_computes_in_the_selection_dtype(run, program):
+    """Where PyTorch's compiler sees conversions to a narrower dtype and back, it drops them."""
+    calls = Calls(run, 0.5, torch.bfloat16)
+    results = calls.differentiate(program(calls), calls.of_one, calls.dout[0])
+    calls.check(results, calls.apart[0])
+    calls.selection_dtype = None
+    in_fp32, in_bf16 = calls.call(*calls.of_one), calls.apart[0][0]
+    assert 10 * ref.error(results[0], in_bf16) < ref.error(in_fp32, in_bf16)
+
+
+def test_vmap_in_a_selection_dtype(run):
+    calls = Calls(run, 0.5, torch.bfloat16)
+    calls.check(calls.differentiate(torch.vmap(calls.call), calls.inputs, calls.dout), calls.together)
 
 
 def test_grad(run, gate):

@@ -16,6 +16,7 @@ from vsa_jit.checks import (
     check_indices,
     check_problem,
     check_several_topk,
+    check_selection_dtype,
     check_topk,
 )
 from vsa_jit.lookalikes import LookAlikes
@@ -41,6 +42,7 @@ def video_sparse_attn(
     grid: Sequence[int] | None = None,
     layout: Layout = "bhsd",
     softmax_scale: float | None = None,
+    selection_dtype: torch.dtype | None = None,
     backend: BackendName = "auto",
 ) -> Tensor:
     """Video Sparse Attention (arXiv 2505.13389): block means choose the key blocks that each query block attends.
@@ -67,6 +69,11 @@ def video_sparse_attn(
         grid: (T, H, W) of a video whose tokens come in raster order, w fastest: any size, nothing is padded or copied.
         layout: "bhsd" or "bshd", of q, k, v, the weight and the output.
         softmax_scale: 1/sqrt(D) if None.
+        selection_dtype: in which the coarse branch computes; None for fp32. With bf16 or fp16 it rounds, each time to
+            nearest, the block means (summed in fp32), their products (accumulated in fp32), the products times the
+            scale, by which blocks are then chosen, the probabilities and ``out_c``: what FastVideo does with inputs of
+            that dtype, so that a model trained with it selects the same blocks. In fp16 a score beyond 65,504 is
+            infinite. Gradients are those of the unrounded operations at the rounded values.
         backend: "auto", or the name of the one that must run.
 
     Returns:
@@ -90,11 +97,20 @@ def video_sparse_attn(
     )
     topk = check_topk(topk, sparsity, problem.num_kv_blocks)
     gate = check_gate(compress_attn_weight, q)
+    selection_dtype = check_selection_dtype(selection_dtype)
 
     if kv_sizes is not None and q_variable_block_sizes is None and problem.q_len == problem.kv_len:
         q_sizes = kv_sizes
     q2k_idx, q2k_num, out_c = coarse.coarse_branch(
-        problem, q, k, v, q_sizes, kv_sizes, topk, with_output=isinstance(gate, Tensor) or gate != 0.0
+        problem,
+        q,
+        k,
+        v,
+        q_sizes,
+        kv_sizes,
+        topk,
+        with_output=isinstance(gate, Tensor) or gate != 0.0,
+        selection_dtype=selection_dtype,
     )
     out, _ = _attend(problem, q, k, v, q2k_idx, q2k_num, q_sizes, kv_sizes, out_c, gate)
     return out
@@ -283,6 +299,7 @@ def explain(
     grid: Sequence[int] | None = None,
     layout: Layout = "bhsd",
     softmax_scale: float | None = None,
+    selection_dtype: torch.dtype | None = None,
     backend: BackendName = "auto",
 ) -> Choice:
     """Which backend and engine would run this call of ``video_sparse_attn``, and why each other one would not.
@@ -307,6 +324,7 @@ def explain(
     if topk is not None or sparsity is not None:
         check_topk(topk, sparsity, problem.num_kv_blocks)
     check_gate(compress_attn_weight, q)
+    check_selection_dtype(selection_dtype)
     return choose(problem, q.device, q.dtype, (q, k, v))
 
 

@@ -192,6 +192,17 @@ def check_gate(gate: Tensor | float | None, q: Tensor) -> Tensor | float:
     return float(gate)
 
 
+def check_selection_dtype(dtype: torch.dtype | None) -> torch.dtype:
+    if dtype is None:
+        return torch.float32
+    expected = f"{' or '.join(map(str, DTYPES))} or None"
+    if not isinstance(dtype, torch.dtype):
+        raise TypeError(f"selection_dtype: expected {expected}, got {type(dtype).__name__}")
+    if dtype not in DTYPES:
+        raise ValueError(f"selection_dtype: expected {expected}, got {dtype}")
+    return dtype
+
+
 def check_block_map(block_map: Tensor, problem: Problem, device: torch.device) -> Tensor:
     """The map as bool [B, H, n_q, n_k] (a view where it was broadcast)."""
     _check_tensor("block_map", block_map, (torch.bool,), device)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 
 from vsa_jit import ops
@@ -18,6 +19,7 @@ def coarse_branch(
     topk: int,
     *,
     with_output: bool,
+    selection_dtype: torch.dtype = torch.float32,
 ) -> tuple[Tensor, Tensor, Tensor | None]:
     """Chooses the ``topk`` best key blocks of each query block and, unless it is not wanted, attends the block means.
 
@@ -27,6 +29,6 @@ def coarse_branch(
     """
     q_c, k_c, v_c = ops.block_means(q, k, v if with_output else None, q_sizes, kv_sizes, *problem.static)
     out_c, q2k_idx, q2k_num = ops.coarse_attend(
-        q_c, k_c, v_c if with_output else None, q, k, kv_sizes, topk, *problem.static
+        q_c, k_c, v_c if with_output else None, q, k, kv_sizes, topk, selection_dtype, *problem.static
     )
     return q2k_idx, q2k_num, out_c if with_output else None

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from vsa_jit import flops
-from vsa_jit.backends.choose import backend_for, choose
+from vsa_jit.backends.choose import Backend, backend_for, choose
 from vsa_jit.checks import warn_of_layout
 from vsa_jit.operators import Operator, are_plain, autocast_off, is_autocast_on, nobody_watches
 from vsa_jit.problem import Operands, Problem, bhsd, empty_like
@@ -117,6 +117,7 @@ def coarse_attend(
     k: Tensor,
     kv_sizes: Tensor | None,
     topk: int,
+    selection_dtype: torch.dtype,
     tile: Sequence[int],
     grid: Sequence[int] | None,
     layout: str,
@@ -125,10 +126,13 @@ def coarse_attend(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Chooses the key blocks of each query block by the scores of their means, and attends the means.
 
-    All of it is in fp32, whatever precision PyTorch is allowed for its own products.
+    All arithmetic is in fp32, whatever precision PyTorch is allowed for its own products. With a narrower
+    ``selection_dtype`` each result is rounded to it: the means, their products, the scaled scores, by which blocks are
+    then chosen, the probabilities and the output. The rounding happens in here because ``torch.compile`` drops
+    conversions to a narrower dtype and back. Derivatives are those of the unrounded operations at the rounded values.
 
     Args:
-        q_c, k_c, v_c: block means; v_c None where the means are not attended.
+        q_c, k_c, v_c: block means, fp32; v_c None where the means are not attended.
         q, k: what they are the means of; they say what problem this is.
         kv_sizes: valid tokens of each key block; one without any is neither selected nor attended.
         topk: key blocks to select for each query block, clamped to n_k.
@@ -146,18 +150,20 @@ def coarse_attend(
     q2k_idx = q.new_empty((*shape, topk), dtype=torch.int32)
     q2k_num = q.new_empty(shape, dtype=torch.int32)
     out_c = q_c.new_empty(0 if v_c is None else q_c.shape)
+    q_c, k_c, v_c = _rounded_means(selection_dtype, q_c, k_c, v_c)
     for q_rows, k_rows, v_rows, out_rows, idx, num in _scored_at_a_time(
         problem, q_c, k_c, v_c, None if v_c is None else out_c, q2k_idx, q2k_num
     ):
-        scores = run.matmul(q_rows, k_rows.mT)
+        scores = _scores(problem, run, q_rows, k_rows, selection_dtype)
         run.select(scores, kv_sizes, topk, idx, num)
         if v_c is not None:
-            run.matmul(_softmax(problem, scores, kv_sizes), v_rows, out_rows)
+            run.matmul(_softmax(problem, scores, kv_sizes, selection_dtype), v_rows, out_rows)
+            _round_to(selection_dtype, out_rows)
     return out_c, q2k_idx, q2k_num
 
 
 @coarse_attend.fake
-def _(q_c, k_c, v_c, q, k, kv_sizes, topk, *static):
+def _(q_c, k_c, v_c, q, k, kv_sizes, topk, selection_dtype, *static):
     most = k_c.shape[2]
     topk = min(topk, most) if isinstance(topk, int) and isinstance(most, int) else topk
     return (
@@ -180,14 +186,32 @@ def _scored_at_a_time(problem: Problem, *tensors: Tensor | None) -> Iterator[lis
         yield [None if x is None else x[start : start + step] for x in flat]
 
 
-def _softmax(problem: Problem, scores: Tensor, kv_sizes: Tensor | None) -> Tensor:
-    """Probabilities of the key blocks; ``scores`` is overwritten."""
-    scores.mul_(problem.softmax_scale)
+def _round_to(dtype: torch.dtype, x: Tensor) -> Tensor:
+    """Rounds an fp32 tensor to the values of a dtype, in place."""
+    return x if dtype == x.dtype else x.copy_(x.to(dtype))
+
+
+def _rounded_means(dtype: torch.dtype, *means: Tensor | None) -> list[Any]:
+    return [x if x is None else x.to(dtype).float() for x in means]
+
+
+def _scores(problem: Problem, run: Backend, q_rows: Tensor, k_rows: Tensor, selection_dtype: torch.dtype) -> Tensor:
+    """The scores that order the key blocks: fp32 before scaling, a narrower dtype after, since its scaling can tie."""
+    scores = run.matmul(q_rows, k_rows.mT)
+    if selection_dtype == torch.float32:
+        return scores
+    return _round_to(selection_dtype, _round_to(selection_dtype, scores).mul_(problem.softmax_scale))
+
+
+def _softmax(problem: Problem, scores: Tensor, kv_sizes: Tensor | None, selection_dtype: torch.dtype) -> Tensor:
+    """Probabilities of the key blocks, from ``_scores``, which are overwritten."""
+    if selection_dtype == torch.float32:
+        scores.mul_(problem.softmax_scale)
     if kv_sizes is not None:
         empty = kv_sizes < 1
         # Where all blocks are empty, all of them hold a mean of 0: attending those gives the 0 that is wanted.
         scores.masked_fill_(empty & ~empty.all(), float("-inf"))
-    return scores.softmax(-1)
+    return _round_to(selection_dtype, scores.softmax(-1))
 
 
 @Operator
@@ -199,6 +223,7 @@ def coarse_attend_backward(
     k: Tensor,
     kv_sizes: Tensor | None,
     dout_c: Tensor,
+    selection_dtype: torch.dtype,
     tile: Sequence[int],
     grid: Sequence[int] | None,
     layout: str,
@@ -209,10 +234,11 @@ def coarse_attend_backward(
     problem = Problem.of(q, k, tile, grid, layout, softmax_scale, backend)
     run = backend_for(problem, q, k)
     dq_c, dk_c, dv_c = map(_contiguous_like, (q_c, k_c, v_c))
+    q_c, k_c, v_c = _rounded_means(selection_dtype, q_c, k_c, v_c)
     for q_rows, k_rows, v_rows, dout_rows, dq_rows, dk_rows, dv_rows in _scored_at_a_time(
         problem, q_c, k_c, v_c, dout_c.contiguous(), dq_c, dk_c, dv_c
     ):
-        p = _softmax(problem, run.matmul(q_rows, k_rows.mT), kv_sizes)
+        p = _softmax(problem, _scores(problem, run, q_rows, k_rows, selection_dtype), kv_sizes, selection_dtype)
         run.matmul(p.mT, dout_rows, dv_rows)
         dp = run.matmul(dout_rows * problem.softmax_scale, v_rows.mT)
         ds = torch._softmax_backward_data(dp, p, -1, torch.float32)
@@ -237,6 +263,7 @@ def coarse_attend_tangent(
     q: Tensor,
     k: Tensor,
     kv_sizes: Tensor | None,
+    selection_dtype: torch.dtype,
     tile: Sequence[int],
     grid: Sequence[int] | None,
     layout: str,
@@ -247,10 +274,11 @@ def coarse_attend_tangent(
     problem = Problem.of(q, k, tile, grid, layout, softmax_scale, backend)
     run = backend_for(problem, q, k)
     out_t = _contiguous_like(q_c)
+    q_c, k_c, v_c = _rounded_means(selection_dtype, q_c, k_c, v_c)
     for q_rows, k_rows, v_rows, q_t, k_t, v_t, out_rows in _scored_at_a_time(
         problem, q_c, k_c, v_c, q_c_t, k_c_t, v_c_t, out_t
     ):
-        p = _softmax(problem, run.matmul(q_rows, k_rows.mT), kv_sizes)
+        p = _softmax(problem, _scores(problem, run, q_rows, k_rows, selection_dtype), kv_sizes, selection_dtype)
         scores_t = (run.matmul(q_t, k_rows.mT) + run.matmul(q_rows, k_t.mT)) * problem.softmax_scale
         p_t = p * (scores_t - (p * scores_t).sum(-1, keepdim=True))
         out_rows.copy_(run.matmul(p_t, v_rows) + run.matmul(p, v_t))
@@ -271,9 +299,9 @@ def _setup_coarse_attend(ctx: Any, inputs: tuple, output: tuple[Tensor, ...]) ->
 
 def _coarse_attend_grad(ctx: Any, dout_c: Tensor | None, *_: None) -> tuple:
     if dout_c is None:
-        return (None,) * 12
+        return (None,) * 13
     grads = coarse_attend_backward(*ctx.saved_tensors, dout_c, *ctx.static)
-    return *grads, *(None,) * 9
+    return *grads, *(None,) * 10
 
 
 def _coarse_attend_jvp(

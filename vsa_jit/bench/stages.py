@@ -121,7 +121,7 @@ class _Stages:
         yield _Part("top-k", lambda: run.select(scores, None, case.topk, q2k_idx, q2k_num))
 
         def coarse(v_c: Tensor | None) -> object:
-            return ops.coarse_attend(q_c, k_c, v_c, q, k, None, case.topk, *problem.static)
+            return ops.coarse_attend(q_c, k_c, v_c, q, k, None, case.topk, torch.float32, *problem.static)
 
         if v_c is not None:
             yield _Part("coarse attention", lambda: coarse(v_c), (lambda: coarse(None),))
@@ -169,7 +169,10 @@ class _Stages:
             return
 
         means = ops.block_means(q, k, v, None, None, *problem.static)
-        yield _Part("coarse attention", lambda: ops.coarse_attend_backward(*means, q, k, None, out_c, *problem.static))
+        yield _Part(
+            "coarse attention",
+            lambda: ops.coarse_attend_backward(*means, q, k, None, out_c, torch.float32, *problem.static),
+        )
 
         def spread() -> None:
             for mean, x in zip(means, (q, k, v), strict=True):
