@@ -83,6 +83,27 @@ def test_sources_of_an_installed_wheel(wheel, tmp_path):
     assert python(code, path=tmp_path, cwd=tmp_path).strip() == str(tmp_path / "vsa_jit" / "kernels_src")
 
 
+def test_stand_in_is_carried_and_no_part_of_the_package(wheel, tmp_path):
+    """The README's command installs it from where the wheel was installed."""
+    zipfile.ZipFile(wheel).extractall(tmp_path)
+    folder = Path("vsa_jit") / "integrations" / "fastvideo_stand_in"
+    carried, sources = (
+        {path.relative_to(root) for path in (root / folder).rglob("*.*") if "__pycache__" not in path.parts}
+        for root in (tmp_path, ROOT)
+    )
+    assert carried == sources
+    assert folder / "pyproject.toml" in carried
+    code = "import pkgutil, vsa_jit; print([m.name for m in pkgutil.walk_packages(vsa_jit.__path__, 'vsa_jit.')])"
+    modules = python(code, path=tmp_path, cwd=tmp_path)
+    assert "vsa_jit.api" in modules
+    assert "fastvideo" not in modules
+    command = [sys.executable, "-m", "hatchling", "build", "-t", "wheel", "-d", str(tmp_path)]
+    subprocess.run(command, cwd=tmp_path / folder, check=True, capture_output=True)
+    (stand_in,) = tmp_path.glob("vsa_jit_fastvideo_kernel-*-py3-none-any.whl")
+    modules = {name for name in zipfile.ZipFile(stand_in).namelist() if ".dist-info/" not in name}
+    assert modules == {path.relative_to(folder / "top-level").as_posix() for path in sources if path.suffix == ".py"}
+
+
 def test_missing_sources_are_named(monkeypatch, tmp_path):
     monkeypatch.setattr("vsa_jit.jit.source.__file__", str(tmp_path / "vsa_jit" / "jit" / "source.py"))
     expected = r"CUDA sources were expected at .*vsa_jit.kernels_src or .*\(install vsa-jit again\)"
