@@ -25,7 +25,8 @@ def coarse_branch(
 
     Returns:
         ``(q2k_idx, q2k_num, out_c)``: int32 [B, H, n_q, topk] and [B, H, n_q], without gradient; fp32 [B, H, n_q, D],
-        softmax(q_c k_cᵀ · scale) v_c over the key blocks that have valid tokens, or None.
+        softmax(q_c k_cᵀ · scale) v_c over the key blocks that have valid tokens, or None. With a narrower
+        ``selection_dtype`` every step was rounded to it.
     """
     q_c, k_c, v_c = ops.block_means(q, k, v if with_output else None, q_sizes, kv_sizes, *problem.static)
     out_c, q2k_idx, q2k_num = ops.coarse_attend(
