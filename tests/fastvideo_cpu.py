@@ -19,6 +19,10 @@ def load() -> None:
     """Makes ``fastvideo.attention`` importable; nothing where that was done before."""
     if "fastvideo" in sys.modules:
         return
+    from transformers.utils import is_torchvision_available
+
+    # transformers asks once, and must not find what is put in torchvision's place.
+    is_torchvision_available()
     spec = importlib.util.find_spec("fastvideo")
     _put_module("fastvideo").__path__ = list(spec.submodule_search_locations)
     missing = [name for name in ("torchvision", "torchvision.utils") if name not in sys.modules]

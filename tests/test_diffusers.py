@@ -221,6 +221,26 @@ def test_offloading_by_parts(how):
     assert difference(run(late, arguments), wanted) < TOLERANCE
 
 
+def test_settings_reach_the_operator(monkeypatch):
+    given = []
+    attend = vsa_jit.video_sparse_attn
+
+    def watch(*args, **kwargs):
+        given.append(kwargs)
+        return attend(*args, **kwargs)
+
+    monkeypatch.setattr(vsa_jit, "video_sparse_attn", watch)
+    model = tiny(layers=1)
+    enable_vsa(model, sparsity=0.7, block_size=128, selection_dtype=torch.bfloat16, backend="torch")
+    run(model, inputs())
+    (call,) = given
+    assert call["sparsity"] == 0.7
+    assert call["block_size"] == (2, 8, 8)
+    assert call["selection_dtype"] == torch.bfloat16
+    assert call["backend"] == "torch"
+    assert call["compress_attn_weight"] == 0.0, "without gates the coarse output is not computed"
+
+
 def test_a_copy_is_independent():
     model, arguments = tiny(), inputs()
     dense = run(model, arguments)
@@ -448,6 +468,7 @@ def test_a_checkpoint_half_in_the_names_of_fastvideo(tmp_path, kind):
         ({"topk": 2, "dense_layers": ("0",)}, TypeError, "dense_layers: expected indices of layers, got str"),
         ({"topk": 2, "dense_steps": -1}, ValueError, "dense_steps: expected at least 0, got -1"),
         ({"topk": 2, "dense_steps": 3}, ValueError, "dense_steps: expected 0 for a transformer alone, got 3"),
+        ({"topk": 2, "selection_dtype": torch.float64}, ValueError, "selection_dtype: expected torch.bfloat16 or"),
         ({"topk": 2, "backend": "cuda"}, ValueError, "backend: expected one of"),
         ({"topk": 2, "gates": 3}, TypeError, "gates: expected a path, a repository or a state dict, got int"),
         ({"topk": 2, "gates": "no such"}, ValueError, "gates: expected a file, a folder or a repository owner/name"),

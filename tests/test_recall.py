@@ -59,6 +59,18 @@ def test_sparsities_are_numbers_of_blocks():
     torch.testing.assert_close(by_share[..., 2], torch.ones(1, 2))
 
 
+def test_selection_in_bf16_is_what_is_asked_about():
+    """Means that differ by less than bf16 holds tie in it, and ties go to the lower block."""
+    q = torch.ones(1, 1, 64, 16)
+    k = torch.ones(1, 1, 192, 16)
+    k[:, :, 64:] *= 1.001
+    k[:, :, 64::2] += 3
+    k[:, :, 65::2] -= 3
+    lower = vsa_jit.recall(q, k, topk=[1], selection_dtype=torch.bfloat16)
+    higher = vsa_jit.recall(q, k, topk=[1])
+    assert lower.item() < 0.01 < 0.4 < higher.item()
+
+
 def test_keys_that_all_are_padding_hold_nothing():
     q, k = torch.randn(2, 1, 2, 128, 16)
     empty = torch.zeros(2, dtype=torch.int32)

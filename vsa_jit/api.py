@@ -15,8 +15,8 @@ from vsa_jit.checks import (
     check_gate,
     check_indices,
     check_problem,
-    check_several_topk,
     check_selection_dtype,
+    check_several_topk,
     check_topk,
 )
 from vsa_jit.lookalikes import LookAlikes
@@ -232,6 +232,7 @@ def recall(
     grid: Sequence[int] | None = None,
     layout: Layout = "bhsd",
     softmax_scale: float | None = None,
+    selection_dtype: torch.dtype | None = None,
     backend: BackendName = "auto",
 ) -> Tensor:
     """How much of dense attention's probability falls on the key blocks that ``video_sparse_attn`` would select.
@@ -265,12 +266,15 @@ def recall(
         softmax_scale=softmax_scale,
         backend=backend,
     )
+    selection_dtype = check_selection_dtype(selection_dtype)
     counts = check_several_topk(topk, sparsity, problem.num_kv_blocks)
     if kv_sizes is not None and q_variable_block_sizes is None and problem.q_len == problem.kv_len:
         q_sizes = kv_sizes
 
     def log_sum_exp(topk: int) -> Tensor:
-        q2k_idx, q2k_num, _ = coarse.coarse_branch(problem, q, k, k, q_sizes, kv_sizes, topk, with_output=False)
+        q2k_idx, q2k_num, _ = coarse.coarse_branch(
+            problem, q, k, k, q_sizes, kv_sizes, topk, with_output=False, selection_dtype=selection_dtype
+        )
         _, lse = _attend(problem, q, k, k, q2k_idx, q2k_num, q_sizes, kv_sizes, None, 0.0)
         return lse
 

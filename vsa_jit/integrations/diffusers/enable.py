@@ -6,10 +6,11 @@ import weakref
 from collections.abc import Sequence
 from typing import Any
 
+import torch
 from torch import nn
 
 from vsa_jit.backends.choose import NAMES
-from vsa_jit.checks import check_block_size, check_int, check_topk
+from vsa_jit.checks import check_block_size, check_int, check_selection_dtype, check_topk
 from vsa_jit.integrations.diffusers import wan
 from vsa_jit.integrations.diffusers.checkpoint import Source, read_gates
 from vsa_jit.integrations.diffusers.models import find_transformers
@@ -27,6 +28,7 @@ def enable_vsa(
     block_size: int | Sequence[int] = (4, 4, 4),
     dense_layers: Sequence[int] = (),
     dense_steps: int = 0,
+    selection_dtype: torch.dtype | None = None,
     backend: BackendName = "auto",
 ) -> None:
     """Makes the self-attention of a diffusers model Video Sparse Attention, for videos of any size.
@@ -48,6 +50,7 @@ def enable_vsa(
         block_size: tokens of a block or a video tile (t, h, w), as in ``video_sparse_attn``.
         dense_layers: layers that attend all keys, by index, from the end where it is negative.
         dense_steps: the first steps of denoising that attend all keys, as the pipeline's scheduler counts them.
+        selection_dtype: as in ``video_sparse_attn``: the dtype of the weights for a model that FastVideo trained.
         backend: as in ``video_sparse_attn``.
 
     Raises:
@@ -58,12 +61,13 @@ def enable_vsa(
     # How many blocks there are is known when a video comes.
     check_topk(topk, sparsity, 1)
     tile = check_block_size(block_size, with_grid=True)
+    check_selection_dtype(selection_dtype)
     check_name("backend", backend, NAMES)
     pipeline = _check_steps(dense_steps, transformer_or_pipe)
     plans = []
     for name, transformer in models.items():
         layers = _check_layers(dense_layers, len(transformer.blocks))
-        settings = Settings(topk, sparsity, tile, layers, dense_steps, pipeline, backend)
+        settings = Settings(topk, sparsity, tile, selection_dtype, layers, dense_steps, pipeline, backend)
         new_gates = None if gates is None else read_gates(gates, name, len(models), transformer)
         plans.append((transformer, settings, new_gates))
     for transformer, settings, new_gates in plans:

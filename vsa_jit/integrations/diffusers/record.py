@@ -135,7 +135,8 @@ def record(
         if not was_enabled[name]:
             wan.enable(transformer, Settings.all_dense(tile, len(transformer.blocks)), None)
         for block in transformer.blocks:
-            block.attn1.processor.observer = _Observer(recording, name)
+            processor = block.attn1.processor
+            processor.observer = _Observer(recording, name, processor.settings.selection_dtype)
     try:
         yield recording
     finally:
@@ -147,15 +148,22 @@ def record(
 
 
 class _Observer:
-    def __init__(self, recording: Recording, name: str) -> None:
+    def __init__(self, recording: Recording, name: str, selection_dtype: torch.dtype | None) -> None:
         self._recording = recording
         self._name = name
+        self._selection_dtype = selection_dtype
 
     def __call__(self, layer: int, q: Tensor, k: Tensor, grid: tuple[int, int, int]) -> None:
         if torch.compiler.is_compiling():
             raise RuntimeError("record: expected a model that is not compiled")
         recording = self._recording
         shares = vsa_jit.recall(
-            q, k, sparsity=recording.sparsities, block_size=recording.block_size, grid=grid, layout="bshd"
+            q,
+            k,
+            sparsity=recording.sparsities,
+            block_size=recording.block_size,
+            grid=grid,
+            layout="bshd",
+            selection_dtype=self._selection_dtype,
         )
         recording.add(self._name, layer, grid, shares.mean(0))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import weakref
 from typing import Any, NamedTuple
 
+import torch
 from torch import Tensor
 
 import vsa_jit
@@ -20,6 +21,7 @@ class Settings(NamedTuple):
     topk: int | None
     sparsity: float | None
     tile: tuple[int, int, int]
+    selection_dtype: torch.dtype | None
     dense_layers: frozenset[int]
     dense_steps: int
     pipeline: weakref.ref[Any] | None
@@ -28,7 +30,7 @@ class Settings(NamedTuple):
     @classmethod
     def all_dense(cls, tile: tuple[int, int, int], layers: int) -> Settings:
         """Of a model that attends all keys in all layers."""
-        return cls(1, None, tile, frozenset(range(layers)), 0, None, "auto")
+        return cls(1, None, tile, None, frozenset(range(layers)), 0, None, "auto")
 
     @property
     def is_dense_step(self) -> bool:
@@ -49,5 +51,6 @@ class Settings(NamedTuple):
             compress_attn_weight=0.0 if gate is None else gate,
             grid=grid,
             layout="bshd",
+            selection_dtype=self.selection_dtype,
             backend=self.backend,
         )
