@@ -1,7 +1,9 @@
 """``enable_vsa`` in diffusers' Wan: tiny models with random weights, on a CPU."""
 
 import copy
+import gc
 import re
+import weakref
 
 import pytest
 import reference as ref
@@ -11,7 +13,13 @@ from torch import Tensor
 
 pytest.importorskip("diffusers", reason="needs diffusers: pip install 'vsa-jit[diffusers]'")
 
-from diffusers import ContextParallelConfig, FlowMatchEulerDiscreteScheduler, UniPCMultistepScheduler, WanPipeline
+from diffusers import (
+    ContextParallelConfig,
+    FlowMatchEulerDiscreteScheduler,
+    UniPCMultistepScheduler,
+    WanPipeline,
+    WanTransformer3DModel,
+)
 from diffusers.models.transformers import transformer_wan
 from safetensors.torch import save_file
 from wan import GRID, HEADS, KINDS, as_fp32, difference, gate_weights, inputs, run, tiny
@@ -313,6 +321,51 @@ def test_dense_steps_and_layers_of_a_pipeline(calls, scheduler):
         calls.clear()
 
 
+def test_dense_steps_follow_the_scheduler(calls):
+    pipe = pipeline()
+    enable_vsa(pipe, topk=2, dense_steps=1)
+    with pytest.raises(RuntimeError, match="dense_steps: expected a step of the pipeline"):
+        run(pipe.transformer, inputs())
+    # Another scheduler, another pipeline with it, and a copy.
+    pipe.scheduler = FlowMatchEulerDiscreteScheduler()
+    other = WanPipeline.from_pipe(pipe)
+    other.set_progress_bar_config(disable=True)
+    copied = copy.deepcopy(pipe)
+    for each in (pipe, copied):
+        generate(each, steps=2)
+        assert calls == ["dense"] * 4 + ["sparse"] * 4
+        calls.clear()
+    del pipe
+    generate(other, steps=2)
+    assert calls == ["dense"] * 4 + ["sparse"] * 4
+
+
+def test_dense_steps_of_a_run_that_begins_later(calls):
+    """As from a video that is given some noise: the first steps are those that run."""
+    pipe = pipeline()
+    enable_vsa(pipe, topk=2, dense_steps=2)
+    scheduler = pipe.scheduler
+    scheduler.set_timesteps(10)
+    scheduler.set_begin_index(5)
+    arguments = inputs()
+    latents = arguments["hidden_states"]
+    for t in scheduler.timesteps[5:]:
+        noise = run(pipe.transformer, arguments)
+        latents = scheduler.step(noise, t, latents, return_dict=False)[0]
+    assert calls == ["dense"] * 4 + ["sparse"] * 6
+
+
+def test_dense_steps_of_a_compiled_pipeline():
+    pipe = pipeline()
+    enable_vsa(pipe, topk=2, dense_steps=2)
+    wanted = generate(pipe, steps=12)
+    pipe.transformer.compile_repeated_blocks(fullgraph=True, backend="aot_eager")
+    assert difference(generate(pipe, steps=12), wanted) < 1e-4
+    pipe.transformer.compile(fullgraph=True, backend="aot_eager")
+    with pytest.raises(RuntimeError, match="dense_steps: expected compile_repeated_blocks"):
+        generate(pipe)
+
+
 def test_both_transformers_of_a_pipeline(calls):
     pipe = pipeline(two=True)
     first, second = gate_weights(), gate_weights()
@@ -326,9 +379,11 @@ def test_both_transformers_of_a_pipeline(calls):
     calls.clear()
     generate(pipe)
     assert calls == []
-    with pytest.raises(ValueError, match="gates: expected a state dict for transformer_2, got those of transformer"):
+    with pytest.raises(
+        ValueError, match="expected state dicts of transformer, transformer_2, got those of transformer"
+    ):
         enable_vsa(pipe, topk=2, gates={"transformer": first})
-    with pytest.raises(ValueError, match="a state dict for each of 2 transformers by its name, got one"):
+    with pytest.raises(ValueError, match="a state dict for each of transformer, transformer_2 by its name, got one"):
         enable_vsa(pipe, topk=2, gates=first)
     assert not pipe.transformer.rope._forward_hooks, "nothing changes where something is wrong"
 
@@ -338,7 +393,8 @@ def saved(folder, weights, shards: int = 1):
     keys = list(weights)
     for shard in range(shards):
         part = {key: weights[key].contiguous() for key in keys[shard::shards]}
-        save_file(part, folder / f"diffusion_pytorch_model-{shard}.safetensors")
+        number = f"-{shard}" if shards > 1 else ""
+        save_file(part, folder / f"diffusion_pytorch_model{number}.safetensors")
 
 
 @pytest.mark.parametrize(
@@ -350,7 +406,7 @@ def test_where_gates_come_from(tmp_path, monkeypatch, source):
     everything = {**model.state_dict(), **weights}
     gates = {
         "state dict": everything,
-        "file": tmp_path / "diffusion_pytorch_model-0.safetensors",
+        "file": tmp_path / "diffusion_pytorch_model.safetensors",
         "transformer": str(tmp_path),
         "pipeline, two files": tmp_path,
         "hub": "owner/FastWan-Tiny",
@@ -364,7 +420,7 @@ def test_where_gates_come_from(tmp_path, monkeypatch, source):
 
         def download(repository, allow_patterns):
             assert repository == "owner/FastWan-Tiny"
-            assert "transformer/*.safetensors" in allow_patterns
+            assert allow_patterns == ["transformer/*.safetensors"]
             return tmp_path
 
         monkeypatch.setattr(checkpoint, "snapshot_download", download)
@@ -402,7 +458,7 @@ def test_names_of_gates_are_mapped_or_named():
         enable_vsa(model, topk=2, gates=weights | strangers)
     with pytest.raises(ValueError, match=r"blocks.1.to_gate_compress.bias of shape \(48,\), got \(3,\)"):
         enable_vsa(model, topk=2, gates=weights | {"blocks.1.to_gate_compress.bias": torch.zeros(3)})
-    with pytest.raises(ValueError, match=r"expected one key for blocks.0.to_gate_compress.bias, got blocks.0"):
+    with pytest.raises(ValueError, match=r"expected one value for blocks.0.to_gate_compress.bias, got two, blocks.0"):
         enable_vsa(model, topk=2, gates=weights | {"module.blocks.0.to_gate_compress.bias": torch.zeros(48)})
 
     partly = {key: value for key, value in weights.items() if "blocks.1" not in key}
@@ -434,6 +490,30 @@ def fastvideo_name(key: str) -> str:
     return re.sub(r"(blocks\.\d+)\.norm2", r"\1.self_attn_residual_norm.norm", key)
 
 
+def test_weights_that_diffusers_leaves_out_are_filled(tmp_path):
+    """``from_pretrained`` of names that it does not know gives weights on the device "meta"."""
+    trained = tiny()
+    trained.save_pretrained(tmp_path)
+    (tmp_path / "diffusion_pytorch_model.safetensors").unlink()
+    saved(tmp_path, {fastvideo_name(key): value for key, value in trained.state_dict().items()} | gate_weights())
+    model = WanTransformer3DModel.from_pretrained(tmp_path, torch_dtype=torch.bfloat16)
+    absent = [name for name, x in model.named_parameters() if x.is_meta]
+    assert absent
+    load_fastwan(model, tmp_path)
+    assert all(x.dtype in (torch.bfloat16, torch.float32) and x.requires_grad for x in model.parameters())
+    exact = trained.state_dict()
+    for name, x in model.named_parameters():
+        torch.testing.assert_close(x, exact[name].to(x.dtype))
+    enable_vsa(model, topk=2, gates=tmp_path, selection_dtype=torch.bfloat16)
+    assert run(model, inputs(dtype=torch.bfloat16)).isfinite().all()
+
+    from accelerate import cpu_offload
+
+    cpu_offload(trained, execution_device=torch.device("cpu"))
+    with pytest.raises(ValueError, match="got one that is offloaded"):
+        load_fastwan(trained, tmp_path)
+
+
 @pytest.mark.parametrize("kind", ["text to video", "image to video"])
 def test_a_checkpoint_half_in_the_names_of_fastvideo(tmp_path, kind):
     trained, model, arguments = tiny(kind), tiny(kind), inputs(kind)
@@ -454,6 +534,13 @@ def test_a_checkpoint_half_in_the_names_of_fastvideo(tmp_path, kind):
         load_fastwan(model, {key: value for key, value in renamed.items() if key != lost})
     with pytest.raises(ValueError, match=r"a checkpoint that has beside them blocks.0.stranger"):
         load_fastwan(model, renamed | {"blocks.0.stranger": torch.zeros(1)})
+    with pytest.raises(ValueError, match=r"expected one value for blocks.0.attn1.to_q.weight, got two"):
+        load_fastwan(model, weights | {"blocks.0.to_q.weight": torch.zeros(48, 48)})
+    with pytest.raises(ValueError, match=r"source: expected proj_out.bias of shape \(16,\), got \(2,\)"):
+        load_fastwan(model, weights | {"proj_out.bias": torch.zeros(2)})
+    # diffusers leaves these out too.
+    load_fastwan(model, weights | {"blocks.0.attn2.norm_added_q.weight": torch.zeros(48)})
+    assert torch.equal(model.proj_out.bias, weights["proj_out.bias"])
 
 
 @pytest.mark.parametrize(
@@ -471,8 +558,24 @@ def test_a_checkpoint_half_in_the_names_of_fastvideo(tmp_path, kind):
         ({"topk": 2, "selection_dtype": torch.float64}, ValueError, "selection_dtype: expected torch.bfloat16 or"),
         ({"topk": 2, "backend": "cuda"}, ValueError, "backend: expected one of"),
         ({"topk": 2, "gates": 3}, TypeError, "gates: expected a path, a repository or a state dict, got int"),
+        (
+            {"topk": 2, "gates": {"blocks.0.to_gate_compress.bias": 3}},
+            TypeError,
+            "gates: expected tensors by their names",
+        ),
+        (
+            {"topk": 2, "gates": {3: torch.zeros(1)}},
+            TypeError,
+            "expected tensors by their names, got Tensor at 3",
+        ),
+        (
+            {"topk": 2, "gates": {"other": {}}},
+            ValueError,
+            "expected state dicts of transformer, got those of other",
+        ),
+        ({"topk": 2, "gates": __file__}, ValueError, "gates: expected a .safetensors file or a folder with some"),
         ({"topk": 2, "gates": "no such"}, ValueError, "gates: expected a file, a folder or a repository owner/name"),
-        ({"topk": 2, "gates": "."}, ValueError, "gates: expected .safetensors files in . or in its folder transformer"),
+        ({"topk": 2, "gates": "."}, ValueError, "gates: expected a .safetensors file or a folder with some, got ."),
     ],
 )
 def test_wrong_arguments_are_named_and_change_nothing(tmp_path, monkeypatch, arguments, error, message):
@@ -485,13 +588,15 @@ def test_wrong_arguments_are_named_and_change_nothing(tmp_path, monkeypatch, arg
 
 
 def test_what_is_no_supported_model_is_named():
-    with pytest.raises(TypeError, match="expected a WanTransformer3DModel or a pipeline with one, got Linear"):
+    with pytest.raises(TypeError, match="expected a WanTransformer3DModel, or a pipeline with one, got Linear"):
         enable_vsa(torch.nn.Linear(2, 2), topk=2)
     with pytest.raises(TypeError, match="got int"):
         disable_vsa(3)
     wrapped = torch.nn.Sequential(tiny())
     enable_vsa(wrapped, topk=2)
     assert wrapped[0].rope._forward_hooks
+    with pytest.raises(ValueError, match="expected one model, got ModuleList with 2"):
+        enable_vsa(torch.nn.ModuleList([tiny(), tiny()]), topk=2)
 
 
 def test_attention_that_the_processor_cannot_do_is_refused():
@@ -502,6 +607,77 @@ def test_attention_that_the_processor_cannot_do_is_refused():
         attention(hidden, None, None, (torch.ones(1), torch.ones(1)))
     with pytest.raises(ValueError, match="expected self-attention without a mask"):
         attention(hidden, None, torch.ones(1), None)
+
+
+def test_what_is_refused_changes_nothing():
+    class Other:
+        pass
+
+    model, arguments = tiny(), inputs()
+    wanted = run(model, arguments)
+    original = model.blocks[1].attn1.processor
+    model.blocks[1].attn1.set_processor(Other())
+    with pytest.raises(ValueError, match="expected self-attention by WanAttnProcessor, got Other"):
+        enable_vsa(model, topk=2)
+    model.blocks[1].attn1.set_processor(original)
+    assert torch.equal(run(model, arguments), wanted)
+
+
+def test_processors_that_were_put_back_by_hand():
+    model, arguments = tiny(), inputs()
+    wanted = run(model, arguments)
+    before = dict(model.attn_processors)
+    enable_vsa(model, topk=2, gates={})
+    model.set_attn_processor(before)
+    disable_vsa(model)
+    assert torch.equal(run(model, arguments), wanted)
+    enable_vsa(model, topk=2)
+    model.blocks[0].attn1.set_processor(transformer_wan.WanAttnProcessor())
+    enable_vsa(model, topk=1000)
+    assert difference(run(model, arguments), wanted) < TOLERANCE
+    disable_vsa(model)
+    assert torch.equal(run(model, arguments), wanted)
+
+
+def test_a_model_that_nobody_holds_is_gone():
+    model = tiny()
+    enable_vsa(model, topk=2, gates={})
+    weight = weakref.ref(model.blocks[0].to_gate_compress.weight)
+    gc.disable()
+    try:
+        del model
+        assert weight() is None, "memory is free without a search for cycles"
+    finally:
+        gc.enable()
+
+
+def test_a_saved_model(tmp_path):
+    pipe, arguments = pipeline(), inputs()
+    generate(pipe)
+    enable_vsa(pipe, topk=2, gates=gate_weights(), dense_steps=1)
+    wanted = run(pipe.transformer, arguments)
+    torch.save(pipe.transformer, tmp_path / "model.pt")
+    loaded = torch.load(tmp_path / "model.pt", weights_only=False)
+    assert torch.equal(run(loaded, arguments), wanted)
+
+
+def test_gates_come_before_data_parallelism_and_adapters():
+    from peft import LoraConfig
+
+    class DistributedDataParallel(torch.nn.Module):
+        def __init__(self, module):
+            super().__init__()
+            self.module = module
+
+    model = tiny()
+    with pytest.raises(ValueError, match="not in DistributedDataParallel or FSDP yet"):
+        enable_vsa(DistributedDataParallel(model), topk=2, gates={})
+    enable_vsa(DistributedDataParallel(model), topk=2)
+    enable_vsa(model, topk=2, gates={})
+    enable_vsa(DistributedDataParallel(model), topk=3)
+    model.add_adapter(LoraConfig(r=2, target_modules=["to_gate_compress"]))
+    with pytest.raises(ValueError, match="gates have adapters"):
+        enable_vsa(model, topk=2, gates={})
 
 
 def test_settings_of_attention_reach_the_dense_layers():
@@ -544,8 +720,10 @@ def _two_ranks(rank: int, meeting: str, weights, gates, arguments, wanted, wante
             refused.enable_parallelism(config=ContextParallelConfig(ring_degree=2))
         refused = tiny()
         refused.enable_parallelism(config=ContextParallelConfig(ulysses_degree=2, ulysses_anything=True))
+        before = run(refused, arguments)
         with pytest.raises(ValueError, match="ulysses_anything: expected False"):
             enable_vsa(refused, topk=2)
+        assert torch.equal(run(refused, arguments), before), "nothing changes where something is refused"
     finally:
         dist.destroy_process_group()
 

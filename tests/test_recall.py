@@ -84,7 +84,7 @@ def test_keys_that_all_are_padding_hold_nothing():
         ({}, ValueError, "topk, sparsity: expected exactly one of them, got neither"),
         ({"topk": [1], "sparsity": [0.5]}, ValueError, "topk, sparsity: expected exactly one of them, got both"),
         ({"topk": 3}, TypeError, "topk: expected a list of values, got 3"),
-        ({"sparsity": []}, TypeError, r"sparsity: expected a list of values, got \[\]"),
+        ({"sparsity": []}, ValueError, "sparsity: expected at least one value, got none"),
         ({"topk": [1, 0]}, ValueError, "topk: expected at least 1, got 0"),
         ({"sparsity": [0.5, 1.0]}, ValueError, r"sparsity: expected a number in \[0, 1\), got 1.0"),
         ({"topk": [1], "grid": (2, 2, 2)}, ValueError, "grid: expected T·H·W to be q's sequence length 128"),

@@ -93,10 +93,56 @@ def test_what_cannot_be_recorded_is_named(tmp_path):
         pass
     with pytest.raises(ValueError, match="expected a recording of at least one call"):
         recording.plot(tmp_path / "empty.png")
+    with pytest.raises(ValueError, match="name: expected one of those that ran"):
+        recording.shares()
+    with pytest.raises(TypeError, match="sparsity: expected a list of values, got None"), record(model, sparsity=None):
+        pass
     model.compile_repeated_blocks(fullgraph=True, backend="eager")
     with pytest.raises(RuntimeError, match="record: expected a model that is not compiled"), record(model):
         run(model, inputs())
     assert not model.rope._forward_hooks
+
+
+def test_what_happens_inside(monkeypatch):
+    model = tiny()
+    with record(model), pytest.raises(ValueError, match="expected a model that is not being recorded"), record(model):
+        pass
+    gates = gate_weights()
+    with pytest.raises(RuntimeError, match="expected no enable_vsa or disable_vsa inside"), record(model):
+        enable_vsa(model, topk=2, gates=gates)
+    assert torch.equal(model.blocks[0].to_gate_compress.bias, gates["blocks.0.to_gate_compress.bias"]), (
+        "it stays enabled"
+    )
+    with pytest.raises(RuntimeError, match="expected no enable_vsa or disable_vsa inside"), record(model):
+        disable_vsa(model)
+    assert not model.rope._forward_hooks
+
+    asked = []
+    recall = vsa_jit.recall
+    monkeypatch.setattr(vsa_jit, "recall", lambda *args, **kwargs: asked.append(kwargs) or recall(*args, **kwargs))
+    enable_vsa(model, topk=2, selection_dtype=torch.bfloat16)
+    with record(model):
+        run(model, inputs())
+    assert {call["selection_dtype"] for call in asked} == {torch.bfloat16}
+
+
+def test_layers_that_a_cache_leaves_out(tmp_path):
+    """The first call attends in all three layers, the second in the first alone."""
+    model = tiny(layers=3)
+    with record(model, sparsity=(0.5,)) as recording:
+        run(model, inputs())
+        monkeyed = model.blocks
+        model.blocks = monkeyed[:1]
+        run(model, inputs())
+        model.blocks = monkeyed
+        run(model, inputs())
+    shares = recording.shares()
+    assert shares.isnan().flatten(2).all(-1).tolist() == [[False] * 3, [False, True, True], [False] * 3]
+    assert "nan" not in str(recording)
+    recording.write_json(tmp_path / "recording.json")
+    written = json.loads((tmp_path / "recording.json").read_text())["transformers"]["transformer"]["shares"]
+    assert written[1][1] == [[None]] * HEADS
+    recording.plot(tmp_path / "recording.png")
 
 
 def test_an_error_ends_the_recording():

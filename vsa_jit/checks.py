@@ -132,9 +132,7 @@ def warn_of_layout(problem: Problem, stacklevel: int) -> None:
 
 def check_topk(topk: int | None, sparsity: float | None, num_kv_blocks: int) -> int:
     """Key blocks to keep for each query block, from exactly one of ``topk`` and ``sparsity``: 1 … num_kv_blocks."""
-    if (topk is None) == (sparsity is None):
-        both = "both" if topk is not None else "neither"
-        raise ValueError(f"topk, sparsity: expected exactly one of them, got {both}")
+    _check_one_of(topk, sparsity)
     if topk is not None:
         topk = check_int("topk", topk)
         if topk < 1:
@@ -150,14 +148,32 @@ def check_topk(topk: int | None, sparsity: float | None, num_kv_blocks: int) -> 
 
 def check_several_topk(topk: Sequence[int] | None, sparsity: Sequence[float] | None, num_kv_blocks: int) -> list[int]:
     """``check_topk`` of each of several values."""
+    _check_one_of(topk, sparsity)
+    if sparsity is not None:
+        check_sparsities(sparsity)
+        return [check_topk(None, value, num_kv_blocks) for value in sparsity]
+    _check_several("topk", topk)
+    return [check_topk(value, None, num_kv_blocks) for value in topk or ()]
+
+
+def check_sparsities(sparsity: Sequence[float]) -> None:
+    """Several shares of key blocks to leave out."""
+    _check_several("sparsity", sparsity)
+    for value in sparsity:
+        check_topk(None, value, 1)
+
+
+def _check_one_of(topk: object, sparsity: object) -> None:
     if (topk is None) == (sparsity is None):
-        check_topk(topk, sparsity, num_kv_blocks)  # type: ignore[arg-type]
-    for name, values in (("topk", topk), ("sparsity", sparsity)):
-        if values is not None and (not _is_sequence(values) or len(values) == 0):
-            raise TypeError(f"{name}: expected a list of values, got {values!r}")
-    if topk is not None:
-        return [check_topk(value, None, num_kv_blocks) for value in topk]
-    return [check_topk(None, value, num_kv_blocks) for value in sparsity or ()]
+        both = "both" if topk is not None else "neither"
+        raise ValueError(f"topk, sparsity: expected exactly one of them, got {both}")
+
+
+def _check_several(name: str, values: Any) -> None:
+    if not _is_sequence(values):
+        raise TypeError(f"{name}: expected a list of values, got {values!r}")
+    if len(values) == 0:
+        raise ValueError(f"{name}: expected at least one value, got none")
 
 
 def check_sparsity(sparsity: float, source: str, got: object) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib.util
 
 INSTALL = "pip install 'vsa-jit[bench]'"
-MODEL_INSTALL = "pip install 'vsa-jit[diffusers]'"
+DIFFUSERS_INSTALL = "pip install 'vsa-jit[diffusers]'"
 
 
 def has_rich() -> bool:

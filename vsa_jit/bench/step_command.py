@@ -14,7 +14,7 @@ import torch
 
 from vsa_jit.bench import report
 from vsa_jit.bench.cases import DEFAULTS, DIRECTIONS, Selection, format_size
-from vsa_jit.bench.extras import MODEL_INSTALL, has_diffusers
+from vsa_jit.bench.extras import DIFFUSERS_INSTALL, has_diffusers
 from vsa_jit.bench.steps import MODELS, MODES, Bench, Plan, StepCheck, StepRow, best_sdpa
 from vsa_jit.text import counted
 
@@ -39,7 +39,7 @@ def run(args: argparse.Namespace, device: torch.device) -> int:
     """
     plan = plan_of(args, device)
     if not has_diffusers():
-        raise argparse.ArgumentError(None, f"argument --model: expected diffusers to be installed: {MODEL_INSTALL}")
+        raise argparse.ArgumentError(None, f"argument --model: expected diffusers to be installed: {DIFFUSERS_INSTALL}")
     seconds = args.seconds or DEFAULTS[device.type].seconds
     environment = report.environment(device, args.seed, seconds)
     people = sys.stderr if args.json == "-" else sys.stdout

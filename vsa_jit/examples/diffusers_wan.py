@@ -1,6 +1,7 @@
 """Video Sparse Attention in diffusers' Wan: generate, and look at what a sparsity costs.
 
-Without arguments: a tiny pipeline with random weights, in seconds, on a CPU too. With a checkpoint:
+Needs ``pip install 'vsa-jit[diffusers]'``. Without arguments: a tiny pipeline with random weights, in seconds, on a CPU
+too. With a checkpoint, and what diffusers writes videos with (``pip install imageio imageio-ffmpeg``):
 
     python -m vsa_jit.examples.diffusers_wan --model Wan-AI/Wan2.1-T2V-1.3B-Diffusers --sparsity 0.8
     python -m vsa_jit.examples.diffusers_wan --model FastVideo/FastWan2.1-T2V-1.3B-Diffusers \\

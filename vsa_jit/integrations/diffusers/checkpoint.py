@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from os import PathLike
 from pathlib import Path
 from typing import Any, TypeAlias
@@ -44,49 +44,108 @@ RENAMES = tuple(
     )
 )
 MOST_NAMED = 8
+SUFFIX = ".safetensors"
 
 
 def load_fastwan(transformer_or_pipe: Any, source: Source) -> None:
     """Loads all weights but the gates of a FastWan checkpoint, whichever of the two names it gives each.
 
-    diffusers loads a checkpoint that has its own names by itself. One that has FastVideo's, or some of each, leaves it
-    with weights that were not loaded.
+    diffusers loads a checkpoint that has its own names by itself. Of one that has FastVideo's, or some of each, its
+    ``from_pretrained`` leaves weights on the device "meta"; this fills them, before the model is moved to a device.
 
     Args:
-        transformer_or_pipe: as in ``enable_vsa``, which loads the gates.
+        transformer_or_pipe: as in ``enable_vsa``, which loads the gates; not offloaded.
         source: as ``gates`` in ``enable_vsa``.
 
     Raises:
         TypeError, ValueError: an argument is wrong, or keys are missing or name no weight; the message names them.
     """
     models = find_transformers(transformer_or_pipe)
-    loaded = {}
+    sources = split("source", source, list(models))
+    plans = []
     for name, transformer in models.items():
-        weights = {
-            _diffusers_name(key): value
-            for key, value in _tensors(source, name, len(models), "source", lambda key: GATE not in key)
-        }
-        expected = {key for key in transformer.state_dict() if GATE not in key}
-        for what, keys in (("lacks", expected - weights.keys()), ("has beside them", weights.keys() - expected)):
+        if _is_offloaded(transformer):
+            raise ValueError(
+                "transformer_or_pipe: expected a model whose weights are in place, got one that is offloaded"
+            )
+        expected = {key: value for key, value in transformer.state_dict().items() if GATE not in key}
+        ignored = transformer._keys_to_ignore_on_load_unexpected or ()
+        weights: dict[str, Tensor] = {}
+        found: dict[str, str] = {}
+        for key, value in _tensors("source", sources[name], lambda key: GATE not in key):
+            place = _diffusers_name(key)
+            if place not in expected and any(re.search(pattern, place) for pattern in ignored):
+                continue
+            _keep_one("source", place, key, found)
+            if place in expected:
+                _check_shape("source", key, value, expected[place])
+            weights[place] = value
+        for what, keys in (
+            ("lacks", expected.keys() - weights.keys()),
+            ("has beside them", weights.keys() - expected.keys()),
+        ):
             if keys:
                 raise ValueError(
                     f"source: expected the weights of {name}, got a checkpoint that {what} {_listed(sorted(keys))}"
                 )
-        loaded[name] = weights
-    for name, transformer in models.items():
-        transformer.load_state_dict(loaded[name], strict=False)
+        plans.append((transformer, weights))
+    for transformer, weights in plans:
+        _load(transformer, weights)
 
 
-def read_gates(source: Source, name: str, models: int, transformer: Any) -> list[nn.Linear]:
+def _load(transformer: Any, weights: Mapping[str, Tensor]) -> None:
+    """Copies weights into those that are in place, and puts them where a weight is not."""
+    places = transformer.state_dict()
+    device = next((place.device for place in places.values() if not place.is_meta), torch.device("cpu"))
+    absent = {key: value.to(device, places[key].dtype) for key, value in weights.items() if places[key].is_meta}
+    transformer.load_state_dict(absent, strict=False, assign=True)
+    transformer.load_state_dict({key: value for key, value in weights.items() if key not in absent}, strict=False)
+
+
+def split(argument: str, source: Source, names: Sequence[str]) -> dict[str, Source]:
+    """The source of each of a pipeline's transformers: a state dict, or a path of its own.
+
+    Raises:
+        TypeError, ValueError: there is none for each; the message names the argument.
+    """
+    listed = ", ".join(names)
+    if isinstance(source, Mapping):
+        if source and all(isinstance(value, Mapping) for value in source.values()):
+            if set(source) != set(names):
+                raise ValueError(f"{argument}: expected state dicts of {listed}, got those of {_listed(source)}")
+            return dict(source)
+        if source and len(names) > 1:
+            raise ValueError(f"{argument}: expected a state dict for each of {listed} by its name, got one")
+        return dict.fromkeys(names, source)
+    if not isinstance(source, (str, PathLike)):
+        raise TypeError(f"{argument}: expected a path, a repository or a state dict, got {type(source).__name__}")
+    path = Path(source)
+    if not path.exists():
+        path = _download(argument, str(source), names)
+    if len(names) == 1:
+        return {names[0]: path / names[0] if (path / names[0]).is_dir() else path}
+    return {name: path / name for name in names}
+
+
+def _download(argument: str, repository: str, names: Sequence[str]) -> Path:
+    if not re.fullmatch(r"[\w.-]+/[\w.-]+", repository):
+        raise ValueError(f"{argument}: expected a file, a folder or a repository owner/name, got {repository!r}")
+    folder = Path(snapshot_download(repository, allow_patterns=[f"{name}/*{SUFFIX}" for name in names]))
+    if len(names) == 1 and not (folder / names[0]).is_dir():
+        # A repository of a transformer alone has them at its root; a pattern matches folders too.
+        folder = Path(snapshot_download(repository, allow_patterns=[f"*{SUFFIX}"], ignore_patterns=["*/*"]))
+    return folder
+
+
+def read_gates(source: Source, name: str, transformer: Any) -> list[nn.Linear]:
     """The gate of each block of a transformer, zero where the source has none, which a warning then says.
 
     Args:
-        source: ``gates`` in ``enable_vsa``.
+        source: of this transformer.
         name: the transformer's name in its pipeline.
-        models: how many transformers the pipeline has.
 
     Raises:
-        TypeError, ValueError: the source cannot be read, or its gates are not this model's.
+        TypeError, ValueError: the source cannot be read, its gates are not this model's, or the model cannot take any.
     """
     gates = [_zero_gate(transformer, block) for block in transformer.blocks]
     parameters = {
@@ -96,17 +155,13 @@ def read_gates(source: Source, name: str, models: int, transformer: Any) -> list
     }
     found: dict[str, str] = {}
     strangers = []
-    for key, value in _tensors(source, name, models, "gates", lambda key: GATE in key):
+    for key, value in _tensors("gates", source, lambda key: GATE in key):
         place = _without_wrappers(key).replace(f".attn1.{GATE}", f".{GATE}")
         if place not in parameters:
             strangers.append(key)
             continue
-        if place in found:
-            raise ValueError(f"gates: expected one key for {place}, got {found[place]} and {key}")
-        expected = tuple(parameters[place].shape)
-        if tuple(value.shape) != expected:
-            raise ValueError(f"gates: expected {key} of shape {expected}, got {tuple(value.shape)}")
-        found[place] = key
+        _keep_one("gates", place, key, found)
+        _check_shape("gates", key, value, parameters[place])
         with torch.no_grad():
             parameters[place].copy_(value)
     if strangers:
@@ -115,13 +170,24 @@ def read_gates(source: Source, name: str, models: int, transformer: Any) -> list
             f"got {_listed(strangers)}"
         )
     missing = sorted(parameters.keys() - found.keys())
-    are_wanted = not isinstance(source, Mapping) or len(source) > 0
-    if missing and are_wanted:
+    is_empty = isinstance(source, Mapping) and len(source) == 0
+    if missing and not is_empty:
         warnings.warn(
             f"vsa_jit: gates of {name} that were not found are zero, which drops the coarse output: {_listed(missing)}",
             stacklevel=3,
         )
     return gates
+
+
+def _keep_one(argument: str, place: str, key: str, found: dict[str, str]) -> None:
+    if place in found:
+        raise ValueError(f"{argument}: expected one value for {place}, got two, {found[place]} and {key}")
+    found[place] = key
+
+
+def _check_shape(argument: str, key: str, value: Tensor, place: Tensor) -> None:
+    if value.shape != place.shape:
+        raise ValueError(f"{argument}: expected {key} of shape {tuple(place.shape)}, got {tuple(value.shape)}")
 
 
 def _zero_gate(transformer: Any, block: Any) -> nn.Linear:
@@ -132,6 +198,8 @@ def _zero_gate(transformer: Any, block: Any) -> nn.Linear:
             "transformer_or_pipe: expected a model whose weights are in place, got one that is offloaded by parts; "
             "enable VSA with gates before offloading"
         )
+    if hasattr(block, GATE) and type(getattr(block, GATE)) is not nn.Linear:
+        raise ValueError("gates: expected None for a model whose gates have adapters, which new gates would drop")
     # One that is quantised is not computed in its dtype.
     dtype = weight.dtype if weight.dtype in DTYPES else transformer.dtype
     gate = nn.Linear(projection.in_features, projection.out_features, device=weight.device, dtype=dtype)
@@ -151,47 +219,27 @@ def _is_offloaded(transformer: Any) -> bool:
     return False
 
 
-def _tensors(
-    source: Source, name: str, models: int, argument: str, is_wanted: Callable[[str], bool]
-) -> Iterator[tuple[str, Tensor]]:
+def _tensors(argument: str, source: Source, is_wanted: Callable[[str], bool]) -> Iterator[tuple[str, Tensor]]:
     """Keys and tensors of a state dict, a file, a folder or a repository, as far as they are wanted."""
     if isinstance(source, Mapping):
-        by_name = [isinstance(value, Mapping) for value in source.values()]
-        if source and all(by_name):
-            if name not in source:
-                raise ValueError(f"{argument}: expected a state dict for {name}, got those of {', '.join(source)}")
-            yield from _tensors(source[name], name, 1, argument, is_wanted)
-            return
-        if source and models > 1:
-            raise ValueError(
-                f"{argument}: expected a state dict for each of {models} transformers by its name, got one"
-            )
-        yield from ((key, value) for key, value in source.items() if is_wanted(key))
+        for key, value in source.items():
+            if not isinstance(key, str) or not isinstance(value, Tensor):
+                raise TypeError(f"{argument}: expected tensors by their names, got {type(value).__name__} at {key!r}")
+            if is_wanted(key):
+                yield key, value
         return
-    if not isinstance(source, (str, PathLike)):
-        raise TypeError(f"{argument}: expected a path, a repository or a state dict, got {type(source).__name__}")
-    for file in _files(source, name, models, argument):
+    for file in _files(argument, source):
         with safe_open(file, framework="pt") as tensors:
             for key in filter(is_wanted, tensors.keys()):
                 yield key, tensors.get_tensor(key)
 
 
-def _files(source: str | PathLike[str], name: str, models: int, argument: str) -> Sequence[Path]:
-    """The safetensors files of a transformer, with or without an index that names them."""
+def _files(argument: str, source: str | PathLike[str]) -> list[Path]:
+    """A safetensors file, or those of a folder, with or without an index that names them."""
     path = Path(source)
-    if path.is_file():
-        if models > 1:
-            raise ValueError(f"{argument}: expected a folder with one for each of {models} transformers, got a file")
-        return [path]
-    if not path.is_dir():
-        if not re.fullmatch(r"[\w.-]+/[\w.-]+", str(source)):
-            raise ValueError(f"{argument}: expected a file, a folder or a repository owner/name, got {str(source)!r}")
-        path = Path(snapshot_download(str(source), allow_patterns=[f"{name}/*.safetensors", "*.safetensors"]))
-    files = sorted((path / name).glob("*.safetensors"))
-    if not files and models == 1:
-        files = sorted(path.glob("*.safetensors"))
-    if not files:
-        raise ValueError(f"{argument}: expected .safetensors files in {path} or in its folder {name}, found none")
+    files = sorted(path.glob(f"*{SUFFIX}")) if path.is_dir() else [path]
+    if not files or not all(file.is_file() and file.suffix == SUFFIX for file in files):
+        raise ValueError(f"{argument}: expected a {SUFFIX} file or a folder with some, got {path}")
     return files
 
 
@@ -208,6 +256,7 @@ def _without_wrappers(key: str) -> str:
     return ".".join(part for part in key.split(".") if part not in WRAPPERS | MODEL_NAMES)
 
 
-def _listed(keys: Sequence[str]) -> str:
+def _listed(keys: Iterable[str]) -> str:
+    keys = list(map(str, keys))
     more = len(keys) - MOST_NAMED
     return ", ".join(keys[:MOST_NAMED]) + (f" and {more} more" if more > 0 else "")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import weakref
 from collections.abc import Sequence
 from typing import Any
 
@@ -12,9 +11,9 @@ from torch import nn
 from vsa_jit.backends.choose import NAMES
 from vsa_jit.checks import check_block_size, check_int, check_selection_dtype, check_topk
 from vsa_jit.integrations.diffusers import wan
-from vsa_jit.integrations.diffusers.checkpoint import Source, read_gates
-from vsa_jit.integrations.diffusers.models import find_transformers
-from vsa_jit.integrations.diffusers.settings import Settings
+from vsa_jit.integrations.diffusers.checkpoint import Source, read_gates, split
+from vsa_jit.integrations.diffusers.models import find_transformers, is_in_parallel_wrapper
+from vsa_jit.integrations.diffusers.settings import DenseSteps, Settings
 from vsa_jit.names import check_name
 from vsa_jit.problem import BackendName
 
@@ -35,7 +34,8 @@ def enable_vsa(
 
     Wan 2.1 and 2.2, from text and from images (``WanTransformer3DModel``). The processors of self-attention change, and
     gates are added where they are asked for. Before or after ``enable_parallelism`` (Ulysses), ``torch.compile``,
-    adapters and whole-model offloading; a second call replaces the settings of the first.
+    adapters and whole-model offloading; gates before data parallelism and before offloading by parts. A second call
+    replaces the settings of the first.
 
     Args:
         transformer_or_pipe: a transformer, also one in a wrapper, or a pipeline with one or two of them.
@@ -49,7 +49,8 @@ def enable_vsa(
             it has none the coarse output is dropped with its cost.
         block_size: tokens of a block or a video tile (t, h, w), as in ``video_sparse_attn``.
         dense_layers: layers that attend all keys, by index, from the end where it is negative.
-        dense_steps: the first steps of denoising that attend all keys, as the pipeline's scheduler counts them.
+        dense_steps: the first steps of each run that attend all keys, as the scheduler of this pipeline counts them.
+            Not for a transformer that ``torch.compile`` compiles as a whole (its repeated blocks may be compiled).
         selection_dtype: as in ``video_sparse_attn``: the dtype of the weights for a model that FastVideo trained.
         backend: as in ``video_sparse_attn``.
 
@@ -63,12 +64,19 @@ def enable_vsa(
     tile = check_block_size(block_size, with_grid=True)
     check_selection_dtype(selection_dtype)
     check_name("backend", backend, NAMES)
-    pipeline = _check_steps(dense_steps, transformer_or_pipe)
+    steps = _check_steps(dense_steps, transformer_or_pipe)
+    sources = None if gates is None else split("gates", gates, list(models))
+    if gates is not None and is_in_parallel_wrapper(transformer_or_pipe):
+        raise ValueError(
+            "transformer_or_pipe: expected a model that is not in DistributedDataParallel or FSDP yet, which would not "
+            "know of its gates"
+        )
     plans = []
     for name, transformer in models.items():
+        wan.check(transformer)
         layers = _check_layers(dense_layers, len(transformer.blocks))
-        settings = Settings(topk, sparsity, tile, selection_dtype, layers, dense_steps, pipeline, backend)
-        new_gates = None if gates is None else read_gates(gates, name, len(models), transformer)
+        settings = Settings(topk, sparsity, tile, selection_dtype, layers, steps, backend)
+        new_gates = None if sources is None else read_gates(sources[name], name, transformer)
         plans.append((transformer, settings, new_gates))
     for transformer, settings, new_gates in plans:
         wan.enable(transformer, settings, new_gates)
@@ -89,7 +97,7 @@ def disable_vsa(transformer_or_pipe: Any) -> None:
 
 def _check_layers(dense_layers: Sequence[int], layers: int) -> frozenset[int]:
     """The layers that are dense, counted from the front."""
-    if isinstance(dense_layers, str) or not isinstance(dense_layers, (Sequence, range, set, frozenset)):
+    if isinstance(dense_layers, str) or not isinstance(dense_layers, (Sequence, set, frozenset)):
         raise TypeError(f"dense_layers: expected indices of layers, got {type(dense_layers).__name__}")
     indices = [check_int("dense_layers", layer, "indices of layers") for layer in dense_layers]
     for index in indices:
@@ -98,20 +106,17 @@ def _check_layers(dense_layers: Sequence[int], layers: int) -> frozenset[int]:
     return frozenset(index % layers for index in indices)
 
 
-def _check_steps(dense_steps: int, transformer_or_pipe: Any) -> weakref.ref[Any] | None:
-    """The pipeline to ask for the step, where some steps are dense. It owns the transformer, and is not owned."""
-    if check_int("dense_steps", dense_steps) < 0:
-        raise ValueError(f"dense_steps: expected at least 0, got {dense_steps}")
-    if dense_steps == 0:
+def _check_steps(dense_steps: int, transformer_or_pipe: Any) -> DenseSteps | None:
+    count = check_int("dense_steps", dense_steps)
+    if count < 0:
+        raise ValueError(f"dense_steps: expected at least 0, got {count}")
+    if count == 0:
         return None
     if isinstance(transformer_or_pipe, nn.Module):
-        raise ValueError(
-            f"dense_steps: expected 0 for a transformer alone, got {dense_steps}; it is a pipeline that counts steps"
-        )
+        raise ValueError(f"dense_steps: expected 0 for a transformer alone, got {count}; it is a pipeline that counts")
     scheduler = getattr(transformer_or_pipe, "scheduler", None)
     if not hasattr(scheduler, "step_index"):
         raise ValueError(
-            f"dense_steps: expected 0 where the scheduler counts no steps ({type(scheduler).__name__}), "
-            f"got {dense_steps}"
+            f"dense_steps: expected 0 where the scheduler counts no steps ({type(scheduler).__name__}), got {count}"
         )
-    return weakref.ref(transformer_or_pipe)
+    return DenseSteps(count, transformer_or_pipe)

@@ -28,7 +28,7 @@ def draw(recording: Recording, chosen: int, path: str | PathLike[str]) -> None:
     panels = figure.subplots(len(names), 3, squeeze=False)
     for name, (by_head, by_sparsity, by_call) in zip(names, panels, strict=True):
         shares = recording.shares(name)
-        _draw_heads(figure, by_head, shares[..., chosen].mean(0), name, recording.sparsities[chosen])
+        _draw_heads(figure, by_head, shares[..., chosen].nanmean(0), name, recording.sparsities[chosen])
         _draw_sparsities(by_sparsity, shares, recording.sparsities)
         _draw_calls(by_call, shares[..., chosen], recording.sparsities[chosen])
     block = format_size(recording.block_size)
@@ -50,9 +50,11 @@ def _draw_heads(figure: Figure, axes: Axes, shares: Tensor, name: str, sparsity:
 def _draw_sparsities(axes: Axes, shares: Tensor, sparsities: tuple[float, ...]) -> None:
     order = sorted(range(len(sparsities)), key=sparsities.__getitem__)
     x = [sparsities[index] for index in order]
-    by_head = shares.mean(0).flatten(0, 1)[:, order]
-    axes.plot(x, by_head.mean(0).numpy(), marker="o", color=MEAN_COLOUR, label="mean")
-    axes.plot(x, by_head.amin(0).numpy(), marker="s", color=LOWEST_COLOUR, label="lowest layer and head")
+    by_head = shares.nanmean(0).flatten(0, 1)[:, order]
+    axes.plot(x, by_head.nanmean(0).numpy(), marker="o", color=MEAN_COLOUR, label="mean")
+    axes.plot(
+        x, by_head.nan_to_num(1.0).amin(0).numpy(), marker="s", color=LOWEST_COLOUR, label="lowest layer and head"
+    )
     axes.plot(x, [1 - sparsity for sparsity in x], linestyle="--", color=CHANCE_COLOUR, label="chance")
     axes.set_title("by sparsity")
     axes.set_xlabel("sparsity")
@@ -61,8 +63,8 @@ def _draw_sparsities(axes: Axes, shares: Tensor, sparsities: tuple[float, ...]) 
 
 def _draw_calls(axes: Axes, shares: Tensor, sparsity: float) -> None:
     by_call = shares.flatten(1)
-    axes.plot(by_call.mean(1).numpy(), marker="o", color=MEAN_COLOUR, label="mean")
-    axes.plot(by_call.amin(1).numpy(), marker="s", color=LOWEST_COLOUR, label="lowest layer and head")
+    axes.plot(by_call.nanmean(1).numpy(), marker="o", color=MEAN_COLOUR, label="mean")
+    axes.plot(by_call.nan_to_num(1.0).amin(1).numpy(), marker="s", color=LOWEST_COLOUR, label="lowest layer and head")
     axes.set_title(f"by call, sparsity {sparsity:g}")
     axes.set_xlabel("call of the transformer")
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))

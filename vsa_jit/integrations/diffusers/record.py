@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from os import PathLike
@@ -12,7 +13,8 @@ import torch
 from torch import Tensor
 
 import vsa_jit
-from vsa_jit.checks import check_block_size, check_several_topk
+from vsa_jit.bench.extras import DIFFUSERS_INSTALL, has_matplotlib
+from vsa_jit.checks import check_block_size, check_sparsities
 from vsa_jit.integrations.diffusers import wan
 from vsa_jit.integrations.diffusers.models import find_transformers
 from vsa_jit.integrations.diffusers.settings import Settings
@@ -23,7 +25,8 @@ SPARSITIES = (0.5, 0.7, 0.8, 0.9, 0.95)
 class Recording:
     """Of each call of a transformer, layer and head: the share of dense attention's probability on selected blocks.
 
-    ``print`` shows the means over calls and heads, ``write_json`` writes all, ``plot`` draws it.
+    ``print`` shows the means over calls and heads, ``write_json`` writes all, ``plot`` draws it. NaN, or null in JSON,
+    is where a layer did not attend in a call, as under a cache of blocks.
 
     Attributes:
         sparsities: the shares of key blocks left out that were asked about.
@@ -35,14 +38,16 @@ class Recording:
         self.sparsities = tuple(sparsities)
         self.block_size = block_size
         self.grids: dict[str, list[tuple[int, int, int]]] = {}
-        # By transformer and layer, in order of the calls.
-        self._shares: dict[str, dict[int, list[Tensor]]] = {}
+        # By transformer, and by call and layer.
+        self._shares: dict[str, dict[tuple[int, int], Tensor]] = {}
 
     def add(self, name: str, layer: int, grid: tuple[int, int, int], shares: Tensor) -> None:
         """Keeps what a layer's call gave, [heads, sparsities], where it is: nothing waits for a GPU."""
-        if layer == 0:
-            self.grids.setdefault(name, []).append(grid)
-        self._shares.setdefault(name, {}).setdefault(layer, []).append(shares)
+        kept, grids = self._shares.setdefault(name, {}), self.grids.setdefault(name, [])
+        last = next(reversed(kept), None)
+        if last is None or layer <= last[1]:
+            grids.append(grid)
+        kept[len(grids) - 1, layer] = shares
 
     @property
     def names(self) -> list[str]:
@@ -50,16 +55,28 @@ class Recording:
         return list(self._shares)
 
     def shares(self, name: str = "transformer") -> Tensor:
-        """fp32 [calls, layers, heads, sparsities] on the CPU."""
-        layers = self._shares[name]
-        return torch.stack([torch.stack(layers[layer]) for layer in sorted(layers)], dim=1).cpu()
+        """fp32 [calls, layers, heads, sparsities] on the CPU.
+
+        Raises:
+            ValueError: no call of this transformer was recorded.
+        """
+        if name not in self._shares:
+            raise ValueError(f"name: expected one of those that ran, {self.names}, got {name!r}")
+        kept = self._shares[name]
+        calls, layers = (1 + max(places) for places in zip(*kept, strict=True))
+        shares = torch.full((calls, layers, *next(iter(kept.values())).shape), float("nan"))
+        for place, values in kept.items():
+            shares[place] = values.cpu()
+        return shares
 
     def write_json(self, path: str | PathLike[str]) -> None:
         """Writes all of it: ``shares`` is a list by call, layer, head and sparsity."""
-        transformers = {name: {"grids": self.grids[name], "shares": self.shares(name).tolist()} for name in self.names}
+        transformers = {
+            name: {"grids": self.grids[name], "shares": _without_nan(self.shares(name).tolist())} for name in self.names
+        }
         content = {"sparsities": self.sparsities, "block_size": self.block_size, "transformers": transformers}
         with open(path, "w", encoding="utf-8") as file:
-            json.dump(content, file)
+            json.dump(content, file, allow_nan=False)
             file.write("\n")
 
     def plot(self, path: str | PathLike[str], sparsity: float | None = None) -> None:
@@ -71,29 +88,36 @@ class Recording:
 
         Raises:
             ValueError: the sparsity was not recorded, or nothing was.
+            ImportError: matplotlib is not installed.
         """
-        from vsa_jit.integrations.diffusers.picture import draw
-
         chosen = self.sparsities[len(self.sparsities) // 2] if sparsity is None else sparsity
         if chosen not in self.sparsities:
             raise ValueError(f"sparsity: expected one of {self.sparsities}, got {sparsity}")
         if not self.names:
             raise ValueError("expected a recording of at least one call, got an empty one")
+        if not has_matplotlib():
+            raise ImportError(f"expected matplotlib to be installed: {DIFFUSERS_INSTALL}")
+        from vsa_jit.integrations.diffusers.picture import draw
+
         draw(self, self.sparsities.index(chosen), path)
 
     def __str__(self) -> str:
         lines = []
         for name in self.names:
-            by_layer = self.shares(name).mean((0, 2))
-            lines.append(
-                f"{name}: share of dense attention's probability on the selected blocks, mean over calls and heads"
-            )
+            by_layer = self.shares(name).nanmean((0, 2))
+            lines.append(f"{name}: probability of dense attention on the selected blocks, mean over calls and heads")
             lines.append("sparsity  " + "  ".join(f"{sparsity:5g}" for sparsity in self.sparsities))
             lines += [
                 f"layer {layer:2d}  " + "  ".join(f"{share:.3f}" for share in row)
                 for layer, row in enumerate(by_layer.tolist())
             ]
         return "\n".join(lines)
+
+
+def _without_nan(values: Any) -> Any:
+    if isinstance(values, list):
+        return [_without_nan(value) for value in values]
+    return None if math.isnan(values) else values
 
 
 @contextmanager
@@ -103,10 +127,11 @@ def record(
     sparsity: Sequence[float] = SPARSITIES,
     block_size: int | Sequence[int] | None = None,
 ) -> Iterator[Recording]:
-    """Records ``vsa_jit.recall`` of every self-attention that a model computes, which about doubles its time.
+    """Records ``vsa_jit.recall`` of every self-attention that a model computes.
 
-    Where VSA is not enabled, the model attends all keys as it does by itself. For inference: what checkpointing
-    computes again in a backward would count as a call of its own.
+    That takes a dense attention, and for each sparsity a sparse one, beside the model's own. Where VSA is not enabled,
+    the model attends all keys as it does by itself. For inference: what checkpointing computes again in a backward
+    would count as a call of its own. ``enable_vsa`` and ``disable_vsa`` come before or after.
 
     Args:
         transformer_or_pipe: as in ``enable_vsa``.
@@ -117,34 +142,47 @@ def record(
         The ``Recording``, which fills as the model runs.
 
     Raises:
-        TypeError, ValueError: an argument is wrong, or the model is sharded (``enable_parallelism``).
-        RuntimeError: while recording, where the model is compiled.
+        TypeError, ValueError: an argument is wrong, or the model is sharded (``enable_parallelism``) or being recorded.
+        RuntimeError: while recording, where the model is compiled in full graphs; at the end, where VSA was enabled or
+            disabled inside.
     """
     models = find_transformers(transformer_or_pipe)
-    check_several_topk(None, sparsity, 1)
+    check_sparsities(sparsity)
     first = next(iter(models.values()))
     if block_size is None:
         block_size = first.blocks[0].attn1.processor.settings.tile if wan.is_enabled(first) else (4, 4, 4)
     tile = check_block_size(block_size, with_grid=True)
     for transformer in models.values():
-        if transformer.blocks[0].attn1.processor._parallel_config is not None:
-            raise ValueError("transformer_or_pipe: expected a model on one device, got one with context parallelism")
+        wan.check(transformer)
+        for block in transformer.blocks:
+            processor = block.attn1.processor
+            if processor._parallel_config is not None:
+                raise ValueError(
+                    "transformer_or_pipe: expected a model on one device, got one with context parallelism"
+                )
+            if getattr(processor, "observer", None) is not None:
+                raise ValueError("transformer_or_pipe: expected a model that is not being recorded, got one that is")
     recording = Recording(sparsity, tile)
     was_enabled = {name: wan.is_enabled(transformer) for name, transformer in models.items()}
+    observed = []
     for name, transformer in models.items():
         if not was_enabled[name]:
             wan.enable(transformer, Settings.all_dense(tile, len(transformer.blocks)), None)
         for block in transformer.blocks:
             processor = block.attn1.processor
             processor.observer = _Observer(recording, name, processor.settings.selection_dtype)
+            observed.append((block.attn1, processor))
     try:
         yield recording
     finally:
+        is_as_it_was = all(attention.processor is processor for attention, processor in observed)
+        for _, processor in observed:
+            processor.observer = None
         for name, transformer in models.items():
-            for block in transformer.blocks:
-                block.attn1.processor.observer = None
-            if not was_enabled[name]:
+            if is_as_it_was and not was_enabled[name]:
                 wan.disable(transformer)
+    if not is_as_it_was:
+        raise RuntimeError("record: expected no enable_vsa or disable_vsa inside; calls after it were not recorded")
 
 
 class _Observer:

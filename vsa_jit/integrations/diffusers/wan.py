@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import torch
 from diffusers import WanTransformer3DModel
 from diffusers.models.attention_dispatch import SeqAllToAllDim, dispatch_attention_fn
+from diffusers.models.transformers.transformer_wan import WanAttnProcessor
 from torch import Tensor, nn
 
 from vsa_jit.integrations.diffusers.settings import Settings
@@ -39,7 +41,6 @@ class VideoSize:
 
     def __init__(self, settings: Settings) -> None:
         self.settings = settings
-        self.handle: Any = None
 
     def __call__(self, rope: Any, args: tuple[Tensor], output: tuple[Tensor, Tensor]) -> VideoRotary:
         frames, height, width = args[0].shape[-3:]
@@ -47,21 +48,28 @@ class VideoSize:
         grid = (frames // t, height // h, width // w)
         # Each value comes twice, once for each number of a pair.
         cos, sin = output[0][..., 0::2].float(), output[1][..., 1::2].float()
-        return VideoRotary(cos, sin, torch.complex(cos, sin), grid, self.settings.is_dense_step)
+        dense_steps = self.settings.dense_steps
+        is_dense_step = dense_steps is not None and dense_steps.is_under_way()
+        return VideoRotary(cos, sin, torch.complex(cos, sin), grid, is_dense_step)
 
 
 class WanVsaProcessor:
     """Self-attention of one block of Wan by Video Sparse Attention, or by all keys where the layer or step is dense."""
 
-    def __init__(self, layer: int, block: Any, settings: Settings, size: VideoSize) -> None:
+    def __init__(self, layer: int, block: Any, settings: Settings) -> None:
         self.layer = layer
-        self.block = block
+        # The block owns its processor: the memory of a model that nobody holds any more is free at once.
+        self._block = weakref.ref(block)
         self.settings = settings
-        self.size = size
         self.original = block.attn1.processor
         self.is_dense = layer in settings.dense_layers
         self.observer: Observer | None = None
-        _check_parallel(self._parallel_config)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return self.__dict__ | {"_block": self._block()}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state, _block=weakref.ref(state["_block"]))
 
     # diffusers sets both on the processors that it finds, and the original one keeps them.
     @property
@@ -105,7 +113,7 @@ class WanVsaProcessor:
         if self.is_dense or rotary_emb.is_dense_step:
             out = dispatch_attention_fn(q, k, v, backend=self._attention_backend, parallel_config=self._parallel_config)
         else:
-            gate = getattr(self.block, GATE, None)
+            gate = getattr(self._block(), GATE, None)
             gate = None if gate is None else gate(hidden_states).unflatten(-1, (attn.heads, -1))
             out = self._attend(q, k, v, gate, rotary_emb.grid)
         out = out.flatten(-2).type_as(q)
@@ -148,18 +156,29 @@ def is_supported(module: nn.Module) -> bool:
 
 
 def is_enabled(transformer: Any) -> bool:
-    return isinstance(transformer.blocks[0].attn1.processor, WanVsaProcessor)
+    return any(_is_ours(block) for block in transformer.blocks)
+
+
+def check(transformer: Any) -> None:
+    """Raises ``ValueError`` where a model has attention that its processors cannot do as well."""
+    for block in transformer.blocks:
+        processor = block.attn1.processor
+        if not isinstance(processor, (WanAttnProcessor, WanVsaProcessor)):
+            raise ValueError(
+                f"transformer_or_pipe: expected self-attention by {WanAttnProcessor.__name__}, got "
+                f"{type(processor).__name__}"
+            )
+        _check_parallel(processor._parallel_config)
 
 
 def enable(transformer: Any, settings: Settings, gates: Sequence[nn.Linear] | None) -> None:
-    """Gives each block its processor, and its gate; without new gates those that are there stay."""
+    """Gives each block of a model that was checked its processor, and its gate; without new gates old ones stay."""
     _restore(transformer)
-    size = VideoSize(settings)
-    size.handle = transformer.rope.register_forward_hook(size)
+    transformer.rope.register_forward_hook(VideoSize(settings))
     for layer, block in enumerate(transformer.blocks):
         if gates is not None:
             setattr(block, GATE, gates[layer])
-        block.attn1.set_processor(WanVsaProcessor(layer, block, settings, size))
+        block.attn1.set_processor(WanVsaProcessor(layer, block, settings))
 
 
 def disable(transformer: Any) -> None:
@@ -170,12 +189,17 @@ def disable(transformer: Any) -> None:
             delattr(block, GATE)
 
 
+def _is_ours(block: Any) -> bool:
+    return isinstance(block.attn1.processor, WanVsaProcessor)
+
+
 def _restore(transformer: Any) -> None:
-    """Gives each block the processor that it had, where it has one of ours."""
-    if is_enabled(transformer):
-        transformer.blocks[0].attn1.processor.size.handle.remove()
-        for block in transformer.blocks:
-            block.attn1.set_processor(block.attn1.processor.original)
+    """Gives each block that has a processor of ours the one that it had, and the position embedding its output."""
+    hooks = transformer.rope._forward_hooks
+    for key in [key for key, hook in hooks.items() if isinstance(hook, VideoSize)]:
+        del hooks[key]
+    for block in filter(_is_ours, transformer.blocks):
+        block.attn1.set_processor(block.attn1.processor.original)
 
 
 def _check_parallel(config: Any) -> None:
