@@ -90,7 +90,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     how.add_argument("--heads", type=parse.positive_int, metavar="H", help="number of heads")
     how.add_argument("--batch", type=parse.positive_int, default=1, metavar="B", help="batch size, default 1")
-    how.add_argument("--layout", type=parse.one_of(LAYOUTS), default="bhsd", help="bhsd (default) or bshd")
+    how.add_argument("--layout", type=parse.one_of(LAYOUTS), help="bhsd (default) or bshd")
     how.add_argument(
         "--gate",
         type=parse.one_of(GATES),
@@ -178,7 +178,7 @@ def plan(args: argparse.Namespace, defaults: Defaults) -> list[Case]:
     for seq_len, grid, preset in lengths:
         sizes = preset or defaults
         for head_dim, dtype in product(args.head_dim or [sizes.head_dim], args.dtype or [defaults.dtype]):
-            shape = Shape(seq_len, grid, args.batch, args.heads or sizes.heads, head_dim, dtype, args.layout)
+            shape = Shape(seq_len, grid, args.batch, args.heads or sizes.heads, head_dim, dtype, args.layout or "bhsd")
             choices = _selections(args, defaults, preset)
             for (block_size, selection), backend in product(choices, args.backend or ["auto"]):
                 cases.append(Case(shape, block_size, selection, args.gate or "tensor", backend))
