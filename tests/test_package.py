@@ -5,6 +5,7 @@ import os
 import subprocess
 import sys
 import zipfile
+from importlib.machinery import PathFinder
 from pathlib import Path
 
 import pytest
@@ -96,7 +97,9 @@ def test_stand_in_is_carried_and_no_part_of_the_package(wheel, tmp_path):
     code = "import pkgutil, vsa_jit; print([m.name for m in pkgutil.walk_packages(vsa_jit.__path__, 'vsa_jit.')])"
     modules = python(code, path=tmp_path, cwd=tmp_path)
     assert "vsa_jit.api" in modules
-    assert "fastvideo" not in modules
+    assert "fastvideo_stand_in" not in modules
+    for name in ("fastvideo_kernel", "vsa"):
+        assert PathFinder.find_spec(name, [str(tmp_path)]) is None
     command = [sys.executable, "-m", "hatchling", "build", "-t", "wheel", "-d", str(tmp_path)]
     subprocess.run(command, cwd=tmp_path / folder, check=True, capture_output=True)
     (stand_in,) = tmp_path.glob("vsa_jit_fastvideo_kernel-*-py3-none-any.whl")
