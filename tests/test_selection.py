@@ -241,7 +241,6 @@ def test_output_and_gradients_in_a_narrower_selection_dtype(run, dtype, case):
     q_c, k_c, _ = (x.detach().cpu() for x in inputs.means(inputs.clean(torch.float64)))
     k_c = k_c.repeat_interleave(q_c.shape[1] // k_c.shape[1], 1)
     block_map = ref.select(rounded_scores(q_c, k_c, inputs.scale, dtype), case.topk, inputs.kv_nonempty)
-    assert (block_map != ref.select(q_c @ k_c.mT, case.topk, inputs.kv_nonempty)).any()
 
     out = vsa_jit.video_sparse_attn(
         inputs.q,
@@ -283,19 +282,45 @@ def test_selection_in_fp32_is_the_default():
     assert not torch.equal(vsa_jit.video_sparse_attn(q, k, v, topk=2, selection_dtype=torch.bfloat16), expected)
 
 
-def test_tangent_in_a_narrower_selection_dtype():
-    """Of the coarse output alone, whose selection is of all blocks: that of the rounded operations' values."""
-    static = [[1, 1, 64], None, "bhsd", 0.125, "torch"]
-    q = torch.empty(1, 2, 64 * 5, 64)
-    means, along = ([torch.randn(1, 2, 5, 64) for _ in range(3)] for _ in range(2))
+@pytest.mark.parametrize("dtype", HALF)
+def test_derivatives_are_those_at_the_rounded_values(dtype):
+    """Closely: the rounding of any one of the means, the scores or the probabilities makes far more than the bound."""
+    heads, kv_heads, blocks, scale = 4, 2, 9, 0.002
+    q_c, k_c = near_ties(1, heads, blocks, 64)
+    rounded = q_c, k_c[:, :kv_heads], torch.randn(1, kv_heads, blocks, 64).to(dtype).float()
+    # Moved by less than what rounds to another value. Products of the rounded ones are exact in any order of summing.
+    means = [x * (1 + (torch.rand(x.shape) - 0.5) * 0.4 * torch.finfo(dtype).eps) for x in rounded]
+    for mean, x in zip(means, rounded, strict=True):
+        assert torch.equal(mean.to(dtype).float(), x)
+    along = [torch.randn(x.shape) for x in means]
+    dout = torch.randn(q_c.shape)
+    sizes = torch.full((blocks,), 64)
+    sizes[4] = 0
+    q, k = (torch.empty(1, x.shape[1], 64 * blocks, 64) for x in rounded[:2])
+    static = [[1, 1, 64], None, "bhsd", scale, "torch"]
 
     def coarse(*means):
-        return ops.coarse_attend(*means, q, q, None, 5, torch.bfloat16, *static)[0]
+        return ops.coarse_attend(*means, q, k, sizes, 3, dtype, *static)[0]
 
-    def dense(*means):
-        return ref.coarse(*means, torch.ones(5, dtype=torch.bool), 0.125)
+    leaves = [x.clone().requires_grad_() for x in means]
+    grads = torch.autograd.grad(coarse(*leaves), leaves, dout)
+    _, tangent = torch.func.jvp(coarse, tuple(means), tuple(along))
 
-    def tangent(function, dtype):
-        return torch.func.jvp(function, *(tuple(x.to(dtype) for x in xs) for xs in (means, along)))[1]
+    group = heads // kv_heads
+    scores = rounded_scores(q_c, rounded[1].repeat_interleave(group, 1), scale, dtype).float()
+    p = scores.masked_fill(sizes == 0, float("-inf")).softmax(-1).to(dtype).double()
+    (q_c, k_c, v_c), (q_t, k_t, v_t) = ([x.double() for x in xs] for xs in (rounded, along))
+    k_c, v_c, k_t, v_t = (x.repeat_interleave(group, 1) for x in (k_c, v_c, k_t, v_t))
 
-    ref.assert_close("out_t", tangent(coarse, torch.float32), tangent(dense, torch.float64), tangent(dense, HALF[0]))
+    def through_softmax(x):
+        return p * (x - (p * x).sum(-1, keepdim=True)) * scale
+
+    def of_group(x):
+        return x.unflatten(1, (kv_heads, group)).sum(2)
+
+    dout = dout.double()
+    dscores = through_softmax(dout @ v_c.mT)
+    expected = dscores @ k_c, of_group(dscores.mT @ q_c), of_group(p.mT @ dout)
+    for grad, x in zip(grads, expected, strict=True):
+        assert ref.error(grad, x) < 1e-5
+    assert ref.error(tangent, through_softmax(q_t @ k_c.mT + q_c @ k_t.mT) @ v_c + p @ v_t) < 1e-5
