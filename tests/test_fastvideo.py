@@ -142,6 +142,10 @@ def test_block_sparse_attention(name, dims):
     torch.testing.assert_close(lse[:, :, block:], (expected_lse / math.log(2))[:, :, block:].float())
 
 
+VIDEO_SPARSE_ATTENTIONS = {
+    "bhsd": fastvideo_kernel.video_sparse_attn,
+    "bshd": fastvideo_kernel.video_sparse_attn_bshd,
+}
 TILED = Case("tiled", q_len=640, sizes=(64, 64, 7, 64, 30, 64, 64, 1, 64, 64), topk=3, gate="full", batch=2)
 
 
@@ -149,7 +153,6 @@ TILED = Case("tiled", q_len=640, sizes=(64, 64, 7, 64, 30, 64, 64, 1, 64, 64), t
 @pytest.mark.parametrize("block_size", [(4, 4, 4), (2, 4, 8), 4])
 def test_video_sparse_attention_selects_in_the_dtype_of_its_inputs(layout, block_size):
     inputs = Inputs(Case(**{**vars(TILED), "layout": layout}), "cpu", torch.bfloat16)
-    function = {"bhsd": fastvideo_kernel.video_sparse_attn, "bshd": fastvideo_kernel.video_sparse_attn_bshd}[layout]
 
     def expected(selection_dtype):
         sizes = inputs.sizes
@@ -166,11 +169,29 @@ def test_video_sparse_attention_selects_in_the_dtype_of_its_inputs(layout, block
             selection_dtype=selection_dtype,
         )
 
-    out = function(
+    out = VIDEO_SPARSE_ATTENTIONS[layout](
         inputs.q, inputs.k, inputs.v, inputs.sizes, inputs.sizes, 3, block_size, compress_attn_weight=inputs.gate
     )
     assert torch.equal(out, expected(torch.bfloat16))
     assert not torch.equal(out, expected(None))
+
+
+CROSS_SIZES = {"sizes": (64, 1, 63, 40, 7), "q_sizes": (64, 9, 33), "topk": 3, "gate": "full", "batch": 2}
+
+
+@pytest.mark.parametrize("layout", VIDEO_SPARSE_ATTENTIONS)
+@pytest.mark.parametrize("block_size", [(4, 4, 4), 4])
+def test_cross_attention(layout, block_size):
+    inputs = Inputs(Case("cross", q_len=192, kv_len=320, layout=layout, **CROSS_SIZES), "cpu", torch.float32)
+    out = VIDEO_SPARSE_ATTENTIONS[layout](
+        inputs.q, inputs.k, inputs.v, inputs.sizes, inputs.q_sizes, 3, block_size, inputs.gate
+    )
+    out.backward(inputs.dout)
+    grads = {"dq": inputs.q.grad, "dk": inputs.k.grad, "dv": inputs.v.grad, "dgate": inputs.gate.grad}
+    block_map = inputs.block_map()
+    reference, plain = (inputs.expected(dtype, block_map) for dtype in (torch.float64, torch.float32))
+    for name, x in {"out": out, **grads}.items():
+        ref.assert_close(name, inputs.bhsd(x), reference[name], plain[name])
 
 
 def test_the_older_package_takes_no_query_sizes():
@@ -179,12 +200,12 @@ def test_the_older_package_takes_no_query_sizes():
     out = vsa.video_sparse_attn(
         *tensors,
         variable_block_sizes=inputs.sizes,
-        topk=99,
+        topk=3,
         block_size=(4, 4, 4),
         compress_attn_weight=inputs.gate,
     )
     assert torch.equal(
-        out, fastvideo_kernel.video_sparse_attn(*tensors, inputs.sizes, inputs.sizes, 99, (4, 4, 4), inputs.gate)
+        out, fastvideo_kernel.video_sparse_attn(*tensors, inputs.sizes, inputs.sizes, 3, (4, 4, 4), inputs.gate)
     )
     q_c, k_c, v_c = (torch.randn(1, 2, 5, 32) for _ in range(3))
     out_c, p = vsa.torch_attention(q_c, k_c, v_c)
