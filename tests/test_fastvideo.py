@@ -292,6 +292,44 @@ def test_sequences_of_several_lengths(full_queries):
         assert ref.error(x.grad, leaf.grad) < 1e-6
 
 
+@pytest.mark.parametrize("q_sizes_given", [True, False])
+def test_sequences_without_queries_or_keys(q_sizes_given):
+    """In between add nothing, and a query without keys gets 0."""
+    q_lens, kv_lens = [50, 0, 64, 0, 9], [64, 30, 0, 0, 64]
+    q, k, v = (torch.randn(sum(lens), 2, 32, requires_grad=True) for lens in (q_lens, kv_lens, kv_lens))
+    q_sizes, sizes = ([torch.tensor([n] if n else [], dtype=torch.int32) for n in lens] for lens in (q_lens, kv_lens))
+    numbers = [torch.full((1, 2, len(a)), len(b), dtype=torch.int32) for a, b in zip(q_sizes, sizes, strict=True)]
+
+    def attend(q_lens, kv_lens, q, k, v, sequences):
+        return fastvideo_kernel.block_sparse_attn_varlen(
+            q,
+            k,
+            v,
+            torch.tensor([0, *q_lens]).cumsum(0).int(),
+            torch.tensor([0, *kv_lens]).cumsum(0).int(),
+            [torch.zeros(*numbers[i].shape, 1, dtype=torch.int32) for i in sequences],
+            [numbers[i] for i in sequences],
+            [sizes[i] for i in sequences],
+            [q_sizes[i] for i in sequences] if q_sizes_given else None,
+        )
+
+    out = attend(q_lens, kv_lens, q, k, v, range(5))
+    parts = [
+        torch.nn.functional.scaled_dot_product_attention(*(x.transpose(0, 1) for x in part)).transpose(0, 1)
+        for part in [(q[:50], k[:64], v[:64]), (q[114:], k[94:], v[94:])]
+    ]
+    expected = torch.cat([parts[0], torch.zeros(64, 2, 32), parts[1]])
+    torch.testing.assert_close(out, expected)
+    dout = torch.randn(out.shape)
+    grads = (torch.autograd.grad(x, (q, k, v), dout) for x in (out, expected))
+    for grad, expected_grad in zip(*grads, strict=True):
+        torch.testing.assert_close(grad, expected_grad)
+
+    none = attend([64], [0], q[50:114], k[:0], v[:0], [2])
+    (grad,) = torch.autograd.grad(none.sum(), q)
+    assert none.count_nonzero() == grad.count_nonzero() == 0
+
+
 @pytest.mark.parametrize(
     ("changes", "message"),
     [

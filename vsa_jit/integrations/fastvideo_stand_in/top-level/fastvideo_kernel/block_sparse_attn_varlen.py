@@ -32,7 +32,7 @@ def block_sparse_attn_varlen(
         block_size: the most tokens of a block.
 
     Returns:
-        Like q.
+        Like q; 0 in a sequence without keys.
 
     Raises:
         ValueError: blocks do not hold exactly the tokens of their sequence.
@@ -51,6 +51,10 @@ def block_sparse_attn_varlen(
     for q_i, k_i, v_i, idx, num, sizes, q_sizes in per_sequence:
         q_slots = _slots("q_variable_block_sizes_list", q_sizes, block_size, q_i)
         kv_slots = _slots("variable_block_sizes_list", sizes, block_size, k_i)
+        if len(q_i) == 0 or len(k_i) == 0:
+            # No queries, or none with a key: nothing to compute. Filled, so that the output still has a gradient.
+            outs.append(q_i.masked_fill(torch.ones_like(q_i, dtype=torch.bool), 0.0))
+            continue
         q_len, kv_len = len(q_sizes) * block_size, len(sizes) * block_size
         out, _ = vsa_jit.block_sparse_attn_from_indices(
             _padded(q_i, q_slots, q_len),
