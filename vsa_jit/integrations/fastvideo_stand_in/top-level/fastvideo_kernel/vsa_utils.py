@@ -7,7 +7,6 @@ import torch
 from torch import Tensor
 
 VSA_TILE_SIZE = (4, 4, 4)
-BLOCKS = (64, 128, 256)
 
 
 def get_tile_partition_indices(
@@ -52,8 +51,8 @@ def build_vsa_metadata(
         ValueError: a tile has another number of tokens than 64, 128 or 256.
     """
     block = math.prod(tile_size)
-    if block not in BLOCKS:
-        raise ValueError(f"tile_size: Unsupported VSA tile volume {block}, expected one of {BLOCKS}, got {tile_size}")
+    if block not in (64, 128, 256):
+        raise ValueError(f"tile_size: expected a tile of 64, 128 or 256 tokens, got {tile_size} with {block}")
     t, h, w = (-(-extent // side) for extent, side in zip(dit_seq_shape, tile_size, strict=True))
     sizes = construct_variable_block_sizes(dit_seq_shape, (t, h, w), device, tile_size)
     return {
