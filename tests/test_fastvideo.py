@@ -56,6 +56,7 @@ def test_names_that_others_import(module):
         ("from fastvideo_kernel import moba_attn_varlen", "moba_attn_varlen: expected the package fastvideo-kernel"),
         ("from fastvideo_kernel import sliding_tile_attention", "which has Video Sparse Attention alone"),
         ("from fastvideo_kernel import comm_ops", "fastvideo_kernel.comm_ops: expected"),
+        ("from fastvideo_kernel.ops import sliding_tile_attention", "ops.sliding_tile_attention: expected the package"),
         ("import fastvideo_kernel.triton_kernels.attn_qat_train", "No module named .*attn_qat_train"),
     ],
 )
@@ -67,6 +68,8 @@ def test_what_is_not_served_is_an_import_error(statement, message):
 def test_an_unknown_name_is_an_attribute_error():
     with pytest.raises(AttributeError, match="no attribute 'video_sparse_atn'"):
         _ = fastvideo_kernel.video_sparse_atn
+    with pytest.raises(AttributeError, match=r"fastvideo_kernel\.ops' has no attribute 'video_sparse_atn'"):
+        _ = fastvideo_kernel.ops.video_sparse_atn
 
 
 def random_map(*shape):

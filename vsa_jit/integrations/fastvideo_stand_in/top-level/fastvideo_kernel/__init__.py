@@ -2,6 +2,7 @@
 
 from typing import Any
 
+from fastvideo_kernel._absent import absent
 from fastvideo_kernel.block_sparse_attn import block_sparse_attn, block_sparse_attn_from_indices
 from fastvideo_kernel.block_sparse_attn_varlen import block_sparse_attn_varlen
 from fastvideo_kernel.ops import video_sparse_attn, video_sparse_attn_bshd
@@ -50,9 +51,5 @@ _NOT_SERVED = {
 
 def __getattr__(name: str) -> Any:
     if name in _NOT_SERVED:
-        # FastVideo expects ImportError of what is missing, and an AttributeError would lose its message on the way.
-        raise ImportError(
-            f"fastvideo_kernel.{name}: expected the package fastvideo-kernel, got vsa-jit-fastvideo-kernel, which has "
-            "Video Sparse Attention alone"
-        )
+        raise absent(f"{__name__}.{name}")
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

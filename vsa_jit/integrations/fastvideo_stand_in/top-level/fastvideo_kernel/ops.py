@@ -1,10 +1,11 @@
 """The whole operator, selecting in the dtype of its inputs."""
 
-from typing import Literal
+from typing import Any
 
 from torch import Tensor
 
 import vsa_jit
+from fastvideo_kernel._absent import absent
 
 
 def video_sparse_attn(
@@ -29,8 +30,16 @@ def video_sparse_attn(
     Returns:
         Of q's shape and dtype; 0 where a query is padding.
     """
-    return _video_sparse_attn(
-        "bhsd", q, k, v, variable_block_sizes, q_variable_block_sizes, topk, block_size, compress_attn_weight
+    return vsa_jit.video_sparse_attn(
+        q,
+        k,
+        v,
+        variable_block_sizes,
+        q_variable_block_sizes,
+        topk,
+        _tile(block_size),
+        compress_attn_weight,
+        selection_dtype=q.dtype,
     )
 
 
@@ -45,22 +54,6 @@ def video_sparse_attn_bshd(
     compress_attn_weight: Tensor | None = None,
 ) -> Tensor:
     """``video_sparse_attn`` of [B, S, H, D]."""
-    return _video_sparse_attn(
-        "bshd", q, k, v, variable_block_sizes, q_variable_block_sizes, topk, block_size, compress_attn_weight
-    )
-
-
-def _video_sparse_attn(
-    layout: Literal["bhsd", "bshd"],
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    variable_block_sizes: Tensor,
-    q_variable_block_sizes: Tensor,
-    topk: int,
-    block_size: int | tuple[int, int, int],
-    compress_attn_weight: Tensor | None,
-) -> Tensor:
     return vsa_jit.video_sparse_attn(
         q,
         k,
@@ -68,8 +61,18 @@ def _video_sparse_attn(
         variable_block_sizes,
         q_variable_block_sizes,
         topk,
-        (block_size,) * 3 if isinstance(block_size, int) else block_size,
+        _tile(block_size),
         compress_attn_weight,
-        layout=layout,
+        layout="bshd",
         selection_dtype=q.dtype,
     )
+
+
+def _tile(block_size: int | tuple[int, int, int]) -> tuple[int, int, int]:
+    return (block_size,) * 3 if isinstance(block_size, int) else block_size
+
+
+def __getattr__(name: str) -> Any:
+    if name == "sliding_tile_attention":
+        raise absent(f"{__name__}.{name}")
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
