@@ -3,6 +3,7 @@
 
 from torch import Tensor
 
+# FastVideo's FastH3 example reads it before it loads a model.
 _HAS_VSA_SM100A = False
 
 

@@ -1,4 +1,4 @@
-"""The one function of this module that is imported from outside; it has gradients too."""
+"""The function that other packages import from this module; here it has gradients too."""
 
 from fastvideo_kernel.block_sparse_attn import block_sparse_attn_from_indices as triton_block_sparse_attn_forward
 

@@ -1,1 +1,1 @@
-"""The part of FastVideo's Triton kernels that is imported from outside, by vsa_jit."""
+"""Of FastVideo's Triton kernels, what its attention classes import: ``index``. Nothing here needs Triton."""
