@@ -72,8 +72,9 @@ def video_sparse_attn(
         selection_dtype: in which the coarse branch computes; None for fp32. With bf16 or fp16 it rounds, each time to
             nearest, the block means (summed in fp32), their products (accumulated in fp32), the products times the
             scale, by which blocks are then chosen, the probabilities and ``out_c``: what FastVideo does with inputs of
-            that dtype, so that a model trained with it selects the same blocks. In fp16 a score beyond 65,504 is
-            infinite. Gradients are those of the unrounded operations at the rounded values.
+            that dtype, so that a model trained with it selects the same blocks. In fp16 a product beyond 65,504, before
+            the scale, is infinite, and the output of its query block then NaN. Gradients are those of the unrounded
+            operations at the rounded values.
         backend: "auto", or the name of the one that must run.
 
     Returns:
