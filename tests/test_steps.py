@@ -100,8 +100,8 @@ def test_compiled_steps(monkeypatch, tmp_path):
         ("compiled", attention) for attention in (DENSE, ENABLED, LIMIT, "64, topk 2")
     ]
     assert [check["mode"] for check in content["checks"]] == ["eager", "compiled"]
-    # The four that are timed, and the two that are compared, whose first and last layers keep outputs; the other layers of
-    # the dense one are as those that are timed.
+    # The four that are timed, and the two that are compared, whose first and last layers keep outputs; the middle layer
+    # of the dense one is as that which is timed.
     assert len(graphs) == 7
     assert sum("vsa_jit.attend" in graph for graph in graphs) == 3
     assert sum("vsa_jit_bench.keep" in graph for graph in graphs) == 2
