@@ -195,8 +195,8 @@ def _zero_gate(transformer: Any, block: Any) -> nn.Linear:
     weight = projection.weight
     if weight.device.type == "meta" or _is_offloaded(transformer):
         raise ValueError(
-            "transformer_or_pipe: expected a model whose weights are in place, got one that is offloaded by parts; "
-            "enable VSA with gates before offloading"
+            "transformer_or_pipe: expected a model whose weights are in place, got one that is offloaded by parts or "
+            "that load_fastwan has not filled; enable VSA with gates before offloading"
         )
     if hasattr(block, GATE) and type(getattr(block, GATE)) is not nn.Linear:
         raise ValueError("gates: expected None for a model whose gates have adapters, which new gates would drop")
