@@ -19,6 +19,7 @@ from vsa_jit.checks import (
     check_several_topk,
     check_topk,
 )
+from vsa_jit.grid import block_tokens
 from vsa_jit.lookalikes import LookAlikes
 from vsa_jit.names import check_name
 from vsa_jit.operators import nobody_watches
@@ -100,8 +101,7 @@ def video_sparse_attn(
     gate = check_gate(compress_attn_weight, q)
     selection_dtype = check_selection_dtype(selection_dtype)
 
-    if kv_sizes is not None and q_variable_block_sizes is None and problem.q_len == problem.kv_len:
-        q_sizes = kv_sizes
+    q_sizes = _sizes_of_queries(problem, q_sizes, kv_sizes)
     q2k_idx, q2k_num, out_c = coarse.coarse_branch(
         problem,
         q,
@@ -269,8 +269,7 @@ def recall(
     )
     selection_dtype = check_selection_dtype(selection_dtype)
     counts = check_several_topk(topk, sparsity, problem.num_kv_blocks)
-    if kv_sizes is not None and q_variable_block_sizes is None and problem.q_len == problem.kv_len:
-        q_sizes = kv_sizes
+    q_sizes = _sizes_of_queries(problem, q_sizes, kv_sizes)
 
     def log_sum_exp(topk: int) -> Tensor:
         q2k_idx, q2k_num, _ = coarse.coarse_branch(
@@ -282,7 +281,7 @@ def recall(
     of_all = log_sum_exp(problem.num_kv_blocks)
     is_valid = torch.ones(problem.q_len, dtype=torch.bool, device=q.device)
     if q_sizes is not None:
-        is_valid = (torch.arange(problem.block, device=q.device) < q_sizes[:, None]).flatten()
+        is_valid = (block_tokens(problem, problem.q_len, q_sizes, q.device) >= 0).flatten()
     # Where there are no keys at all, none of their probability is found.
     is_valid = is_valid & (of_all != float("-inf"))
     num_valid = is_valid.sum(-1).clamp(min=1)
@@ -396,6 +395,11 @@ def _check(
         q_variable_block_sizes=q_variable_block_sizes,
     )
     return problem, _contiguous(q_variable_block_sizes), _contiguous(variable_block_sizes)
+
+
+def _sizes_of_queries(problem: Problem, q_sizes: Tensor | None, kv_sizes: Tensor | None) -> Tensor | None:
+    """The sizes of query blocks where block means select: in self-attention those of the keys, if none were given."""
+    return kv_sizes if q_sizes is None and problem.q_len == problem.kv_len else q_sizes
 
 
 def _contiguous(x: Tensor | None) -> Tensor | None:
