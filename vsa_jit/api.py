@@ -399,7 +399,10 @@ def _check(
 
 def _sizes_of_queries(problem: Problem, q_sizes: Tensor | None, kv_sizes: Tensor | None) -> Tensor | None:
     """The sizes of query blocks where block means select: in self-attention those of the keys, if none were given."""
-    return kv_sizes if q_sizes is None and problem.q_len == problem.kv_len else q_sizes
+    if q_sizes is not None or kv_sizes is None:
+        return q_sizes
+    # Only here are the lengths compared: an exported program is bound to the result.
+    return kv_sizes if problem.q_len == problem.kv_len else None
 
 
 def _contiguous(x: Tensor | None) -> Tensor | None:
