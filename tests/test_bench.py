@@ -131,10 +131,9 @@ def test_profile_and_trace(tmp_path, capsys):
     assert [stage["name"] for stage in backward["stages"]] == ["fine attention", "coarse attention", "means", "rest"]
     for row in (forward, backward):
         # What cannot be told from noise has no time; nothing is negative, and nothing is more than the whole.
-        resolved = [stage["ms"] for stage in row["stages"] if stage["ms"] is not None]
-        assert resolved
-        assert all(0.0 < ms < 1.5 * row["ms"] for ms in resolved)
-        assert all(stage["noise_ms"] >= 0.0 for stage in row["stages"])
+        for stage in row["stages"]:
+            assert stage["noise_ms"] >= 0.0
+            assert stage["ms"] is None or stage["noise_ms"] < stage["ms"] < 1.5 * row["ms"]
     printed = capsys.readouterr().out
     assert "whole call" in printed
     events = {event.get("name") for event in json.loads(trace.read_text())["traceEvents"]}
