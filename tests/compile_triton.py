@@ -44,11 +44,27 @@ FLOATS = {"gate_value", "scale", "scale_log2"}
 TILES = {64: (4, 4, 4), 128: (2, 8, 8), 192: (4, 6, 8), 256: (4, 8, 8)}
 
 
-def kernels(arch: config.Architecture, block: int, head_dim: int, dtype: torch.dtype, raster: bool, masked: bool):
-    """Those whose constants the backend takes from the problem."""
-    work = (block, head_dim, dtype.itemsize, arch)
+# Block size, head dimension, dtype, raster order, mask: what between them takes every choice of tiles, and the usual.
+EVERY = (
+    (64, 128, torch.bfloat16, False, False),
+    (128, 128, torch.bfloat16, False, False),
+    (256, 64, torch.bfloat16, False, False),
+    (64, 256, torch.bfloat16, False, False),
+    (128, 256, torch.bfloat16, False, False),
+    (64, 128, torch.float32, False, False),
+    (128, 256, torch.float32, False, False),
+    (192, 96, torch.bfloat16, True, True),
+    (256, 128, torch.bfloat16, True, True),
+    (64, 128, torch.float16, True, True),
+    (256, 128, torch.bfloat16, False, True),
+)
+USUAL = ((64, 128, torch.bfloat16, False, False), (256, 128, torch.bfloat16, True, True))
+
+
+def constants_of(block: int, head_dim: int, dtype: torch.dtype, raster: bool, masked: bool) -> dict:
+    """What the backend takes from the problem."""
     tile_t, tile_h, tile_w = TILES[block]
-    common = {
+    return {
         "GROUP": 2,
         "D": head_dim,
         "D_PAD": triton.next_power_of_2(head_dim),
@@ -72,9 +88,21 @@ def kernels(arch: config.Architecture, block: int, head_dim: int, dtype: torch.d
         "EXACT": dtype == torch.float32,
         "stride_gd": 1,
     }
+
+
+def attend_kernels(
+    arch: config.Architecture, block: int, head_dim: int, dtype: torch.dtype, raster: bool, masked: bool
+):
+    """Those whose tiles depend on the architecture."""
+    common, work = constants_of(block, head_dim, dtype, raster, masked), (block, head_dim, dtype.itemsize, arch)
     yield attend_forward_kernel, common | config.forward(*work).launch
     yield attend_backward_q_kernel, common | config.backward_q(*work).launch
     yield attend_backward_kv_kernel, common | config.backward_kv(*work, raster, raster and masked).launch
+
+
+def row_kernels(*variant):
+    """Those whose tiles are the same everywhere."""
+    common = constants_of(*variant)
     yield prepare_backward_kernel, common | {"BLOCK_M": 32, "num_warps": 4}
     for kernel in (block_means_kernel, block_mean_backward_kernel):
         yield kernel, common | {"ROWS": 32, "num_warps": 1}
@@ -120,42 +148,24 @@ def compile_kernel(kernel, constants: dict, dtype: torch.dtype, capability: int)
     return triton.compile(source, target=GPUTarget("cuda", capability, 32), options=options)
 
 
-def variants(capability: int):
-    """Block sizes, head dimensions and dtypes that between them take every choice of tiles.
-
-    Of architectures that are given the same tiles the first compiles all of them, and the others those most used.
-    """
-    half, full = torch.bfloat16, torch.float32
-    same = [other for other, arch in ARCHITECTURES.items() if arch == ARCHITECTURES[capability]]
-    if capability != same[0]:
-        yield 64, 128, half, False, False
-        yield 256, 128, half, True, True
-        return
-    for block, head_dim, dtype in (
-        (64, 128, half),
-        (128, 128, half),
-        (256, 64, half),
-        (64, 256, half),
-        (128, 256, half),
-        (64, 128, full),
-        (128, 256, full),
-    ):
-        yield block, head_dim, dtype, False, False
-    yield 192, 96, half, True, True
-    yield 256, 128, half, True, True
-    yield 64, 128, torch.float16, True, True
-    yield 256, 128, half, False, True
-
-
 def main(capability: int) -> None:
     arch = ARCHITECTURES[capability]
-    for block, head_dim, dtype, raster, masked in variants(capability):
-        for kernel, constants in kernels(arch, block, head_dim, dtype, raster, masked):
-            report(kernel, constants, dtype, capability, f"block {block}, D {head_dim}, {dtype}, raster {raster}")
+    # Of architectures that are given the same tiles the first compiles all of them.
+    is_first = capability == next(other for other, alike in ARCHITECTURES.items() if alike == arch)
+    for variant in EVERY if is_first else USUAL:
+        report_all(attend_kernels(arch, *variant), variant, capability)
+    for variant in EVERY if capability == min(ARCHITECTURES) else USUAL:
+        report_all(row_kernels(*variant), variant, capability)
     for kernel, constants in selection_kernels():
         report(kernel, constants, torch.float32, capability, f"{constants['COLUMNS']} columns")
     for kernel, constants in product_kernels():
         report(kernel, constants, torch.float32, capability, f"depth {constants['BLOCK_K']}")
+
+
+def report_all(kernels, variant: tuple, capability: int) -> None:
+    block, head_dim, dtype, raster, _ = variant
+    for kernel, constants in kernels:
+        report(kernel, constants, dtype, capability, f"block {block}, D {head_dim}, {dtype}, raster {raster}")
 
 
 def report(kernel, constants: dict, dtype: torch.dtype, capability: int, variant: str) -> None:
