@@ -194,7 +194,7 @@ inline void run_block(int num_threads) {
     // A warp, or the copies, take one of so many of their turns; of some warps one lane is behind.
     std::vector<uint32_t> slowness(num_warps, 1);
     std::vector<int> late_lane(num_warps);
-    uint32_t slowness_of_loads = 1;
+    uint32_t slowness_of_loads = 1, slowness_of_late_lane = 1;
     std::vector<bool> finished(num_warps);
     uint64_t before = progress;
     for (int left = num_warps, same = 0, idle = 0; left > 0 && error.empty(); --same) {
@@ -203,6 +203,7 @@ inline void run_block(int num_threads) {
             for (uint32_t& slow : slowness) slow = random_below(4) > 0 ? 1 : random_below(2) > 0 ? 20 : 200;
             for (int& lane : late_lane) lane = random_below(4) == 0 ? int(random_below(kWarp)) : -1;
             slowness_of_loads = 1u << random_below(9);
+            slowness_of_late_lane = random_below(2) > 0 ? 20 : 500;
         }
         const int index = random_below(num_warps);
         if (!finished[index] && random_below(slowness[index]) == 0) {
@@ -212,7 +213,7 @@ inline void run_block(int num_threads) {
             for (int i = 0; i < kWarp && error.empty(); ++i) {
                 const int lane = (first + i * step) % kWarp;
                 Thread& thread = threads[index * kWarp + lane];
-                if (!thread.finished && (lane != late_lane[index] || random_below(20) == 0)) take_turn(thread);
+                if (!thread.finished && (lane != late_lane[index] || random_below(slowness_of_late_lane) == 0)) take_turn(thread);
                 all = all && thread.finished;
             }
             finished[index] = all;
