@@ -124,8 +124,14 @@ def test_json_and_csv_agree(tmp_path, capsys):
 
 def test_profile_and_trace(tmp_path, capsys):
     path, trace = tmp_path / "rows.json", tmp_path / "trace.json"
-    assert bench(*SMALL, "--profile", "--json", str(path), "--trace", str(trace)) == 0
-    forward, backward = records(path)
+    # On a busy machine it may be that no stage of a call is told from noise.
+    for _ in range(6):
+        assert bench(*SMALL, "--profile", "--json", str(path), "--trace", str(trace)) == 0
+        forward, backward = records(path)
+        are_resolved = [any(stage["ms"] is not None for stage in row["stages"]) for row in (forward, backward)]
+        if all(are_resolved):
+            break
+    assert all(are_resolved)
     names = [stage["name"] for stage in forward["stages"]]
     assert names == ["pooling", "scores", "top-k", "coarse attention", "fine attention", "combine (fused)", "rest"]
     assert [stage["name"] for stage in backward["stages"]] == ["fine attention", "coarse attention", "means", "rest"]
