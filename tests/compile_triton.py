@@ -42,8 +42,6 @@ OPTIONS = ("num_warps", "num_stages", "enable_fp_fusion")
 POINTERS = {"Q", "K", "V", "A", "B"}
 FLOATS = {"gate_value", "scale", "scale_log2"}
 TILES = {64: (4, 4, 4), 128: (2, 8, 8), 192: (4, 6, 8), 256: (4, 8, 8)}
-
-
 # Block size, head dimension, dtype, raster order, mask: what between them takes every choice of tiles, and the usual.
 EVERY = (
     (64, 128, torch.bfloat16, False, False),

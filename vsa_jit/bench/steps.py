@@ -14,8 +14,7 @@ from typing import Any
 from unittest import mock
 
 import torch
-from torch import Tensor
-from torch.library import custom_op
+from torch import Tensor, library
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from vsa_jit.bench.attention import SDPA_NAMES, fastest_dense
@@ -330,13 +329,13 @@ _kept: list[Tensor] = []
 def _define_operators() -> None:
     """Operators that PyTorch's compiler cannot see into."""
 
-    @custom_op("vsa_jit_bench::copy_last", mutates_args=())
+    @library.custom_op("vsa_jit_bench::copy_last", mutates_args=())
     def copy_last(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         return v.clone()
 
     copy_last.register_fake(lambda q, k, v: torch.empty_like(v))
 
-    @custom_op("vsa_jit_bench::keep", mutates_args=())
+    @library.custom_op("vsa_jit_bench::keep", mutates_args=())
     def keep(x: Tensor) -> Tensor:
         _kept.append(x.detach().clone())
         return x.clone()
