@@ -16,7 +16,7 @@ if "PYTEST_XDIST_WORKER" in os.environ:
     os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import torch
-import toys
+from support import toys
 
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"

@@ -14,10 +14,10 @@ if __name__ == "__main__":
 import math
 
 import pytest
-import reference as ref
 import torch
 import torch.nn.functional as F
-from problems import Case, Inputs
+from support import reference as ref
+from support.problems import Case, Inputs
 
 import vsa_jit
 from vsa_jit.bench.attention import sparse

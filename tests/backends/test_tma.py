@@ -1,0 +1,252 @@
+"""How TMA is told to read blocks, without a GPU: the coordinates of every block lead to its tokens."""
+
+import ctypes
+import itertools
+import math
+from types import SimpleNamespace
+
+import pytest
+import torch
+from support.hopper import starts_of
+from torch import Tensor
+
+from vsa_jit.backends.sm90 import forward, means, tiles
+from vsa_jit.backends.sm90.tiles import BOX_TOKENS, box_of, place_of, why_not_tma
+from vsa_jit.grid import block_tokens
+from vsa_jit.jit.driver import TensorMap
+from vsa_jit.problem import Problem
+
+# How tensors lie in memory: the order of their dimensions, outermost first, where "3" is q, k and v of a projection.
+MEMORY = ["bhsd", "bshd", "sbhd", "hbsd", "hsbd", "bs3hd", "bsh3d", "bhs3d"]
+
+
+def tensor(memory: str, batch: int, heads: int, length: int, head_dim: int) -> Tensor:
+    """A [B, H, S, D] view of a tensor that lies in memory in another order."""
+    extents = {"b": batch, "h": heads, "s": length, "d": head_dim, "3": 3}
+    x = torch.randn([extents[name] for name in memory]).half()
+    if "3" in memory:
+        x = x.select(memory.index("3"), 1)
+        memory = memory.replace("3", "")
+    return x.permute([memory.index(name) for name in "bhsd"])
+
+
+@pytest.mark.parametrize(
+    "tile", [(4, 4, 4), (2, 8, 8), (4, 8, 8), (4, 6, 8), (64, 1, 1), (1, 4, 32), (3, 8, 8), (1, 1, 320)]
+)
+def test_boxes_tile_a_block(tile):
+    box = box_of(tile)
+    assert math.prod(box) == BOX_TOKENS
+    assert all(side % part == 0 for side, part in zip(tile, box, strict=True))
+
+
+def launched(monkeypatch, problem: Problem, x: Tensor):
+    """The parameters of the launch for q = k = v, with the tensor maps as they were asked for."""
+    maps = []
+
+    def tensor_map(*arguments):
+        maps.append(arguments)
+        return TensorMap()
+
+    monkeypatch.setattr(tiles, "tensor_map", tensor_map)
+    monkeypatch.setattr(means.module, "launcher", lambda kernel, device: None)
+    prepared = means._prepared.__wrapped__(problem, x.dtype, 0, *[place_of(x)] * 3, None, None)
+    return prepared, maps
+
+
+@pytest.mark.parametrize("memory", MEMORY)
+@pytest.mark.parametrize(("batch", "heads"), [(1, 1), (1, 3), (2, 1), (2, 3)])
+@pytest.mark.parametrize(
+    ("grid", "tile"), [((5, 6, 7), (4, 4, 4)), ((3, 9, 10), (2, 8, 8)), ((1, 1, 1), (4, 4, 4)), (None, (1, 1, 128))]
+)
+def test_coordinates_reach_the_tokens_of_each_block(monkeypatch, memory, batch, heads, grid, tile):
+    length = 200 if grid is None else math.prod(grid)
+    x = tensor(memory, batch, heads, length, 64)
+    assert why_not_tma(x, grid) is None
+    problem = Problem(batch, heads, heads, length, length, 64, tile, grid, "bhsd", 0.1, "auto")
+    prepared, maps = launched(monkeypatch, problem, x)
+    _, address, dtype, extents, strides, box, _ = maps[0]
+    assert (address, dtype) == (x.data_ptr(), torch.float16)
+    assert all(0 < side <= 256 for side in box)
+    assert all(stride * 2 % 16 == 0 and stride < 2**39 for stride in strides)
+    params, operand = prepared.params, prepared.params.operands[0]
+    assert prepared.blocks == 3 * batch * heads * problem.num_q_blocks
+
+    memory_of = torch.as_strided(x, (x.untyped_storage().size() // 2,), (1,), 0)
+    tokens = block_tokens(problem, length, None, torch.device("cpu"))
+    for b, h, block in itertools.product(range(batch), range(heads), range(problem.num_q_blocks)):
+        channel = h * operand.steps.head_channel + b * operand.steps.batch_channel
+        outer = h * operand.steps.head_outer + b * operand.steps.batch_outer
+        row_of_tiles = block // operand.tiles_w
+        first = (
+            row_of_tiles // params.tiles_h * params.tile[0],
+            row_of_tiles % params.tiles_h * params.tile[1],
+            block % operand.tiles_w * params.tile[2],
+        )
+        offsets = []
+        for step in itertools.product(*(range(side) for side in params.tile)):
+            t, row, w = (at + by for at, by in zip(first, step, strict=True))
+            coordinates = (channel, w, row, t, outer)
+            if all(at < extent for at, extent in zip(coordinates, extents, strict=True)):
+                steps = sum(at * stride for at, stride in zip(coordinates[1:], strides, strict=True))
+                offsets.append(x.storage_offset() + channel + steps)
+        expected = x[b, h, tokens[block][tokens[block] >= 0]]
+        assert len(offsets) == len(expected)
+        got = torch.stack([memory_of[offset : offset + 64] for offset in offsets])
+        assert torch.equal(got, expected)
+
+
+def test_where_heads_are_neighbours_they_come_first(monkeypatch):
+    for memory, expected in (("bhsd", 0), ("bshd", 1), ("bs3hd", 1)):
+        x = tensor(memory, 1, 3, 210, 64)
+        problem = Problem(1, 3, 3, 210, 210, 64, (4, 4, 4), (5, 6, 7), "bhsd", 0.1, "auto")
+        prepared, _ = launched(monkeypatch, problem, x)
+        assert prepared.params.heads_first == expected
+
+
+def quotient(divisor, x: int) -> int:
+    """``Divisor.quotient`` of ``kernels_src/vsa/tokens.cuh``."""
+    assert 0 <= 2 * x < 2**32
+    return (2 * x * divisor.inverse >> 32) >> divisor.shift
+
+
+def origin(order, block: int, box: int) -> tuple[int, int, int]:
+    """``origin_of_box`` of ``kernels_src/vsa/tokens.cuh``."""
+
+    def position(width, height, index):
+        row = quotient(width, index)
+        t = quotient(height, row)
+        return t, row - t * height.value, index - row * width.value
+
+    corner = position(order.tiles_w, order.tiles_h, block)
+    inside = position(order.boxes_w, order.boxes_h, box)
+    return tuple(
+        at * getattr(order.tile, axis) + by * getattr(order.box, axis)
+        for axis, at, by in zip("thw", corner, inside, strict=True)
+    )
+
+
+@pytest.mark.parametrize(
+    ("grid", "tile", "length", "padded"),
+    [
+        ((5, 6, 7), (4, 4, 4), 210, False),
+        ((3, 9, 10), (2, 8, 8), 270, False),
+        ((5, 9, 9), (4, 8, 8), 405, False),
+        ((5, 7, 25), (4, 6, 8), 875, False),
+        (None, (1, 1, 192), 700, False),
+        (None, (2, 8, 8), 384, True),
+    ],
+)
+def test_boxes_of_the_forward_reach_the_tokens_of_each_block(grid, tile, length, padded):
+    problem = Problem(1, 1, 1, length, length, 64, tile, grid, "bhsd", 0.1, "auto")
+    order = forward._order(problem, length, None, padded=padded)
+    assert 1 << order.box_w_log2 == order.box.w
+    assert 1 << order.box_hw_log2 == order.box.h * order.box.w
+    extent = [getattr(order.extent, axis) for axis in "thw"]
+    assert math.prod(extent) == length
+    tokens = block_tokens(problem, length, None, torch.device("cpu"))
+    for block in range(problem.num_q_blocks):
+        found = []
+        for box in range(order.boxes.value):
+            first = origin(order, block, box)
+            for token in range(BOX_TOKENS):
+                inside = (
+                    token >> order.box_hw_log2,
+                    token >> order.box_w_log2 & (order.box.h - 1),
+                    token & (order.box.w - 1),
+                )
+                at = [start + by for start, by in zip(first, inside, strict=True)]
+                if all(position < side for position, side in zip(at, extent, strict=True)):
+                    found.append((at[0] * extent[1] + at[1]) * extent[2] + at[2])
+        assert sorted(found) == sorted(tokens[block][tokens[block] >= 0].tolist())
+
+
+@pytest.mark.parametrize("divisor", [1, 2, 3, 7, 13, 208, 1440, 65535, 2**30 - 1, 2**30, 2**30 + 1, 2**31 - 1])
+def test_divisors_divide(divisor):
+    record = forward._divisor(divisor)
+    assert record.value == divisor
+    largest = 2**31 - 1
+    multiples = {multiple * divisor for multiple in (1, 7, 12345, largest // divisor)}
+    for x in {0, 12345, largest - 1, largest} | {multiple + by for multiple in multiples for by in (-1, 0, 1)}:
+        if x <= largest:
+            assert quotient(record, x) == x // divisor
+
+
+def view(shape, strides, address=0, size=2):
+    return SimpleNamespace(
+        shape=shape,
+        stride=lambda axis=None: strides if axis is None else strides[axis],
+        data_ptr=lambda: address,
+        element_size=lambda: size,
+    )
+
+
+@pytest.mark.parametrize(
+    ("shape", "strides", "address", "grid", "reason"),
+    [
+        ((2, 3, 64, 64), (12288, 4096, 64, 1), 0, None, None),
+        ((2, 3, 64, 64), (12288, 4096, 64, 1), 8, None, "TMA needs an address that is a multiple of 16 bytes"),
+        ((2, 3, 64, 64), (12288, 4096, 68, 1), 0, None, "TMA needs strides that are multiples of 16 bytes"),
+        ((2, 3, 64, 64), (12289, 4096, 64, 1), 0, None, "TMA needs strides that are multiples of 16 bytes"),
+        ((1, 1, 64, 64), (7, 9, 64, 1), 0, None, None),
+        ((2, 1, 64, 64), (2**39, 64, 64, 1), 0, None, "TMA needs strides below 2^40 bytes"),
+        ((1, 1, 2**36, 64), (0, 0, 64, 1), 0, (1, 1, 2**36), "TMA needs strides below 2^40 bytes"),
+        ((2, 3, 64, 64), (2**36, 2**34, 64, 1), 0, None, "neither heads nor batches lie close enough together for TMA"),
+        ((2, 3, 64, 64), (3 * 2**34, 2**34, 64, 1), 0, None, None),
+    ],
+)
+def test_what_tma_cannot_read(shape, strides, address, grid, reason):
+    found = why_not_tma(view(shape, strides, address), grid)
+    assert found is None if reason is None else found.startswith(reason)
+
+
+@pytest.mark.parametrize(("block", "most"), [(64, 2**20), (128, 2**19), (192, 2**20 // 3)])
+def test_more_blocks_than_the_kernels_take(block, most):
+    def problem(query_blocks, key_blocks):
+        tokens = query_blocks * block, key_blocks * block
+        return Problem(1, 1, 1, *tokens, 64, (1, 1, block), None, "bhsd", 0.1, "auto")
+
+    assert forward.why_not_size(problem(2**20, most)) is None
+    reason = forward.why_not_size(problem(1, most + 1))
+    assert reason == f"the kernels take at most {most} key blocks, and there are {most + 1}"
+    reason = forward.why_not_size(problem(2**20 + 1, 1))
+    assert reason == f"the kernels take at most {2**20} query blocks, and there are {2**20 + 1}"
+
+
+@pytest.mark.parametrize(
+    ("num_rows", "heads", "first_heads", "trio_rows", "groups"),
+    [
+        (624, 12, 12, 3, 2496),
+        (624, 3, 3, 3, 624),
+        (128, 8, 6, 3, 386),
+        (32, 12, 12, 3, 132),
+        (32, 8, 8, 2, 128),
+        (31, 4, 4, 1, 124),
+        (353, 1, 1, 3, 118),
+        (2, 1, 1, 1, 2),
+    ],
+)
+def test_groups_take_as_few_rounds_as_the_longest(num_rows, heads, first_heads, trio_rows, groups):
+    """Of blocks of one box, on 132 multiprocessors."""
+    processors = 132
+    assert forward._trios(num_rows, 1, heads, processors) == (first_heads, trio_rows)
+    long, short = (forward._cut(num_rows, max(1, rows), 1) for rows in (trio_rows, trio_rows - 1))
+    assert groups == first_heads * long.groups.value + (heads - first_heads) * short.groups.value
+    assert -(-groups // processors) == -(-heads * -(-num_rows // 3) // processors)
+
+
+@pytest.mark.parametrize("boxes", [1, 2, 5])
+@pytest.mark.parametrize("num_rows", [1, 2, 3, 31, 128, 1000])
+@pytest.mark.parametrize("trio_rows", [1, 2, 3])
+def test_every_row_is_in_a_trio_and_a_window_has_a_lane_for_each(num_rows, trio_rows, boxes):
+    cut = forward._cut(num_rows, trio_rows if boxes == 1 else 3, boxes)
+    starts, windows = starts_of(cut, num_rows, boxes)
+    assert starts[0] == 0
+    assert starts[-1] == num_rows
+    assert all(1 <= end - start <= 3 for start, end in itertools.pairwise(starts))
+    assert windows[-1] == len(starts) - 1
+    assert all(starts[end] - starts[start] <= 32 for start, end in itertools.pairwise(windows))
+
+
+def test_the_parameters_fit_a_launch():
+    assert ctypes.sizeof(means.Params) == 640 <= 4096
+    assert ctypes.sizeof(forward.Params) == 1152 <= 4096

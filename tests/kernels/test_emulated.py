@@ -1,0 +1,197 @@
+"""The Hopper kernels on the CPU, where every run has another schedule of their threads."""
+
+import shutil
+from dataclasses import replace
+
+import pytest
+import torch
+from support import emulate
+from support.hopper import check_means, operands_of, problem_of
+from support.problems import Case, Inputs, steep
+
+from vsa_jit.backends.sm90 import forward, means
+from vsa_jit.jit.source import kernels_dir
+
+pytestmark = emulate.NEEDS_COMPILER
+
+CASES = [
+    Case("64, plain", q_len=1390),
+    Case("64, tiled", q_len=1280, sizes=tuple(37 * i % 65 for i in range(20))),
+    Case("64, raster, bshd", grid=(7, 13, 11), block_size=(4, 4, 4), layout="bshd"),
+    Case("64, other keys, grouped heads", q_len=1200, kv_len=700, kv_heads=1),
+    Case("128, raster, bshd", grid=(5, 18, 11), block_size=(2, 8, 8), layout="bshd"),
+    Case("128, tiled", q_len=1280, block_size=128, sizes=tuple(range(0, 150, 15))),
+    Case("192, plain, batch", q_len=900, block_size=192, batch=2),
+    Case("64, batch, grouped heads, bshd", q_len=400, batch=2, kv_heads=1, layout="bshd"),
+    Case("256, other keys", q_len=300, kv_len=1300, block_size=256),
+    Case("256, raster", grid=(7, 13, 11), block_size=(4, 8, 8)),
+    Case("320, plain", q_len=1600, block_size=320),
+    Case("64, more keys than a list is made of at a time", q_len=200, kv_len=67000, heads=1),
+    Case("128, more keys than a list is made of at a time", q_len=400, kv_len=67000, heads=1, block_size=128),
+    Case("1728, one block cut on all three axes", grid=(5, 6, 7), block_size=(12, 12, 12)),
+]
+# With one multiprocessor a thread block takes all items, and with many one item, of as few rows as can be.
+KINDS = [(torch.bfloat16, 128, 1), (torch.float16, 64, 200)]
+
+
+@pytest.mark.parametrize(("dtype", "head_dim", "processors"), KINDS, ids=str)
+@pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
+def test_forward(monkeypatch, case, dtype, head_dim, processors):
+    emulate.emulate(monkeypatch, processors)
+    inputs = Inputs(replace(case, head_dim=head_dim), "cpu", dtype)
+    idx, num, block_map = inputs.uneven_indices()
+    out, lse, _ = forward.forward(problem_of(inputs), operands_of(inputs, idx, num), False)
+    inputs.check_forward(inputs.bhsd(out), lse, block_map)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("order", ["rising", "falling", "mixed"])
+def test_scores_that_differ_by_hundreds(monkeypatch, order, dtype):
+    emulate.emulate(monkeypatch, 1)
+    inputs = Inputs(Case("steep", q_len=330, kv_len=1500, head_dim=64), "cpu", dtype)
+    inputs.stretch_keys(steep(order, inputs.num_kv_blocks))
+    idx, num, block_map = inputs.uneven_indices()
+    out, lse, _ = forward.forward(problem_of(inputs), operands_of(inputs, idx, num), False)
+    inputs.check_forward(inputs.bhsd(out), lse, block_map)
+
+
+@pytest.mark.parametrize("gate", ["full", "per channel", 0.5])
+@pytest.mark.parametrize("layout", ["bhsd", "bshd"])
+def test_the_coarse_output_is_added(monkeypatch, layout, gate):
+    emulate.emulate(monkeypatch, 200)
+    case = Case("gate", grid=(5, 6, 7), block_size=(4, 4, 4), head_dim=64, layout=layout, gate=gate)
+    inputs = Inputs(case, "cpu", torch.bfloat16)
+    idx, num, _ = inputs.uneven_indices()
+    problem, operands = problem_of(inputs), operands_of(inputs, idx, num)
+    alone, _, _ = forward.forward(problem, operands, False)
+    out_c = torch.randn(1, case.heads, problem.num_q_blocks, 64)
+    weight = inputs.gate.detach().expand(inputs.q.shape) if isinstance(gate, str) else gate
+    with_coarse = operands._replace(
+        out_c=out_c,
+        gate=weight if isinstance(gate, str) else None,
+        gate_value=0.0 if isinstance(gate, str) else gate,
+    )
+    out, _, out_s = forward.forward(problem, with_coarse, True)
+    assert torch.equal(out_s, alone)
+    coarse = out_c[:, :, inputs.q_block]
+    added = inputs.bhsd(weight).float() * coarse if isinstance(gate, str) else weight * coarse
+    exact = inputs.bhsd(out_s).float() + added
+    # `out_s` was rounded once before, `out` is rounded once.
+    bound = 2.0**-8 * (inputs.bhsd(out_s).float().abs() + exact.abs()) + 1e-6
+    assert ((inputs.bhsd(out).float() - exact).abs() <= bound).all()
+
+
+@pytest.mark.parametrize(("dtype", "head_dim", "processors"), KINDS, ids=str)
+@pytest.mark.parametrize("case", [case for case in CASES if case.name.startswith("64")], ids=lambda case: case.name)
+def test_block_means(monkeypatch, case, dtype, head_dim, processors):
+    emulate.emulate(monkeypatch, processors)
+    inputs = Inputs(replace(case, head_dim=head_dim), "cpu", dtype)
+    problem = problem_of(inputs)
+    operands = operands_of(inputs, *inputs.uneven_indices()[:2])
+    results = means.block_means(problem, operands.q, operands.k, operands.v, operands.q_sizes, operands.kv_sizes)
+    check_means(problem, inputs, results)
+
+
+@pytest.mark.parametrize("block", [64, 128])
+def test_a_key_block_that_does_not_exist_spoils_its_rows_only(monkeypatch, block):
+    emulate.emulate(monkeypatch, 200)
+    inputs = Inputs(Case("outside", q_len=12 * block, block_size=block, head_dim=64), "cpu", torch.bfloat16)
+    idx, num, _ = inputs.uneven_indices()
+    num.clamp_(min=1)
+    idx = idx.clamp(max=11)
+    good, good_lse, _ = forward.forward(problem_of(inputs), operands_of(inputs, idx, num), False)
+    idx[0, 0, 3, 0], idx[0, 1, 7, 0], idx[0, 1, 8, 0] = -1, 12, 2**31 - 1
+    out, lse, _ = forward.forward(problem_of(inputs), operands_of(inputs, idx, num), False)
+    spoiled = torch.zeros(1, 2, 12, dtype=torch.bool)
+    spoiled[0, 0, 3] = spoiled[0, 1, 7] = spoiled[0, 1, 8] = True
+    rows = spoiled.repeat_interleave(block, -1)
+    assert out[rows].isnan().all()
+    assert lse[rows].isnan().all()
+    # The others may be in other groups than before, and have their keys in another order.
+    torch.testing.assert_close(out[~rows], good[~rows], rtol=2**-7, atol=2**-9)
+    torch.testing.assert_close(lse[~rows], good_lse[~rows], rtol=1e-5, atol=1e-5)
+
+
+# Texts of the forward kernel, each with what takes its place.
+BREAKS = {
+    "a late lane misses that Q is free": (
+        "            wait(shared.q_empty[i], phases >> i & 1 ^ 1);\n"
+        "            // Every lane has seen it before it is free once more, in the other phase.\n"
+        "            __syncwarp();\n",
+        "            wait(shared.q_empty[i], phases >> i & 1 ^ 1);\n",
+    ),
+    "nobody frees a stage for who has no use for it": (
+        "if (absent > 0) arrive(empty, absent * kWarpgroupWarps);",
+        "",
+    ),
+    "V is given back while it is read": (
+        "            warpgroup::mma_async_wait<0>(out, p);\n            release(shared.v_empty[before.v_stage]);\n",
+        "            release(shared.v_empty[before.v_stage]);\n            warpgroup::mma_async_wait<0>(out, p);\n",
+    ),
+    "probabilities change while they are read": (
+        "            warpgroup::mma_async_wait<0>(out, p);\n            release(shared.v_empty[before.v_stage]);\n"
+        "            soften(params, shared, tile, softmax, scores, p, out);\n",
+        "            soften(params, shared, tile, softmax, scores, p, out);\n"
+        "            warpgroup::mma_async_wait<0>(out, p);\n            release(shared.v_empty[before.v_stage]);\n",
+    ),
+    "the next Q is loaded too early": (
+        "        if (left == 1) release(q_empty);\n",
+        "",
+        "        warpgroup::mma_async_wait<0>(scores);\n",
+        "        if (left == num_tiles) release(q_empty);\n        warpgroup::mma_async_wait<0>(scores);\n",
+    ),
+    "rows are told before they are written": (
+        "        const int64_t first_row = last ? 0 : write_rows(params, number, shared.listing, item);\n"
+        "        __syncwarp();\n"
+        "        arrive(shared.rows_known[at.index]);\n",
+        "        arrive(shared.rows_known[at.index]);\n"
+        "        const int64_t first_row = last ? 0 : write_rows(params, number, shared.listing, item);\n"
+        "        __syncwarp();\n",
+    ),
+    "a list is told before it is written": (
+        "        if (!last) write_list(",
+        "        arrive(shared.item_full[at.index]);\n        if (!last) write_list(",
+        "list_of(params, at));\n        arrive(shared.item_full[at.index]);\n",
+        "list_of(params, at));\n",
+    ),
+    "a ticket is told before it is written": (
+        "if (kIsK) ticket.k = code",
+        "arrive(shared.queue_full[j][entry]); if (kIsK) ticket.k = code",
+        "                        arrive(shared.queue_full[j][entry]);\n",
+        "",
+    ),
+    "lanes of a loader do not wait for each other": (
+        "                wait(empty, phase ^ 1);\n                __syncwarp();\n",
+        "                wait(empty, phase ^ 1);\n",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", BREAKS)
+def test_the_emulator_finds(monkeypatch, tmp_path, name):
+    """Each of these mistakes, in some of its runs."""
+    shutil.copytree(kernels_dir(), tmp_path / "src")
+    file = tmp_path / "src/vsa/attend_forward.cu"
+    source = file.read_text()
+    for text, broken in zip(BREAKS[name][::2], BREAKS[name][1::2], strict=True):
+        assert source.count(text) == 1
+        source = source.replace(text, broken)
+    file.write_text(source)
+    # The third consumer has rows in every other group.
+    # Large scores outgrow their references at different tiles in different warps.
+    case = Case("broken", q_len=320, kv_len=1000, heads=6, head_dim=64, magnitude=4.0)
+    inputs = Inputs(case, "cpu", torch.bfloat16)
+    idx, num, _ = inputs.uneven_indices()
+
+    def attend(sources):
+        emulate.emulate(monkeypatch, 2, sources)
+        return forward.forward(problem_of(inputs), operands_of(inputs, idx, num), False)[0]
+
+    expected = attend(None)
+    for _ in range(60):
+        try:
+            if not torch.equal(attend(tmp_path / "src"), expected):
+                return
+        except emulate.EmulationError:
+            return
+    pytest.fail("the emulator found nothing in 60 runs")

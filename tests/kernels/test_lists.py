@@ -1,0 +1,231 @@
+"""Who attends together in the Hopper forward, and what the lists of tiles hold: the kernel's own sources on the CPU."""
+
+import itertools
+import struct
+from collections import Counter
+from dataclasses import dataclass, replace
+from fractions import Fraction
+
+import pytest
+import torch
+from support import emulate
+from support.hopper import operands_of, problem_of, starts_of
+from support.problems import Case, Inputs
+from torch import Tensor
+
+from vsa_jit.backends.sm90 import forward
+from vsa_jit.backends.sm90.tiles import BOX_TOKENS
+from vsa_jit.jit import module
+
+pytestmark = emulate.NEEDS_COMPILER
+
+ITEM_WORDS = 24
+# Boxes of keys that a warp looks at together.
+WINDOW = 1024
+CASES = [
+    Case("64, plain", q_len=40 * 64 + 5, kv_len=1390),
+    Case("64, tiled, some blocks empty", q_len=1280, sizes=tuple(max(0, 37 * i % 65 - 20) for i in range(20))),
+    Case("128, tiled, some boxes empty", q_len=1280, block_size=128, sizes=tuple(range(0, 150, 15))),
+    Case("192, plain", q_len=900, kv_len=1300, block_size=192),
+    Case("64, more boxes than a window", q_len=200, kv_len=67000, heads=1),
+    Case("192, a block in two windows", q_len=400, kv_len=67000, heads=1, block_size=192),
+    # A lane looks at 4, 8, 16 and 32 boxes.
+    *(Case(f"64, {boxes} boxes", q_len=700, kv_len=64 * boxes - 7, heads=1) for boxes in (100, 200, 400, 624)),
+    Case("64, batch, grouped heads", q_len=700, batch=2, heads=6, kv_heads=3),
+]
+# Of which heads some are cut into shorter trios, on so many multiprocessors.
+CUT_TWICE = [
+    (Case("5 rows", q_len=320, heads=4), 5),
+    (Case("2 rows", q_len=128, heads=4), 5),
+    (Case("40 rows, batch", q_len=2560, heads=2, batch=2), 9),
+]
+
+
+@dataclass
+class Group:
+    head: int  # of all batches
+    q_block: list[int]
+    q_box: list[int]
+    tiles_of: list[int]
+    poisoned: int
+    tiles: list[tuple[int, int]]  # boxes of keys in their order, and which consumers attend each
+
+
+def groups_of(
+    monkeypatch, inputs: Inputs, idx: Tensor, num: Tensor, processors: int = 2
+) -> tuple[list[Group], forward.Params]:
+    """All items of work of a call on a GPU with so many multiprocessors, and the parameters of its launch."""
+    emulate.emulate(monkeypatch, processors)
+    groups, launched = [], []
+    case = inputs.case
+
+    def launcher(kernel, device):
+        listing = replace(kernel, source="list_groups.cu", entry="list_groups", threads=32)
+        run = emulate.launcher(listing, device)
+
+        def launch(blocks, params, counter):
+            launched.append(params)
+            of_groups = forward.Params.from_buffer_copy(params)
+            # Twice the room that there is: what is too long shows.
+            of_groups.list_length = 2 * params.list_length
+            items = torch.zeros(params.num_groups, ITEM_WORDS, dtype=torch.int32)
+            tiles = torch.zeros(params.num_groups, of_groups.list_length, 4, dtype=torch.int32)
+            of_groups.lse, of_groups.lists = items.data_ptr(), tiles.data_ptr()
+            run(1, of_groups)
+            for item, tiles_of_item in zip(items.tolist(), tiles.tolist(), strict=True):
+                num_tiles, poisoned = item[9:11]
+                batch, head, kv_head = item[20:23]
+                assert num_tiles <= params.list_length
+                assert kv_head == head * (case.kv_heads or case.heads) // case.heads
+                listed = [tile_of(inputs, *tile) for tile in tiles_of_item[:num_tiles]]
+                groups.append(Group(batch * case.heads + head, item[0:3], item[3:6], item[6:9], poisoned, listed))
+
+        return launch
+
+    monkeypatch.setattr(module, "launcher", launcher)
+    forward.forward(problem_of(inputs), operands_of(inputs, idx, num), False)
+    return groups, launched[0]
+
+
+def tile_of(inputs: Inputs, w: int, h: int, t_and_members: int, valid: int) -> tuple[int, int]:
+    """The box that a tile of a list is, and who attends it. Where it lies and what of it is valid is checked."""
+    problem = problem_of(inputs)
+    members, t = (t_and_members & 0xFFFFFFFF) >> 29, t_and_members & 0x1FFFFFFF
+    assert t == 0
+    first, *inside = struct.unpack("4B", struct.pack("I", valid & 0xFFFFFFFF)) if valid else (0, 1, 1, BOX_TOKENS)
+    if inputs.sizes is None:
+        assert (h, first, inside[:2]) == (0, 0, [1, 1])
+        assert inside[2] == min(BOX_TOKENS, problem.kv_len - w)
+        return w // BOX_TOKENS, members
+    boxes = problem.block // BOX_TOKENS
+    tokens = int(inputs.sizes[h // boxes]) - h % boxes * BOX_TOKENS
+    assert w == -first == -(BOX_TOKENS - min(tokens, BOX_TOKENS))
+    assert inside == [1, 1, BOX_TOKENS]
+    return h, members
+
+
+def boxes_with_tokens(inputs: Inputs, blocks: set[int]) -> set[int]:
+    problem = problem_of(inputs)
+    boxes = problem.block // BOX_TOKENS
+    sizes = inputs.sizes.tolist() if inputs.sizes is not None else None
+    of_block = {
+        block: problem.kv_len - block * problem.block if sizes is None else sizes[block]
+        for block in blocks
+        if 0 <= block < problem.num_kv_blocks
+    }
+    return {
+        block * boxes + box for block, tokens in of_block.items() for box in range(boxes) if tokens > box * BOX_TOKENS
+    }
+
+
+def work_class(length: int) -> int:
+    """Rows of about the same length are alike: the exponent and three bits behind it."""
+    return struct.unpack("I", struct.pack("f", length))[0] >> 20
+
+
+def evenly_spread(tiles: list[tuple[int, int]]) -> list[int]:
+    """The order of kinds for so many tiles of each: number p of n is at (2p + 1) / 2n, and a lower kind comes first."""
+    counts = Counter(kind for _, kind in tiles)
+    places = [(Fraction(2 * p + 1, 2 * n), kind) for kind, n in counts.items() for p in range(n)]
+    return [kind for _, kind in sorted(places)]
+
+
+def check(inputs: Inputs, idx: Tensor, num: Tensor, groups: list[Group], params: forward.Params) -> None:
+    problem = problem_of(inputs)
+    boxes, heads = problem.block // BOX_TOKENS, problem.batch * problem.heads
+    idx, lengths = idx.flatten(0, 1), num.clamp(0, idx.shape[-1]).flatten(0, 1)
+    seen = [
+        (group.head, block, box)
+        for group in groups
+        for block, box in zip(group.q_block, group.q_box, strict=True)
+        if block >= 0
+    ]
+    everything = {
+        (h, block, box) for h in range(heads) for block in range(problem.num_q_blocks) for box in range(boxes)
+    }
+    assert len(seen) == len(everything)
+    assert set(seen) == everything
+
+    for group in groups:
+        expected: dict[int, int] = {}
+        poisoned = 0
+        for i, block in enumerate(group.q_block):
+            if block < 0:
+                assert group.tiles_of[i] == 0
+                continue
+            named = set(idx[group.head, block, : lengths[group.head, block]].tolist())
+            poisoned |= any(not 0 <= key < problem.num_kv_blocks for key in named) << i
+            selected = boxes_with_tokens(inputs, named)
+            assert group.tiles_of[i] == len(selected)
+            for box in selected:
+                expected[box] = expected.get(box, 0) | 1 << i
+        assert group.poisoned == poisoned
+        assert len(group.tiles) == len(expected)
+        assert dict(group.tiles) == expected
+        # The windows of the keys follow each other.
+        assert [box // WINDOW for box, _ in group.tiles] == sorted(box // WINDOW for box in expected)
+        for _, tiles in itertools.groupby(group.tiles, key=lambda tile: tile[0] // WINDOW):
+            of_window = list(tiles)
+            assert [kind for _, kind in of_window] == evenly_spread(of_window)
+            for kind in set(expected.values()):
+                of_kind = [box for box, members in of_window if members == kind]
+                assert of_kind == sorted(of_kind)
+
+    for head in range(heads):
+        cut = params.cuts[0 if head < params.first_heads else 1]
+        starts, windows = starts_of(cut, problem.num_q_blocks, boxes)
+        of_head = [group for group in groups if group.head == head]
+        for window, (first, end) in enumerate(itertools.pairwise(windows)):
+            rows = range(starts[first], starts[end])
+            from_longest = sorted(rows, key=lambda row: -work_class(int(lengths[head, row])))
+            for trio in range(first, end):
+                index = (trio - first) * cut.windows.value + window
+                members = {b for group in of_head[index * boxes : (index + 1) * boxes] for b in group.q_block} - {-1}
+                assert members == set(from_longest[starts[trio] - rows.start : starts[trio + 1] - rows.start])
+
+
+@pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
+def test_uneven_rows(monkeypatch, case):
+    inputs = Inputs(replace(case, head_dim=64), "cpu", torch.bfloat16)
+    idx, num, _ = inputs.uneven_indices()
+    check(inputs, idx, num, *groups_of(monkeypatch, inputs, idx, num))
+
+
+@pytest.mark.parametrize(("case", "processors"), CUT_TWICE, ids=[case.name for case, _ in CUT_TWICE])
+def test_heads_that_are_cut_into_shorter_trios(monkeypatch, case, processors):
+    inputs = Inputs(replace(case, head_dim=64), "cpu", torch.bfloat16)
+    idx, num, _ = inputs.uneven_indices()
+    groups, params = groups_of(monkeypatch, inputs, idx, num, processors)
+    assert 0 < params.first_heads < case.batch * case.heads
+    check(inputs, idx, num, groups, params)
+
+
+@pytest.mark.parametrize("block", [64, 192])
+def test_one_entry_that_names_no_block(monkeypatch, block):
+    """Wherever it is in its row."""
+    inputs = Inputs(Case("odd", q_len=50 * block, heads=1, head_dim=64, block_size=block), "cpu", torch.bfloat16)
+    idx = torch.randint(50, (1, 1, 50, 25), dtype=torch.int32)
+    rows = torch.arange(50)
+    idx[:, :, rows, rows % 25] = torch.tensor([-1, 50, -(2**31), 2**31 - 1, 7], dtype=torch.int32)[rows % 5]
+    num = torch.full((1, 1, 50), 25, dtype=torch.int32)
+    check(inputs, idx, num, *groups_of(monkeypatch, inputs, idx, num))
+
+
+def test_entries_that_name_no_block_and_numbers_beyond_the_width(monkeypatch):
+    inputs = Inputs(Case("odd", q_len=2560, kv_len=640, head_dim=64), "cpu", torch.bfloat16)
+    idx = torch.randint(-3, 13, (1, 2, 40, 7), dtype=torch.int32)
+    num = torch.randint(-5, 15, (1, 2, 40), dtype=torch.int32)
+    assert num.min() < 0
+    assert num.max() > 7
+    check(inputs, idx, num, *groups_of(monkeypatch, inputs, idx, num))
+
+
+@pytest.mark.parametrize("block", [64, 128, 320])
+def test_the_longest_list(monkeypatch, block):
+    """Rows that have no key block in common fill what is kept for a list."""
+    inputs = Inputs(Case("disjoint", q_len=9 * block, heads=1, head_dim=64, block_size=block), "cpu", torch.bfloat16)
+    idx = torch.arange(9, dtype=torch.int32).view(1, 1, 9, 1)
+    num = torch.ones(1, 1, 9, dtype=torch.int32)
+    groups, params = groups_of(monkeypatch, inputs, idx, num)
+    check(inputs, idx, num, groups, params)
+    assert max(len(group.tiles) for group in groups) == params.list_length

@@ -1,0 +1,45 @@
+"""What tests of the Hopper kernels share: a call, its operands, exact means, where groups of rows start."""
+
+import torch
+from torch import Tensor
+
+from support.problems import Inputs
+from vsa_jit.checks import check_problem
+from vsa_jit.grid import block_tokens
+from vsa_jit.problem import Operands, Problem, bhsd
+
+
+def problem_of(inputs: Inputs, **others) -> Problem:
+    arguments = {**inputs.order, "backend": "auto", **others}
+    return check_problem(inputs.q, inputs.k, inputs.v, **arguments)
+
+
+def reference_means(problem: Problem, x: Tensor, sizes: Tensor | None, dtype: torch.dtype) -> Tensor:
+    x = bhsd(x, problem.layout).detach().to(dtype)
+    tokens = block_tokens(problem, x.shape[2], sizes, x.device)
+    rows = x[:, :, tokens.clamp(min=0)].masked_fill((tokens < 0)[..., None], 0.0)
+    return rows.sum(-2) / (tokens >= 0).sum(-1).clamp(min=1)[:, None]
+
+
+def operands_of(inputs: Inputs, idx: Tensor, num: Tensor) -> Operands:
+    q_sizes = inputs.sizes if inputs.q.shape == inputs.k.shape else None
+    q, k, v = (x.detach() for x in (inputs.q, inputs.k, inputs.v))
+    return Operands(q, k, v, idx, num, q_sizes, inputs.sizes, None, None, 0.0)
+
+
+def check_means(problem: Problem, inputs: Inputs, results) -> None:
+    q_sizes = inputs.given_q_sizes if inputs.given_q_sizes is not None else inputs.sizes
+    for name, result, sizes in zip("qkv", results, (q_sizes, inputs.sizes, inputs.sizes), strict=True):
+        x = getattr(inputs, name)
+        exact = reference_means(problem, x, sizes, torch.float64)
+        plain = reference_means(problem, x, sizes, torch.float32)
+        assert result.dtype == torch.float32
+        error, allowed = (result - exact).abs().max(), (plain - exact).abs().max()
+        # An error of fp32 in another order of the sum, and never nothing: one rounding of the largest mean.
+        assert error <= 2 * allowed + 2.0**-23 * exact.abs().max(), (name, float(error), float(allowed))
+
+
+def starts_of(cut, num_rows: int, boxes: int) -> tuple[list[int], list[int]]:
+    """The first row of each trio and the first trio of each window, and their ends, as ``vsa/groups.cuh`` has them."""
+    rows = [min(i * cut.trio_rows + min(i, cut.longer_trios), num_rows) for i in range(cut.groups.value // boxes + 1)]
+    return rows, [i * cut.window_trios + min(i, cut.longer_windows) for i in range(cut.windows.value + 1)]
