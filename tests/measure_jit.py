@@ -50,10 +50,10 @@ q, k, v = torch.randn(3, 1, 2, 4096, 128, device="cuda").bfloat16()
 torch.cuda.synchronize()
 start = time.perf_counter()
 problem = check_problem(
-    q, k, v, block_size=64, grid=None, layout="bhsd", softmax_scale=None, backend="sm90",
+    q, k, v, block_size=64, grid=None, layout="bhsd", softmax_scale=None,
     variable_block_sizes=None, q_variable_block_sizes=None,
 )
-choose.backend_for(problem, q, k, v).block_means(problem, q, k, v, None, None)
+choose.backend_for(problem, "sm90", q, k, v).block_means(problem, q, k, v, None, None)
 torch.cuda.synchronize()
 kernels = time.perf_counter() - start
 vsa_jit.video_sparse_attn(q, k, v, topk=8, backend="sm90")
@@ -107,7 +107,7 @@ def measure_host_time() -> None:
 
 def problem_of(q, k, v, **others):
     arguments = {
-        "block_size": 64, "grid": None, "layout": "bhsd", "softmax_scale": None, "backend": "auto",
+        "block_size": 64, "grid": None, "layout": "bhsd", "softmax_scale": None,
         "variable_block_sizes": None, "q_variable_block_sizes": None,
     }  # fmt: skip
     return check_problem(q, k, v, **{**arguments, **others})

@@ -26,7 +26,7 @@ from vsa_jit.operators import nobody_watches
 from vsa_jit.problem import BackendName, Layout, Operands, Problem
 
 # Of ``block_sparse_attn_from_indices``.
-_plain_calls: LookAlikes[ops.PlainCall] = LookAlikes()
+_plain_calls: LookAlikes[ops.FastCall] = LookAlikes()
 
 
 def video_sparse_attn(
@@ -97,13 +97,14 @@ def video_sparse_attn(
         softmax_scale=softmax_scale,
         backend=backend,
     )
-    topk = check_topk(topk, sparsity, problem.num_kv_blocks)
+    topk = check_topk(topk, sparsity, problem.keys.num_blocks)
     gate = check_gate(compress_attn_weight, q)
     selection_dtype = check_selection_dtype(selection_dtype)
 
     q_sizes = _sizes_of_queries(problem, q_sizes, kv_sizes)
     q2k_idx, q2k_num, out_c = coarse.coarse_branch(
         problem,
+        backend,
         q,
         k,
         v,
@@ -113,7 +114,7 @@ def video_sparse_attn(
         with_output=isinstance(gate, Tensor) or gate != 0.0,
         selection_dtype=selection_dtype,
     )
-    out, _ = _attend(problem, q, k, v, q2k_idx, q2k_num, q_sizes, kv_sizes, out_c, gate)
+    out, _ = _attend(problem, backend, q, k, v, q2k_idx, q2k_num, q_sizes, kv_sizes, out_c, gate)
     return out
 
 
@@ -156,8 +157,8 @@ def block_sparse_attn(
         backend=backend,
     )
     block_map = check_block_map(block_map, problem, q.device)
-    q2k_idx, q2k_num = ops.compact(block_map, q, k, *problem.static)
-    return _attend(problem, q, k, v, q2k_idx, q2k_num, q_sizes, kv_sizes, None, 0.0)
+    q2k_idx, q2k_num = ops.compact(block_map, q, k, *problem.static, backend)
+    return _attend(problem, backend, q, k, v, q2k_idx, q2k_num, q_sizes, kv_sizes, None, 0.0)
 
 
 def block_sparse_attn_from_indices(
@@ -214,10 +215,10 @@ def block_sparse_attn_from_indices(
         backend=backend,
     )
     idx, num = check_indices(q2k_idx, q2k_num, problem, q.device)
-    call = ops.PlainCall.of(problem, tensors) if idx is q2k_idx and num is q2k_num else None
+    call = ops.FastCall.of(problem, backend, tensors) if idx is q2k_idx and num is q2k_num else None
     if call is not None:
         _plain_calls.keep(settings, tensors, call)
-    return _attend(problem, q, k, v, idx, num, q_sizes, kv_sizes, None, 0.0)
+    return _attend(problem, backend, q, k, v, idx, num, q_sizes, kv_sizes, None, 0.0)
 
 
 @torch.no_grad()
@@ -268,20 +269,20 @@ def recall(
         backend=backend,
     )
     selection_dtype = check_selection_dtype(selection_dtype)
-    counts = check_several_topk(topk, sparsity, problem.num_kv_blocks)
+    counts = check_several_topk(topk, sparsity, problem.keys.num_blocks)
     q_sizes = _sizes_of_queries(problem, q_sizes, kv_sizes)
 
     def log_sum_exp(topk: int) -> Tensor:
         q2k_idx, q2k_num, _ = coarse.coarse_branch(
-            problem, q, k, k, q_sizes, kv_sizes, topk, with_output=False, selection_dtype=selection_dtype
+            problem, backend, q, k, k, q_sizes, kv_sizes, topk, with_output=False, selection_dtype=selection_dtype
         )
-        _, lse = _attend(problem, q, k, k, q2k_idx, q2k_num, q_sizes, kv_sizes, None, 0.0)
+        _, lse = _attend(problem, backend, q, k, k, q2k_idx, q2k_num, q_sizes, kv_sizes, None, 0.0)
         return lse
 
-    of_all = log_sum_exp(problem.num_kv_blocks)
-    is_valid = torch.ones(problem.q_len, dtype=torch.bool, device=q.device)
+    of_all = log_sum_exp(problem.keys.num_blocks)
+    is_valid = torch.ones(problem.queries.length, dtype=torch.bool, device=q.device)
     if q_sizes is not None:
-        is_valid = (block_tokens(problem, problem.q_len, q_sizes, q.device) >= 0).flatten()
+        is_valid = (block_tokens(problem.queries, q_sizes, q.device) >= 0).flatten()
     # Where there are no keys at all, none of their probability is found.
     is_valid = is_valid & (of_all != float("-inf"))
     num_valid = is_valid.sum(-1).clamp(min=1)
@@ -326,10 +327,10 @@ def explain(
         backend=backend,
     )
     if topk is not None or sparsity is not None:
-        check_topk(topk, sparsity, problem.num_kv_blocks)
+        check_topk(topk, sparsity, problem.keys.num_blocks)
     check_gate(compress_attn_weight, q)
     check_selection_dtype(selection_dtype)
-    return choose(problem, q.device, q.dtype, (q, k, v))
+    return choose(problem, backend, q.device, q.dtype, (q, k, v))
 
 
 def warmup(
@@ -382,6 +383,7 @@ def _check(
     backend: str,
 ) -> tuple[Problem, Tensor | None, Tensor | None]:
     """The record of the call, and the sizes of its query and key blocks, contiguous."""
+    check_name("backend", backend, NAMES)
     problem = check_problem(
         q,
         k,
@@ -390,7 +392,6 @@ def _check(
         grid=grid,
         layout=layout,
         softmax_scale=softmax_scale,
-        backend=check_name("backend", backend, NAMES),
         variable_block_sizes=variable_block_sizes,
         q_variable_block_sizes=q_variable_block_sizes,
     )
@@ -402,7 +403,7 @@ def _sizes_of_queries(problem: Problem, q_sizes: Tensor | None, kv_sizes: Tensor
     if q_sizes is not None or kv_sizes is None:
         return q_sizes
     # Only here are the lengths compared: an exported program is bound to the result.
-    return kv_sizes if problem.q_len == problem.kv_len else None
+    return kv_sizes if problem.queries.length == problem.keys.length else None
 
 
 def _contiguous(x: Tensor | None) -> Tensor | None:
@@ -411,6 +412,7 @@ def _contiguous(x: Tensor | None) -> Tensor | None:
 
 def _attend(
     problem: Problem,
+    backend: str,
     q: Tensor,
     k: Tensor,
     v: Tensor,
@@ -423,6 +425,6 @@ def _attend(
 ) -> tuple[Tensor, Tensor]:
     gate_tensor, gate_value = (gate, 0.0) if isinstance(gate, Tensor) else (None, gate)
     out, lse, _ = ops.attend(
-        q, k, v, q2k_idx, q2k_num, q_sizes, kv_sizes, out_c, gate_tensor, gate_value, False, *problem.static
+        q, k, v, q2k_idx, q2k_num, q_sizes, kv_sizes, out_c, gate_tensor, gate_value, False, *problem.static, backend
     )
     return out, lse

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from vsa_jit import symbolic
-from vsa_jit.problem import TILE_OF_TOKENS, Layout, Problem, sizes_of
+from vsa_jit.problem import TILE_OF_TOKENS, Layout, Problem, Side, sizes_of
 from vsa_jit.text import counted
 
 LAYOUTS = get_args(Layout)
@@ -46,7 +46,6 @@ def check_problem(
     grid: Sequence[int] | None,
     layout: str,
     softmax_scale: float | None,
-    backend: str,
     variable_block_sizes: Tensor | None,
     q_variable_block_sizes: Tensor | None,
 ) -> Problem:
@@ -100,13 +99,14 @@ def check_problem(
                 raise ValueError(
                     f"grid: expected T·H·W to be {name}'s sequence length {length}, got {video} with {math.prod(video)}"
                 )
-    problem = Problem(batch, heads, kv_heads, q_len, kv_len, head_dim, tile, video, layout, float(scale), backend)
-    for name, sizes, length in (
-        ("variable_block_sizes", variable_block_sizes, kv_len),
-        ("q_variable_block_sizes", q_variable_block_sizes, q_len),
+    queries, keys = Side(heads, q_len, tile, video, layout), Side(kv_heads, kv_len, tile, video, layout)
+    problem = Problem(batch, head_dim, queries, keys, float(scale))
+    for name, sizes, side in (
+        ("variable_block_sizes", variable_block_sizes, keys),
+        ("q_variable_block_sizes", q_variable_block_sizes, queries),
     ):
         if sizes is not None:
-            _check_sizes(name, sizes, length, problem, q.device)
+            _check_sizes(name, sizes, side, q.device)
     if not torch.compiler.is_compiling():
         warn_of_layout(problem, stacklevel=5)
     return problem
@@ -117,12 +117,13 @@ def warn_of_layout(problem: Problem, stacklevel: int) -> None:
 
     Where sizes are symbolic nothing is said, since asking would fix them.
     """
-    other = "bshd" if problem.layout == "bhsd" else "bhsd"
-    for name, heads, length in (("q", problem.heads, problem.q_len), ("k", problem.kv_heads, problem.kv_len)):
+    for name, side in (("q", problem.queries), ("k", problem.keys)):
+        heads, length = side.heads, side.length
         known = isinstance(heads, int) and isinstance(length, int)
-        if known and problem.batch != 0 and length < problem.block and length < heads:
+        if known and problem.batch != 0 and length < side.block and length < heads:
+            other = "bshd" if side.layout == "bhsd" else "bhsd"
             warnings.warn(
-                f"vsa_jit: layout={problem.layout!r} makes {name} {counted(heads, 'head')} of "
+                f"vsa_jit: layout={side.layout!r} makes {name} {counted(heads, 'head')} of "
                 f"{counted(length, 'token')}; pass layout={other!r} if it is {counted(length, 'head')} of "
                 f"{counted(heads, 'token')}",
                 stacklevel=stacklevel,
@@ -222,7 +223,7 @@ def check_selection_dtype(dtype: torch.dtype | None) -> torch.dtype:
 def check_block_map(block_map: Tensor, problem: Problem, device: torch.device) -> Tensor:
     """The map as bool [B, H, n_q, n_k] (a view where it was broadcast)."""
     _check_tensor("block_map", block_map, (torch.bool,), device)
-    full = (problem.batch, problem.heads, problem.num_q_blocks, problem.num_kv_blocks)
+    full = (problem.batch, problem.queries.heads, problem.queries.num_blocks, problem.keys.num_blocks)
     if block_map.dim() < 2 or not _broadcasts(block_map.shape, full):
         raise ValueError(
             f"block_map: expected shape {full} or one that broadcasts to it, such as {full[1:]} or {full[2:]}, "
@@ -235,7 +236,7 @@ def check_indices(q2k_idx: Tensor, q2k_num: Tensor, problem: Problem, device: to
     """Both as int32."""
     _check_tensor("q2k_idx", q2k_idx, INDEX_DTYPES, device)
     _check_tensor("q2k_num", q2k_num, INDEX_DTYPES, device)
-    rows = (problem.batch, problem.heads, problem.num_q_blocks)
+    rows = (problem.batch, problem.queries.heads, problem.queries.num_blocks)
     if q2k_idx.dim() != 4 or not _same_shape(q2k_idx.shape[:3], rows):
         expected = f"({', '.join(map(str, rows))}, m)"
         raise ValueError(f"q2k_idx: expected shape {expected} for any m, got {tuple(q2k_idx.shape)}")
@@ -243,7 +244,7 @@ def check_indices(q2k_idx: Tensor, q2k_num: Tensor, problem: Problem, device: to
         raise ValueError(f"q2k_num: expected shape {rows}, got {tuple(q2k_num.shape)}")
     # Clamped first: what does not fit into int32 names no block either, and must not come to name one.
     if q2k_idx.dtype != torch.int32:
-        q2k_idx = q2k_idx.clamp(-1, problem.num_kv_blocks).int()
+        q2k_idx = q2k_idx.clamp(-1, problem.keys.num_blocks).int()
     if q2k_num.dtype != torch.int32:
         q2k_num = q2k_num.clamp(0, q2k_idx.shape[3]).int()
     return q2k_idx, q2k_num
@@ -377,9 +378,9 @@ def _check_triple(name: str, value: Any) -> tuple[int, int, int]:
     return t, h, w
 
 
-def _check_sizes(name: str, sizes: Tensor, length: int, problem: Problem, device: torch.device) -> None:
+def _check_sizes(name: str, sizes: Tensor, side: Side, device: torch.device) -> None:
     _check_tensor(name, sizes, INDEX_DTYPES, device)
-    block, num_blocks = problem.block, problem.num_blocks(length)
+    length, block, num_blocks = side.length, side.block, side.num_blocks
     if length % block != 0:
         raise ValueError(
             f"{name}: expected a sequence of whole blocks of {block} tokens (padded to full size), got length {length}"

@@ -11,6 +11,7 @@ from vsa_jit.problem import Problem
 
 def coarse_branch(
     problem: Problem,
+    backend: str,
     q: Tensor,
     k: Tensor,
     v: Tensor,
@@ -28,8 +29,8 @@ def coarse_branch(
         softmax(q_c k_cᵀ · scale) v_c over the key blocks that have valid tokens, or None. With a narrower
         ``selection_dtype`` every step was rounded to it.
     """
-    q_c, k_c, v_c = ops.block_means(q, k, v if with_output else None, q_sizes, kv_sizes, *problem.static)
+    q_c, k_c, v_c = ops.block_means(q, k, v if with_output else None, q_sizes, kv_sizes, *problem.static, backend)
     out_c, q2k_idx, q2k_num = ops.coarse_attend(
-        q_c, k_c, v_c if with_output else None, q, k, kv_sizes, topk, selection_dtype, *problem.static
+        q_c, k_c, v_c if with_output else None, q, k, kv_sizes, topk, selection_dtype, *problem.static, backend
     )
     return q2k_idx, q2k_num, out_c if with_output else None

@@ -16,7 +16,7 @@ from vsa_jit.jit.cache import BadEntry, open_store
 from vsa_jit.jit.errors import JitError, Unavailable
 from vsa_jit.jit.toolchain import dotted
 from vsa_jit.names import check_name
-from vsa_jit.problem import Problem
+from vsa_jit.problem import Problem, Side
 
 # The kind of call that the answer is for.
 DTYPE = torch.bfloat16
@@ -147,19 +147,8 @@ def _verdict(reason: Unavailable | None) -> dict[str, Any]:
 
 
 def _backends(device: torch.device) -> dict[str, Any]:
-    problem = Problem(
-        batch=1,
-        heads=1,
-        kv_heads=1,
-        q_len=64,
-        kv_len=64,
-        head_dim=HEAD_DIM,
-        tile=(1, 1, 64),
-        grid=None,
-        layout="bhsd",
-        softmax_scale=HEAD_DIM**-0.5,
-        backend="auto",
-    )
+    side = Side(heads=1, length=64, tile=(1, 1, 64), grid=None, layout="bhsd")
+    problem = Problem(batch=1, head_dim=HEAD_DIM, queries=side, keys=side, softmax_scale=HEAD_DIM**-0.5)
     verdicts = {}
     for entry in choose.ENTRIES:
         try:

@@ -60,22 +60,22 @@ def _attend_tangent(q: Tensor, k: Tensor, v: Tensor, *args: Any, out_val: Any = 
 
 def _product(q: Tensor, k: Tensor, selection: tuple, static: tuple) -> int:
     """Of one product of all queries with the keys that they attend."""
-    return 2 * q.shape[3] * _pairs(Problem.of(q, k, *static[-5:]), *selection)
+    return 2 * q.shape[3] * _pairs(Problem.of(q, k, *static[-5:-1]), *selection)
 
 
 def _pairs(problem: Problem, q2k_idx: Tensor, q2k_num: Tensor, q_sizes: Tensor | None, kv_sizes: Tensor | None) -> int:
     """Valid queries, each as often as there are valid keys that it attends."""
     width = q2k_idx.shape[3]
     if not all(_is_known(x) for x in (q2k_idx, q2k_num, q_sizes, kv_sizes)):
-        keys = min(width * problem.block, problem.kv_len)
-        return problem.batch * problem.heads * problem.q_len * keys
+        keys = min(width * problem.block, problem.keys.length)
+        return problem.batch * problem.queries.heads * problem.queries.length * keys
     queries, keys_of = (
-        (block_tokens(problem, length, sizes, q2k_idx.device) >= 0).sum(1)
-        for length, sizes in ((problem.q_len, q_sizes), (problem.kv_len, kv_sizes))
+        (block_tokens(side, sizes, q2k_idx.device) >= 0).sum(1)
+        for side, sizes in ((problem.queries, q_sizes), (problem.keys, kv_sizes))
     )
-    exists = (q2k_idx >= 0) & (q2k_idx < problem.num_kv_blocks)
+    exists = (q2k_idx >= 0) & (q2k_idx < problem.keys.num_blocks)
     used = (torch.arange(width, device=q2k_idx.device) < q2k_num[..., None]) & exists
-    selected = keys_of[q2k_idx.long().clamp(0, problem.num_kv_blocks - 1)].masked_fill(~used, 0).sum(-1)
+    selected = keys_of[q2k_idx.long().clamp(0, problem.keys.num_blocks - 1)].masked_fill(~used, 0).sum(-1)
     return int((selected * queries).sum())
 
 

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from vsa_jit.problem import Problem
+from vsa_jit.problem import Side
 
 
 def tile_tokens(grid: Sequence[int], tile: Sequence[int], device: torch.device | str | None = None) -> Tensor:
@@ -29,13 +29,13 @@ def tile_tokens(grid: Sequence[int], tile: Sequence[int], device: torch.device |
     return tokens.reshape(-1, tile[0] * tile[1] * tile[2])
 
 
-def block_tokens(problem: Problem, length: int, sizes: Tensor | None, device: torch.device) -> Tensor:
-    """Token of each slot of each block of a sequence: int64 [n, block], -1 where the slot holds no valid token."""
-    if problem.grid is not None:
-        return tile_tokens(problem.grid, problem.tile, device)
-    blocks = -(-length // problem.block)
-    tokens = torch.arange(blocks * problem.block, device=device).view(blocks, problem.block)
-    slot = torch.arange(problem.block, device=device)
+def block_tokens(side: Side, sizes: Tensor | None, device: torch.device) -> Tensor:
+    """Token of each slot of each block: int64 [n, block], -1 where the slot holds no valid token."""
+    if side.grid is not None:
+        return tile_tokens(side.grid, side.tile, device)
+    blocks, block = side.num_blocks, side.block
+    tokens = torch.arange(blocks * block, device=device).view(blocks, block)
+    slot = torch.arange(block, device=device)
     if sizes is not None:
         return torch.where(slot < sizes[:, None], tokens, -1)
-    return torch.where(tokens < length, tokens, -1)
+    return torch.where(tokens < side.length, tokens, -1)

@@ -1,7 +1,8 @@
 """The operators that PyTorch sees: each has a fake implementation for tracing, and derivatives where there are any.
 
-Every operator ends with the same five arguments, ``Problem.static``: the tile, the grid, the layout, the softmax scale
-and the backend asked for. Which backend runs is decided when the operator runs, from the device of its tensors.
+Every operator ends with the same five arguments: those of ``Problem.static``, which are the tile, the grid, the layout
+and the softmax scale, and the backend asked for. Which backend runs is decided when the operator runs, from the device
+of its tensors.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -42,18 +43,20 @@ def block_means(
     Returns:
         ``(q_c, k_c, v_c)``: fp32 [B, H, n_q, D] and [B, H_kv, n_k, D], 0 for an empty block; v_c is empty without v.
     """
-    problem = Problem.of(q, k, tile, grid, layout, softmax_scale, backend)
-    run = backend_for(problem, q, k) if v is None else backend_for(problem, q, k, v)
+    problem = Problem.of(q, k, tile, grid, layout, softmax_scale)
+    run = backend_for(problem, backend, q, k) if v is None else backend_for(problem, backend, q, k, v)
     q_c, k_c, v_c = run.block_means(problem, q, k, v, q_sizes, kv_sizes)
     return q_c, k_c, q.new_empty(0, dtype=torch.float32) if v_c is None else v_c
 
 
 @block_means.fake
 def _(q, k, v, q_sizes, kv_sizes, tile, grid, layout, softmax_scale, backend):
-    problem = Problem.of(q, k, tile, grid, layout, softmax_scale, backend)
-    kv_shape = (problem.batch, problem.kv_heads, problem.num_kv_blocks, problem.head_dim)
+    problem = Problem.of(q, k, tile, grid, layout, softmax_scale)
+    kv_shape = (problem.batch, problem.keys.heads, problem.keys.num_blocks, problem.head_dim)
     return (
-        q.new_empty((problem.batch, problem.heads, problem.num_q_blocks, problem.head_dim), dtype=torch.float32),
+        q.new_empty(
+            (problem.batch, problem.queries.heads, problem.queries.num_blocks, problem.head_dim), dtype=torch.float32
+        ),
         k.new_empty(kv_shape, dtype=torch.float32),
         q.new_empty(0 if v is None else kv_shape, dtype=torch.float32),
     )
@@ -71,8 +74,8 @@ def block_mean_backward(
     backend: str,
 ) -> Tensor:
     """Gradient of the block means of ``x`` in ``x``: each valid token's share of its block's, 0 for the others."""
-    problem = Problem.of(x, x, tile, grid, layout, softmax_scale, backend)
-    return backend_for(problem, x).block_mean_backward(problem, dmean, x, sizes)
+    problem = Problem.of(x, x, tile, grid, layout, softmax_scale)
+    return backend_for(problem, backend, x).block_mean_backward(problem.queries, dmean, x, sizes)
 
 
 @block_mean_backward.fake
@@ -142,11 +145,11 @@ def coarse_attend(
         [B, H, n_q, topk], the blocks of highest score q_c · k_c, ties to the lower, ascending, 0 past the number
         selected; int32 [B, H, n_q]. The selection carries no derivative.
     """
-    problem = Problem.of(q, k, tile, grid, layout, softmax_scale, backend)
-    run = backend_for(problem, q, k)
+    problem = Problem.of(q, k, tile, grid, layout, softmax_scale)
+    run = backend_for(problem, backend, q, k)
     # A program that was traced with a longer sequence may ask for more.
-    topk = min(topk, problem.num_kv_blocks)
-    shape = (problem.batch, problem.heads, problem.num_q_blocks)
+    topk = min(topk, problem.keys.num_blocks)
+    shape = (problem.batch, problem.queries.heads, problem.queries.num_blocks)
     q2k_idx = q.new_empty((*shape, topk), dtype=torch.int32)
     q2k_num = q.new_empty(shape, dtype=torch.int32)
     out_c = q_c.new_empty(0 if v_c is None else q_c.shape)
@@ -178,8 +181,8 @@ def _scored_at_a_time(problem: Problem, *tensors: Tensor | None) -> Iterator[lis
 
     The query heads of one key/value head are rows of one product.
     """
-    rows = problem.batch * problem.kv_heads
-    scores = problem.group * problem.num_q_blocks * problem.num_kv_blocks
+    rows = problem.batch * problem.keys.heads
+    scores = problem.group * problem.queries.num_blocks * problem.keys.num_blocks
     step = max(1, SCORES_AT_A_TIME // scores)
     flat = [None if x is None else x.reshape(rows, -1, *x.shape[3:]) for x in tensors]
     for start in range(0, rows, step):
@@ -231,8 +234,8 @@ def coarse_attend_backward(
     backend: str,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of the output of ``coarse_attend`` in q_c, k_c and v_c."""
-    problem = Problem.of(q, k, tile, grid, layout, softmax_scale, backend)
-    run = backend_for(problem, q, k)
+    problem = Problem.of(q, k, tile, grid, layout, softmax_scale)
+    run = backend_for(problem, backend, q, k)
     dq_c, dk_c, dv_c = map(_contiguous_like, (q_c, k_c, v_c))
     q_c, k_c, v_c = _rounded_means(selection_dtype, q_c, k_c, v_c)
     for q_rows, k_rows, v_rows, dout_rows, dq_rows, dk_rows, dv_rows in _scored_at_a_time(
@@ -271,8 +274,8 @@ def coarse_attend_tangent(
     backend: str,
 ) -> Tensor:
     """The tangent of the output of ``coarse_attend`` along those of q_c, k_c and v_c."""
-    problem = Problem.of(q, k, tile, grid, layout, softmax_scale, backend)
-    run = backend_for(problem, q, k)
+    problem = Problem.of(q, k, tile, grid, layout, softmax_scale)
+    run = backend_for(problem, backend, q, k)
     out_t = _contiguous_like(q_c)
     q_c, k_c, v_c = _rounded_means(selection_dtype, q_c, k_c, v_c)
     for q_rows, k_rows, v_rows, q_t, k_t, v_t, out_rows in _scored_at_a_time(
@@ -332,10 +335,10 @@ def compact(
 ) -> tuple[Tensor, Tensor]:
     """The set columns of each row of a bool map [B, H, n_q, n_k] as ``(q2k_idx, q2k_num)``: int32 [B, H, n_q, n_k],
     ascending, 0 past the number set; int32 [B, H, n_q]. ``q`` and ``k`` say what problem the map belongs to."""
-    problem = Problem.of(q, k, tile, grid, layout, softmax_scale, backend)
+    problem = Problem.of(q, k, tile, grid, layout, softmax_scale)
     q2k_idx = block_map.new_empty(block_map.shape, dtype=torch.int32)
     q2k_num = block_map.new_empty(block_map.shape[:3], dtype=torch.int32)
-    backend_for(problem, q, k).compact(block_map, q2k_idx, q2k_num)
+    backend_for(problem, backend, q, k).compact(block_map, q2k_idx, q2k_num)
     return q2k_idx, q2k_num
 
 
@@ -378,9 +381,9 @@ def attend(
         ``(out, lse, out_s)``: out like q; lse fp32 [B, H, S_q], natural log, -inf where a query has no key; out_s like
         q, or empty where it was not kept; it carries no derivative.
     """
-    problem = Problem.of(q, k, tile, grid, layout, softmax_scale, backend)
+    problem = Problem.of(q, k, tile, grid, layout, softmax_scale)
     operands = Operands(q, k, v, q2k_idx, q2k_num, q_sizes, kv_sizes, out_c, *_weight(gate, gate_value))
-    out, lse, out_s = _forward(problem, operands, keep_out_s)
+    out, lse, out_s = _forward(problem, backend, operands, keep_out_s)
     return out, lse, q.new_empty(0) if out_s is None else out_s
 
 
@@ -388,11 +391,13 @@ def _weight(gate: Tensor | None, gate_value: float) -> tuple[Tensor | None, floa
     return (None, gate.item()) if gate is not None and gate.dim() == 0 else (gate, gate_value)
 
 
-def _forward(problem: Problem, operands: Operands, keep_out_s: bool) -> tuple[Tensor, Tensor, Tensor | None]:
-    return backend_for(problem, *operands[:3]).forward(problem, operands, keep_out_s)
+def _forward(
+    problem: Problem, backend: str, operands: Operands, keep_out_s: bool
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    return backend_for(problem, backend, *operands[:3]).forward(problem, operands, keep_out_s)
 
 
-class PlainCall(NamedTuple):
+class FastCall(NamedTuple):
     """A call that only kernels have to see; so do all that look like it, while nobody watches.
 
     Attributes:
@@ -400,30 +405,31 @@ class PlainCall(NamedTuple):
     """
 
     problem: Problem
+    backend: str
     autocast: bool
 
     @classmethod
-    def of(cls, problem: Problem, tensors: Sequence[Tensor]) -> "PlainCall | None":
+    def of(cls, problem: Problem, backend: str, tensors: Sequence[Tensor]) -> "FastCall | None":
         """None where somebody else has to see the call, or it computes nothing."""
         if problem.batch == 0 or not (nobody_watches() and are_plain(tensors)):
             return None
-        return cls(problem, is_autocast_on(tensors[0].device))
+        return cls(problem, backend, is_autocast_on(tensors[0].device))
 
     def attend(self, operands: Operands) -> tuple[Tensor, Tensor]:
         """The operator of that name, past PyTorch, without the coarse output: ``(out, lse)``."""
         if self.autocast:
             with autocast_off(operands.q.device):
-                return _forward(self.problem, operands, False)[:2]
-        return _forward(self.problem, operands, False)[:2]
+                return _forward(self.problem, self.backend, operands, False)[:2]
+        return _forward(self.problem, self.backend, operands, False)[:2]
 
 
 @attend.fake
 def _(q, k, v, q2k_idx, q2k_num, q_sizes, kv_sizes, out_c, gate, gate_value, keep_out_s, *static):
-    problem = Problem.of(q, k, *static)
+    problem = Problem.of(q, k, *static[:-1])
     # A program that is being compiled cannot warn by itself.
     if torch._guards.TracingContext.try_get() is not None:
         warn_of_layout(problem, stacklevel=2)
-    lse = q.new_empty((problem.batch, problem.heads, problem.q_len), dtype=torch.float32)
+    lse = q.new_empty((problem.batch, problem.queries.heads, problem.queries.length), dtype=torch.float32)
     return empty_like(q), lse, empty_like(q) if keep_out_s else q.new_empty(0)
 
 
@@ -452,9 +458,11 @@ def attend_backward(
     backend: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Gradients of ``attend`` in q, k, v, the gate and ``out_c``; empty where there is none or it is not needed."""
-    problem = Problem.of(q, k, tile, grid, layout, softmax_scale, backend)
+    problem = Problem.of(q, k, tile, grid, layout, softmax_scale)
     operands = Operands(q, k, v, q2k_idx, q2k_num, q_sizes, kv_sizes, out_c, *_weight(gate, gate_value))
-    gradients = backend_for(problem, q, k, v).backward(problem, operands, out_s, lse, dout, dlse, need_dq, need_dkv)
+    gradients = backend_for(problem, backend, q, k, v).backward(
+        problem, operands, out_s, lse, dout, dlse, need_dq, need_dkv
+    )
     dq, dk, dv, dgate, dout_c = (q.new_empty(0) if x is None else x for x in gradients)
     return dq, dk, dv, dgate, dout_c
 
@@ -515,8 +523,8 @@ def attend_tangent(
     Raises:
         NotImplementedError: the call runs on another backend than ``torch``.
     """
-    problem = Problem.of(q, k, tile, grid, layout, softmax_scale, backend)
-    chosen = choose(problem, q.device, q.dtype, (q, k, v)).backend
+    problem = Problem.of(q, k, tile, grid, layout, softmax_scale)
+    chosen = choose(problem, backend, q.device, q.dtype, (q, k, v)).backend
     if chosen != "torch":
         raise NotImplementedError(
             "vsa_jit: forward-mode differentiation (jvp) runs on backend 'torch' only, and this call runs on "

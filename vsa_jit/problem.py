@@ -14,25 +14,49 @@ BackendName: TypeAlias = Literal["auto", "sm90", "triton", "torch"]
 TILE_OF_TOKENS = {64: (4, 4, 4), 128: (2, 8, 8), 256: (4, 8, 8)}
 
 
-class Problem(NamedTuple):
-    """Shapes and settings of one call, independent of which order its tokens are in.
+class Side(NamedTuple):
+    """The queries of a call, or its keys: where their tokens lie, and how they are cut into blocks.
 
-    A tuple: what depends on the call is kept under it, and looked up at every call. ``tile`` is the block as a video
-    tile ``(t, h, w)``; without a ``grid`` only its product counts, and blocks are runs of consecutive tokens: the last
-    one partial, or each one's valid tokens counted by a tensor of block sizes.
+    ``tile`` is the block as a video tile ``(t, h, w)``; without a ``grid`` only its product counts, and blocks are runs
+    of consecutive tokens: the last one partial, or each one's valid tokens counted by a tensor of block sizes.
     """
 
-    batch: int
     heads: int
-    kv_heads: int
-    q_len: int
-    kv_len: int
-    head_dim: int
+    length: int
     tile: tuple[int, int, int]
     grid: tuple[int, int, int] | None
     layout: str
+
+    @property
+    def block(self) -> int:
+        """Tokens of a full block."""
+        return math.prod(self.tile)
+
+    @property
+    def num_blocks(self) -> int:
+        if self.grid is None:
+            return -(-self.length // self.block)
+        return math.prod([-(-extent // side) for extent, side in zip(self.grid, self.tile, strict=True)])
+
+    @property
+    def is_partial(self) -> bool:
+        """Whether some block is cut by the end of the sequence, or by the border of the video."""
+        if self.grid is None:
+            return self.length % self.block != 0
+        return any([extent % side != 0 for extent, side in zip(self.grid, self.tile, strict=True)])
+
+
+class Problem(NamedTuple):
+    """Shapes and settings of one call, independent of which order its tokens are in.
+
+    A tuple: what depends on the call is kept under it, and looked up at every call.
+    """
+
+    batch: int
+    head_dim: int
+    queries: Side
+    keys: Side
     softmax_scale: float
-    backend: str
 
     @classmethod
     def of(
@@ -43,50 +67,30 @@ class Problem(NamedTuple):
         grid: Sequence[int] | None,
         layout: str,
         softmax_scale: float,
-        backend: str,
     ) -> Problem:
         """The record of a call whose arguments were checked already."""
         batch, heads, q_len, head_dim = sizes_of(q, layout)
         _, kv_heads, kv_len, _ = sizes_of(k, layout)
         tile = (tile[0], tile[1], tile[2])
         grid = None if grid is None else (grid[0], grid[1], grid[2])
-        return cls(batch, heads, kv_heads, q_len, kv_len, head_dim, tile, grid, layout, softmax_scale, backend)
+        queries, keys = Side(heads, q_len, tile, grid, layout), Side(kv_heads, kv_len, tile, grid, layout)
+        return cls(batch, head_dim, queries, keys, softmax_scale)
 
     @property
     def block(self) -> int:
-        """Tokens of a full block."""
-        return math.prod(self.tile)
+        """Tokens of a full block, of queries and of keys."""
+        return self.keys.block
 
     @property
     def group(self) -> int:
         """Query heads that share one key/value head."""
-        return self.heads // self.kv_heads
+        return self.queries.heads // self.keys.heads
 
     @property
-    def num_q_blocks(self) -> int:
-        return self.num_blocks(self.q_len)
-
-    @property
-    def num_kv_blocks(self) -> int:
-        return self.num_blocks(self.kv_len)
-
-    def num_blocks(self, length: int) -> int:
-        """Blocks of a sequence of this length (of queries or of keys)."""
-        if self.grid is None:
-            return -(-length // self.block)
-        return math.prod([-(-extent // side) for extent, side in zip(self.grid, self.tile, strict=True)])
-
-    def is_partial(self, length: int) -> bool:
-        """Whether some block is cut by the end of a sequence of this length, or by the border of the video."""
-        if self.grid is None:
-            return length % self.block != 0
-        return any([extent % side != 0 for extent, side in zip(self.grid, self.tile, strict=True)])
-
-    @property
-    def static(self) -> tuple[list[int], list[int] | None, str, float, str]:
+    def static(self) -> tuple[list[int], list[int] | None, str, float]:
         """What an operator is told besides its tensors; ``of`` reads it back."""
-        grid = None if self.grid is None else list(self.grid)
-        return list(self.tile), grid, self.layout, self.softmax_scale, self.backend
+        side = self.queries
+        return list(side.tile), None if side.grid is None else list(side.grid), side.layout, self.softmax_scale
 
 
 class Operands(NamedTuple):

@@ -14,7 +14,7 @@ import vsa_jit
 from vsa_jit import ops
 from vsa_jit.backends import torch as torch_backend
 from vsa_jit.backends import triton as triton_backend
-from vsa_jit.problem import Problem
+from vsa_jit.problem import Problem, Side
 
 TRITON_DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 BACKENDS = {"torch": (torch_backend, "cpu"), "triton": (triton_backend, TRITON_DEVICE)}
@@ -133,19 +133,8 @@ def test_invert(num_q_blocks, num_kv_blocks, width):
         idx[1, -1, 1] = num_kv_blocks
         idx[1, -1, 0] = -1
     num = torch.randint(-1, width + 3, (heads, num_q_blocks), dtype=torch.int32)
-    problem = Problem(
-        batch=1,
-        heads=heads,
-        kv_heads=heads,
-        q_len=num_q_blocks * 64,
-        kv_len=num_kv_blocks * 64,
-        head_dim=32,
-        tile=(1, 1, 64),
-        grid=None,
-        layout="bhsd",
-        softmax_scale=1.0,
-        backend="triton",
-    )
+    queries, keys = (Side(heads, 64 * blocks, (1, 1, 64), None, "bhsd") for blocks in (num_q_blocks, num_kv_blocks))
+    problem = Problem(batch=1, head_dim=32, queries=queries, keys=keys, softmax_scale=1.0)
     ends, k2q_idx, chunks = triton_backend.invert(problem, idx.to(TRITON_DEVICE)[None], num.to(TRITON_DEVICE)[None])
     last = ends.view(heads * num_kv_blocks, chunks)[:, -1].cpu()
     begins = torch.cat([torch.zeros(1, dtype=torch.int64), last[:-1]])

@@ -245,9 +245,9 @@ def test_inference_keeps_nothing(run, monkeypatch):
     kept = []
     forward = ops._forward
 
-    def spy(problem, operands, keep_out_s):
+    def spy(problem, backend, operands, keep_out_s):
         kept.append(keep_out_s)
-        return forward(problem, operands, keep_out_s)
+        return forward(problem, backend, operands, keep_out_s)
 
     monkeypatch.setattr(ops, "_forward", spy)
     calls = Calls(run, 0.5)

@@ -29,9 +29,9 @@ def qkv(head_dim=32):
     return (torch.randn(1, 2, 128, head_dim) for _ in range(3))
 
 
-def problem(backend="auto", head_dim=32):
+def problem(head_dim=32):
     q, k, _ = qkv(head_dim)
-    return Problem.of(q, k, (1, 1, 64), None, "bhsd", 0.1, backend)
+    return Problem.of(q, k, (1, 1, 64), None, "bhsd", 0.1)
 
 
 @pytest.fixture(autouse=True)
@@ -69,7 +69,7 @@ def test_explain_on_a_cpu():
 @pytest.mark.parametrize("capability", [(8, 0), (8, 9), (10, 0), (12, 0)])
 def test_cuda_runs_triton(monkeypatch, capability):
     has_capability(monkeypatch, *capability)
-    choice = choose(problem(), CUDA, torch.float16)
+    choice = choose(problem(), "auto", CUDA, torch.float16)
     assert (choice.backend, choice.engine) == ("triton", "triton")
     version = ".".join(map(str, capability))
     assert choice.reasons == {
@@ -81,7 +81,7 @@ def test_cuda_runs_triton(monkeypatch, capability):
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("head_dim", [64, 128])
 def test_hopper_runs_sm90(hopper, dtype, head_dim):
-    choice = choose(problem(head_dim=head_dim), CUDA, dtype)
+    choice = choose(problem(head_dim=head_dim), "auto", CUDA, dtype)
     assert (choice.backend, choice.engine) == ("sm90", "nvrtc")
     assert choice.reasons == {"triton": "slower than sm90", "torch": "slower than sm90"}
 
@@ -94,7 +94,7 @@ def test_hopper_runs_sm90(hopper, dtype, head_dim):
     ],
 )
 def test_what_the_hopper_kernels_do_not_cover(hopper, head_dim, dtype, reason):
-    choice = choose(problem(head_dim=head_dim), CUDA, dtype)
+    choice = choose(problem(head_dim=head_dim), "auto", CUDA, dtype)
     assert (choice.backend, choice.reasons["sm90"]) == ("triton", reason)
 
 
@@ -103,9 +103,9 @@ def test_tensors_that_tma_cannot_read(hopper):
     odd_rows = torch.randn(1, 2, 128, 68).half()[..., :64]
     odd_start = torch.randn(1 + 2 * 128 * 64).half()[1:].view(1, 2, 128, 64)
     reason = "TMA needs strides that are multiples of 16 bytes, got 136"
-    assert choose(problem(head_dim=64), CUDA, torch.float16, (aligned,)).backend == "sm90"
-    assert choose(problem(head_dim=64), CUDA, torch.float16, (aligned, odd_rows)).reasons["sm90"] == reason
-    reasons = choose(problem(head_dim=64), CUDA, torch.float16, (odd_start,)).reasons
+    assert choose(problem(head_dim=64), "auto", CUDA, torch.float16, (aligned,)).backend == "sm90"
+    assert choose(problem(head_dim=64), "auto", CUDA, torch.float16, (aligned, odd_rows)).reasons["sm90"] == reason
+    reasons = choose(problem(head_dim=64), "auto", CUDA, torch.float16, (odd_start,)).reasons
     assert reasons["sm90"] == "TMA needs an address that is a multiple of 16 bytes"
 
 
@@ -123,7 +123,7 @@ def test_a_driver_that_does_not_do(hopper, monkeypatch, driver, reason):
         return driver
 
     monkeypatch.setattr(toolchain, "driver_version", version)
-    choice = choose(problem(head_dim=64), CUDA, torch.float16)
+    choice = choose(problem(head_dim=64), "auto", CUDA, torch.float16)
     assert (choice.backend, choice.reasons["sm90"]) == ("triton", reason)
 
 
@@ -139,9 +139,9 @@ def test_nothing_to_compile_with(hopper, monkeypatch, error):
         raise error
 
     monkeypatch.setattr(engines, "choose", choose_engine)
-    assert choose(problem(head_dim=64), CUDA, torch.float16).backend == "triton"
+    assert choose(problem(head_dim=64), "auto", CUDA, torch.float16).backend == "triton"
     with pytest.raises(RuntimeError, match=re.escape(f"backend='sm90' cannot run this call: {error}")):
-        choose(problem("sm90", head_dim=64), CUDA, torch.float16)
+        choose(problem(head_dim=64), "sm90", CUDA, torch.float16)
 
 
 ERRORS = {
@@ -213,10 +213,10 @@ def test_what_keeps_the_engine_from_being_chosen_is_a_reason(hopper, monkeypatch
         return engines.ENGINES[0]
 
     monkeypatch.setattr(engines, "choose", fail)
-    choice = choose(problem(head_dim=64), CUDA, torch.float16)
+    choice = choose(problem(head_dim=64), "auto", CUDA, torch.float16)
     assert (choice.backend, choice.engine, choice.reasons["sm90"]) == ("triton", "triton", str(error))
     with pytest.raises(RuntimeError, match=re.escape(f"backend='sm90' cannot run this call: {error}")):
-        choose(problem("sm90", head_dim=64), CUDA, torch.float16)
+        choose(problem(head_dim=64), "sm90", CUDA, torch.float16)
 
 
 def test_a_wrong_cache_variable_is_no_reason_to_fall_back(hopper, monkeypatch):
@@ -224,12 +224,12 @@ def test_a_wrong_cache_variable_is_no_reason_to_fall_back(hopper, monkeypatch):
     monkeypatch.setattr(support, "engine_of", lambda problem, dtype: open_store())
     monkeypatch.setenv("VSA_JIT_CACHE_DIR", "relative")
     with pytest.raises(CacheError, match="VSA_JIT_CACHE_DIR: expected an absolute path"):
-        choose(problem(head_dim=64), CUDA, torch.float16)
+        choose(problem(head_dim=64), "auto", CUDA, torch.float16)
 
 
 def test_old_gpu_runs_torch_and_says_why(monkeypatch):
     has_capability(monkeypatch, 7, 5)
-    choice = choose(problem(), CUDA, torch.float16)
+    choice = choose(problem(), "auto", CUDA, torch.float16)
     assert choice.backend == "torch"
     assert choice.reasons["triton"] == "Triton needs compute capability 8.0, and cuda:0 has 7.5"
 
@@ -239,11 +239,11 @@ MISSING_TRITON = "the package triton is not installed (pip install triton)"
 
 def test_without_triton(monkeypatch, hopper):
     monkeypatch.setattr(chooser, "_installed", lambda package: False)
-    assert choose(problem(), CUDA, torch.float16).reasons["triton"] == MISSING_TRITON
+    assert choose(problem(), "auto", CUDA, torch.float16).reasons["triton"] == MISSING_TRITON
 
 
 def test_a_backend_asked_for_by_name_runs_or_raises():
-    assert choose(problem("torch"), CPU, torch.float32).backend == "torch"
+    assert choose(problem(), "torch", CPU, torch.float32).backend == "torch"
     q, k, v = qkv()
     with pytest.raises(RuntimeError, match="backend='triton' cannot run this call: Triton needs a CUDA device"):
         vsa_jit.video_sparse_attn(q, k, v, topk=1, backend="triton")
@@ -252,18 +252,18 @@ def test_a_backend_asked_for_by_name_runs_or_raises():
 def test_environment_variable(monkeypatch):
     has_capability(monkeypatch, 9, 0)
     monkeypatch.setenv("VSA_JIT_BACKEND", "torch")
-    choice = choose(problem(), CUDA, torch.float16)
+    choice = choose(problem(), "auto", CUDA, torch.float16)
     assert (choice.backend, choice.reasons["triton"]) == ("torch", "torch was asked for")
-    assert choose(problem("triton"), CUDA, torch.float16).backend == "triton"
+    assert choose(problem(), "triton", CUDA, torch.float16).backend == "triton"
     monkeypatch.setenv("VSA_JIT_BACKEND", "cuda")
     with pytest.raises(ValueError, match=r"VSA_JIT_BACKEND: expected one of .*, got 'cuda'"):
-        choose(problem(), CUDA, torch.float16)
+        choose(problem(), "auto", CUDA, torch.float16)
 
 
 def test_interpreter_runs_only_when_asked_for(monkeypatch):
     monkeypatch.setenv("TRITON_INTERPRET", "1")
-    assert choose(problem(), CPU, torch.float16).backend == "torch"
-    assert choose(problem("triton"), CPU, torch.float16).backend == "triton"
+    assert choose(problem(), "auto", CPU, torch.float16).backend == "torch"
+    assert choose(problem(), "triton", CPU, torch.float16).backend == "triton"
 
 
 def test_each_choice_is_logged_once(caplog):
@@ -279,9 +279,9 @@ def test_each_choice_is_logged_once(caplog):
 def test_missing_the_backend_made_for_the_device_is_a_warning(hopper, monkeypatch, caplog):
     """What happens on a Hopper GPU whose own backend cannot run."""
     monkeypatch.setattr(toolchain, "driver_version", lambda: (12, 3))
-    choice = choose(problem(head_dim=64), CUDA, torch.float16)
+    choice = choose(problem(head_dim=64), "auto", CUDA, torch.float16)
     with caplog.at_level(logging.INFO, logger="vsa_jit"):
-        chooser._log_once(choice, problem(), CUDA)
+        chooser._log_once(choice, "auto", CUDA)
     (record,) = caplog.records
     assert record.levelname == "WARNING"
     assert record.getMessage() == (

@@ -22,7 +22,7 @@ from vsa_jit.backends.sm90 import backend, means, support
 from vsa_jit.jit import engines, module
 from vsa_jit.jit.driver import tensor_map
 from vsa_jit.jit.errors import NotWarmError
-from vsa_jit.problem import Problem
+from vsa_jit.problem import Problem, Side
 
 pytestmark = ON_HOPPER
 HALF = [torch.bfloat16, torch.float16]
@@ -54,7 +54,7 @@ def run_means(problem: Problem, inputs: Inputs, *, with_v: bool = True) -> tuple
     kernels = support.kernels_of(inputs.dtype, problem.head_dim)
     module.load(kernels, inputs.q.get_device())
     q_sizes = inputs.given_q_sizes if inputs.given_q_sizes is not None else inputs.sizes
-    sizes = q_sizes if problem.q_len == problem.kv_len or inputs.given_q_sizes is not None else None
+    sizes = q_sizes if problem.queries.length == problem.keys.length or inputs.given_q_sizes is not None else None
     v = inputs.v if with_v else None
     return backend.block_means(problem, inputs.q, inputs.k, v, sizes, inputs.sizes)
 
@@ -97,10 +97,11 @@ def test_means_of_strided_views(strides):
     on_gpu = torch.empty_strided(x.shape, x.stride(), dtype=torch.bfloat16, device="cuda")
     base = torch.as_strided(on_gpu, (on_gpu.untyped_storage().size() // 2,), (1,))
     base.copy_(torch.as_strided(x, base.shape, (1,)))
-    problem = Problem(batch, heads, heads, length, length, 64, (4, 4, 4), (5, 6, 7), "bhsd", 0.1, "auto")
+    side = Side(heads, length, (4, 4, 4), (5, 6, 7), "bhsd")
+    problem = Problem(batch, 64, side, side, 0.1)
     module.load(support.kernels_of(torch.bfloat16, 64), on_gpu.get_device())
     for result in backend.block_means(problem, on_gpu, on_gpu, on_gpu, None, None):
-        expected = reference_means(problem, on_gpu, None, torch.float64)
+        expected = reference_means(side, on_gpu, None, torch.float64)
         torch.testing.assert_close(result.double(), expected, rtol=1e-5, atol=1e-6)
 
 

@@ -14,7 +14,7 @@ from vsa_jit.backends.sm90 import forward, means, tiles
 from vsa_jit.backends.sm90.tiles import BOX_TOKENS, box_of, place_of, why_not_tma
 from vsa_jit.grid import block_tokens
 from vsa_jit.jit.driver import TensorMap
-from vsa_jit.problem import Problem
+from vsa_jit.problem import Problem, Side
 
 # How tensors lie in memory: the order of their dimensions, outermost first, where "3" is q, k and v of a projection.
 MEMORY = ["bhsd", "bshd", "sbhd", "hbsd", "hsbd", "bs3hd", "bsh3d", "bhs3d"]
@@ -62,18 +62,19 @@ def test_coordinates_reach_the_tokens_of_each_block(monkeypatch, memory, batch, 
     length = 200 if grid is None else math.prod(grid)
     x = tensor(memory, batch, heads, length, 64)
     assert why_not_tma(x, grid) is None
-    problem = Problem(batch, heads, heads, length, length, 64, tile, grid, "bhsd", 0.1, "auto")
+    side = Side(heads, length, tile, grid, "bhsd")
+    problem = Problem(batch, 64, side, side, 0.1)
     prepared, maps = launched(monkeypatch, problem, x)
     _, address, dtype, extents, strides, box, _ = maps[0]
     assert (address, dtype) == (x.data_ptr(), torch.float16)
     assert all(0 < side <= 256 for side in box)
     assert all(stride * 2 % 16 == 0 and stride < 2**39 for stride in strides)
     params, operand = prepared.params, prepared.params.operands[0]
-    assert prepared.blocks == 3 * batch * heads * problem.num_q_blocks
+    assert prepared.blocks == 3 * batch * heads * problem.queries.num_blocks
 
     memory_of = torch.as_strided(x, (x.untyped_storage().size() // 2,), (1,), 0)
-    tokens = block_tokens(problem, length, None, torch.device("cpu"))
-    for b, h, block in itertools.product(range(batch), range(heads), range(problem.num_q_blocks)):
+    tokens = block_tokens(side, None, torch.device("cpu"))
+    for b, h, block in itertools.product(range(batch), range(heads), range(problem.queries.num_blocks)):
         channel = h * operand.steps.head_channel + b * operand.steps.batch_channel
         outer = h * operand.steps.head_outer + b * operand.steps.batch_outer
         row_of_tiles = block // operand.tiles_w
@@ -98,8 +99,8 @@ def test_coordinates_reach_the_tokens_of_each_block(monkeypatch, memory, batch, 
 def test_where_heads_are_neighbours_they_come_first(monkeypatch):
     for memory, expected in (("bhsd", 0), ("bshd", 1), ("bs3hd", 1)):
         x = tensor(memory, 1, 3, 210, 64)
-        problem = Problem(1, 3, 3, 210, 210, 64, (4, 4, 4), (5, 6, 7), "bhsd", 0.1, "auto")
-        prepared, _ = launched(monkeypatch, problem, x)
+        side = Side(3, 210, (4, 4, 4), (5, 6, 7), "bhsd")
+        prepared, _ = launched(monkeypatch, Problem(1, 64, side, side, 0.1), x)
         assert prepared.params.heads_first == expected
 
 
@@ -137,14 +138,14 @@ def origin(order, block: int, box: int) -> tuple[int, int, int]:
     ],
 )
 def test_boxes_of_the_forward_reach_the_tokens_of_each_block(grid, tile, length, padded):
-    problem = Problem(1, 1, 1, length, length, 64, tile, grid, "bhsd", 0.1, "auto")
-    order = forward._order(problem, length, None, padded=padded)
+    side = Side(1, length, tile, grid, "bhsd")
+    order = forward._order(side, None, padded=padded)
     assert 1 << order.box_w_log2 == order.box.w
     assert 1 << order.box_hw_log2 == order.box.h * order.box.w
     extent = [getattr(order.extent, axis) for axis in "thw"]
     assert math.prod(extent) == length
-    tokens = block_tokens(problem, length, None, torch.device("cpu"))
-    for block in range(problem.num_q_blocks):
+    tokens = block_tokens(side, None, torch.device("cpu"))
+    for block in range(side.num_blocks):
         found = []
         for box in range(order.boxes.value):
             first = origin(order, block, box)
@@ -202,8 +203,8 @@ def test_what_tma_cannot_read(shape, strides, address, grid, reason):
 @pytest.mark.parametrize(("block", "most"), [(64, 2**20), (128, 2**19), (192, 2**20 // 3)])
 def test_more_blocks_than_the_kernels_take(block, most):
     def problem(query_blocks, key_blocks):
-        tokens = query_blocks * block, key_blocks * block
-        return Problem(1, 1, 1, *tokens, 64, (1, 1, block), None, "bhsd", 0.1, "auto")
+        sides = (Side(1, blocks * block, (1, 1, block), None, "bhsd") for blocks in (query_blocks, key_blocks))
+        return Problem(1, 64, *sides, 0.1)
 
     assert forward.why_not_size(problem(2**20, most)) is None
     reason = forward.why_not_size(problem(1, most + 1))

@@ -334,10 +334,10 @@ def plan(*arguments: str) -> list[Case]:
 
 def test_presets_and_recipes():
     small, large = plan("--shape", "W1", "W14", "--block-size", "64")
-    assert (small.shape.heads, small.problem.num_kv_blocks, small.topk) == (12, 624, 64)
-    assert (large.shape.heads, large.problem.num_kv_blocks, large.topk) == (40, 1440, 144)
+    assert (small.shape.heads, small.problem.keys.num_blocks, small.topk) == (12, 624, 64)
+    assert (large.shape.heads, large.problem.keys.num_blocks, large.topk) == (40, 1440, 144)
     (raster,) = plan("--shape", "W14-raster", "--block-size", "4x8x8", "--sparsity", "0.9")
-    assert (raster.shape.seq_len, raster.problem.num_kv_blocks) == (21 * 45 * 80, 6 * 6 * 10)
+    assert (raster.shape.seq_len, raster.problem.keys.num_blocks) == (21 * 45 * 80, 6 * 6 * 10)
     recipes = plan("--shape", "W1", "--recipe", "memory", "performance", "quality")
     assert [(case.topk, case.block_size) for case in recipes] == [(8, 64), (16, (4, 8, 8)), (32, (2, 8, 8))]
 

@@ -64,7 +64,7 @@ def test_the_coarse_output_is_added(monkeypatch, layout, gate):
     idx, num, _ = inputs.uneven_indices()
     problem, operands = problem_of(inputs), operands_of(inputs, idx, num)
     alone, _, _ = forward.forward(problem, operands, False)
-    out_c = torch.randn(1, case.heads, problem.num_q_blocks, 64)
+    out_c = torch.randn(1, case.heads, problem.queries.num_blocks, 64)
     weight = inputs.gate.detach().expand(inputs.q.shape) if isinstance(gate, str) else gate
     with_coarse = operands._replace(
         out_c=out_c,

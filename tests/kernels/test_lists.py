@@ -95,7 +95,7 @@ def tile_of(inputs: Inputs, w: int, h: int, t_and_members: int, valid: int) -> t
     first, *inside = struct.unpack("4B", struct.pack("I", valid & 0xFFFFFFFF)) if valid else (0, 1, 1, BOX_TOKENS)
     if inputs.sizes is None:
         assert (h, first, inside[:2]) == (0, 0, [1, 1])
-        assert inside[2] == min(BOX_TOKENS, problem.kv_len - w)
+        assert inside[2] == min(BOX_TOKENS, problem.keys.length - w)
         return w // BOX_TOKENS, members
     boxes = problem.block // BOX_TOKENS
     tokens = int(inputs.sizes[h // boxes]) - h % boxes * BOX_TOKENS
@@ -109,9 +109,9 @@ def boxes_with_tokens(inputs: Inputs, blocks: set[int]) -> set[int]:
     boxes = problem.block // BOX_TOKENS
     sizes = inputs.sizes.tolist() if inputs.sizes is not None else None
     of_block = {
-        block: problem.kv_len - block * problem.block if sizes is None else sizes[block]
+        block: problem.keys.length - block * problem.block if sizes is None else sizes[block]
         for block in blocks
-        if 0 <= block < problem.num_kv_blocks
+        if 0 <= block < problem.keys.num_blocks
     }
     return {
         block * boxes + box for block, tokens in of_block.items() for box in range(boxes) if tokens > box * BOX_TOKENS
@@ -132,7 +132,7 @@ def evenly_spread(tiles: list[tuple[int, int]]) -> list[int]:
 
 def check(inputs: Inputs, idx: Tensor, num: Tensor, groups: list[Group], params: forward.Params) -> None:
     problem = problem_of(inputs)
-    boxes, heads = problem.block // BOX_TOKENS, problem.batch * problem.heads
+    boxes, heads = problem.block // BOX_TOKENS, problem.batch * problem.queries.heads
     idx, lengths = idx.flatten(0, 1), num.clamp(0, idx.shape[-1]).flatten(0, 1)
     seen = [
         (group.head, block, box)
@@ -141,7 +141,7 @@ def check(inputs: Inputs, idx: Tensor, num: Tensor, groups: list[Group], params:
         if block >= 0
     ]
     everything = {
-        (h, block, box) for h in range(heads) for block in range(problem.num_q_blocks) for box in range(boxes)
+        (h, block, box) for h in range(heads) for block in range(problem.queries.num_blocks) for box in range(boxes)
     }
     assert len(seen) == len(everything)
     assert set(seen) == everything
@@ -154,7 +154,7 @@ def check(inputs: Inputs, idx: Tensor, num: Tensor, groups: list[Group], params:
                 assert group.tiles_of[i] == 0
                 continue
             named = set(idx[group.head, block, : lengths[group.head, block]].tolist())
-            poisoned |= any(not 0 <= key < problem.num_kv_blocks for key in named) << i
+            poisoned |= any(not 0 <= key < problem.keys.num_blocks for key in named) << i
             selected = boxes_with_tokens(inputs, named)
             assert group.tiles_of[i] == len(selected)
             for box in selected:
@@ -173,7 +173,7 @@ def check(inputs: Inputs, idx: Tensor, num: Tensor, groups: list[Group], params:
 
     for head in range(heads):
         cut = params.cuts[0 if head < params.first_heads else 1]
-        starts, windows = starts_of(cut, problem.num_q_blocks, boxes)
+        starts, windows = starts_of(cut, problem.queries.num_blocks, boxes)
         of_head = [group for group in groups if group.head == head]
         for window, (first, end) in enumerate(itertools.pairwise(windows)):
             rows = range(starts[first], starts[end])

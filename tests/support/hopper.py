@@ -6,17 +6,16 @@ from torch import Tensor
 from support.problems import Inputs
 from vsa_jit.checks import check_problem
 from vsa_jit.grid import block_tokens
-from vsa_jit.problem import Operands, Problem, bhsd
+from vsa_jit.problem import Operands, Problem, Side, bhsd
 
 
 def problem_of(inputs: Inputs, **others) -> Problem:
-    arguments = {**inputs.order, "backend": "auto", **others}
-    return check_problem(inputs.q, inputs.k, inputs.v, **arguments)
+    return check_problem(inputs.q, inputs.k, inputs.v, **{**inputs.order, **others})
 
 
-def reference_means(problem: Problem, x: Tensor, sizes: Tensor | None, dtype: torch.dtype) -> Tensor:
-    x = bhsd(x, problem.layout).detach().to(dtype)
-    tokens = block_tokens(problem, x.shape[2], sizes, x.device)
+def reference_means(side: Side, x: Tensor, sizes: Tensor | None, dtype: torch.dtype) -> Tensor:
+    x = bhsd(x, side.layout).detach().to(dtype)
+    tokens = block_tokens(side, sizes, x.device)
     rows = x[:, :, tokens.clamp(min=0)].masked_fill((tokens < 0)[..., None], 0.0)
     return rows.sum(-2) / (tokens >= 0).sum(-1).clamp(min=1)[:, None]
 
@@ -29,10 +28,11 @@ def operands_of(inputs: Inputs, idx: Tensor, num: Tensor) -> Operands:
 
 def check_means(problem: Problem, inputs: Inputs, results) -> None:
     q_sizes = inputs.given_q_sizes if inputs.given_q_sizes is not None else inputs.sizes
-    for name, result, sizes in zip("qkv", results, (q_sizes, inputs.sizes, inputs.sizes), strict=True):
+    sides = (problem.queries, q_sizes), (problem.keys, inputs.sizes), (problem.keys, inputs.sizes)
+    for name, result, (side, sizes) in zip("qkv", results, sides, strict=True):
         x = getattr(inputs, name)
-        exact = reference_means(problem, x, sizes, torch.float64)
-        plain = reference_means(problem, x, sizes, torch.float32)
+        exact = reference_means(side, x, sizes, torch.float64)
+        plain = reference_means(side, x, sizes, torch.float32)
         assert result.dtype == torch.float32
         error, allowed = (result - exact).abs().max(), (plain - exact).abs().max()
         # An error of fp32 in another order of the sum, and never nothing: one rounding of the largest mean.

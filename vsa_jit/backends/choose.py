@@ -20,7 +20,7 @@ from torch import Tensor
 
 from vsa_jit.jit.errors import JitError, NotWarmError, SettingError
 from vsa_jit.names import check_name
-from vsa_jit.problem import Gradients, Operands, Problem
+from vsa_jit.problem import Gradients, Operands, Problem, Side
 
 ENVIRONMENT_VARIABLE = "VSA_JIT_BACKEND"
 _MOST_CHOSEN = 4096
@@ -42,7 +42,7 @@ class Backend(Protocol):
         self, problem: Problem, q: Tensor, k: Tensor, v: Tensor | None, q_sizes: Tensor | None, kv_sizes: Tensor | None
     ) -> tuple[Tensor, Tensor, Tensor | None]: ...
 
-    def block_mean_backward(self, problem: Problem, dmean: Tensor, x: Tensor, sizes: Tensor | None) -> Tensor: ...
+    def block_mean_backward(self, side: Side, dmean: Tensor, x: Tensor, sizes: Tensor | None) -> Tensor: ...
 
     def matmul(self, a: Tensor, b: Tensor, out: Tensor | None = None) -> Tensor:
         """a · b of fp32 matrices, [R, M, K] and [R, K, N] of any strides, as exact as fp32 arithmetic.
@@ -195,17 +195,20 @@ ENTRIES = (
 NAMES = ("auto", *(entry.name for entry in ENTRIES))
 
 
-def choose(problem: Problem, device: torch.device, dtype: torch.dtype, tensors: Sequence[Tensor] = ()) -> Choice:
+def choose(
+    problem: Problem, backend: str, device: torch.device, dtype: torch.dtype, tensors: Sequence[Tensor] = ()
+) -> Choice:
     """Takes the first backend that can run the call on this device, or the one asked for.
 
     Args:
+        backend: the name of the one asked for, or "auto".
         tensors: those of q, k and v that are at hand; a backend may not be able to read them where they lie.
 
     Raises:
         RuntimeError: the backend asked for by name cannot run the call; the message says why.
         SettingError, ValueError: an environment variable has a wrong value.
     """
-    source, name = _requested(problem)
+    source, name = _requested(backend)
     reasons: dict[str, str] = {}
     chosen = engine = None
     for entry in ENTRIES:
@@ -233,7 +236,7 @@ def choose(problem: Problem, device: torch.device, dtype: torch.dtype, tensors: 
     return Choice(chosen.name, engine, reasons)
 
 
-def backend_for(problem: Problem, *tensors: Tensor) -> Backend:
+def backend_for(problem: Problem, backend: str, *tensors: Tensor) -> Backend:
     """The module of the backend chosen for a call with these tensors, its kernels ready. Each choice is logged once.
 
     Raises:
@@ -248,19 +251,20 @@ def backend_for(problem: Problem, *tensors: Tensor) -> Backend:
     places: tuple = ()
     for x in tensors:
         places = (places, x.stride(), x.data_ptr() % 16)
-    key = (problem, device, dtype, places, variable(ENVIRONMENT_VARIABLE), variable("VSA_JIT_ENGINE"), interpreted)
-    backend = _chosen.get(key)
-    if backend is None:
+    asked = (backend, variable(ENVIRONMENT_VARIABLE), variable("VSA_JIT_ENGINE"), interpreted)
+    key = (problem, device, dtype, places, *asked)
+    chosen = _chosen.get(key)
+    if chosen is None:
         if len(_chosen) >= _MOST_CHOSEN:
             _chosen.clear()
-        backend = _chosen[key] = _choose_and_prepare(problem, device, dtype, tensors)
-    return backend
+        chosen = _chosen[key] = _choose_and_prepare(problem, backend, device, dtype, tensors)
+    return chosen
 
 
 def _choose_and_prepare(
-    problem: Problem, device: torch.device, dtype: torch.dtype, tensors: Sequence[Tensor]
+    problem: Problem, backend: str, device: torch.device, dtype: torch.dtype, tensors: Sequence[Tensor]
 ) -> Backend:
-    choice = choose(problem, device, dtype, tensors)
+    choice = choose(problem, backend, device, dtype, tensors)
     entry = next(entry for entry in ENTRIES if entry.name == choice.backend)
     if entry.prepare is not None:
         try:
@@ -268,28 +272,28 @@ def _choose_and_prepare(
         except NotWarmError:
             raise
         except JitError as error:
-            if _requested(problem)[1] != "auto":
+            if _requested(backend)[1] != "auto":
                 raise
             _failed[entry.name, device, dtype, problem.head_dim] = str(error)
-            return _choose_and_prepare(problem, device, dtype, tensors)
-    _log_once(choice, problem, device)
+            return _choose_and_prepare(problem, backend, device, dtype, tensors)
+    _log_once(choice, backend, device)
     return cast(Backend, importlib.import_module(entry.module))
 
 
-def _requested(problem: Problem) -> tuple[str, str]:
+def _requested(backend: str) -> tuple[str, str]:
     """The backend asked for, or "auto", and where that was said."""
-    if problem.backend != "auto":
-        return "backend", problem.backend
+    if backend != "auto":
+        return "backend", backend
     return ENVIRONMENT_VARIABLE, check_name(ENVIRONMENT_VARIABLE, os.environ.get(ENVIRONMENT_VARIABLE) or "auto", NAMES)
 
 
-def _log_once(choice: Choice, problem: Problem, device: torch.device) -> None:
+def _log_once(choice: Choice, backend: str, device: torch.device) -> None:
     key = (str(device), choice.backend, *choice.reasons.values())
     if key in _logged:
         return
     _logged.add(key)
     faster = ENTRIES[: [entry.name for entry in ENTRIES].index(choice.backend)]
-    missed = _requested(problem)[1] == "auto" and any(entry.made_for(device) for entry in faster)
+    missed = _requested(backend)[1] == "auto" and any(entry.made_for(device) for entry in faster)
     reasons = "; ".join(f"not {entry.name}: {choice.reasons[entry.name]}" for entry in faster)
     _logger.log(
         logging.WARNING if missed else logging.INFO,

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from vsa_jit.grid import block_tokens
-from vsa_jit.problem import Gradients, Operands, Problem, bhsd, empty_like
+from vsa_jit.problem import Gradients, Operands, Problem, Side, bhsd, empty_like
 
 # Elements of one gathered chunk of keys, and of one chunk of scores.
 CHUNK_ELEMENTS = 1 << 20
@@ -49,26 +49,26 @@ def _in_fp64(a: Tensor, b: Tensor) -> Tensor:
 def block_means(
     problem: Problem, q: Tensor, k: Tensor, v: Tensor | None, q_sizes: Tensor | None, kv_sizes: Tensor | None
 ) -> tuple[Tensor, Tensor, Tensor | None]:
-    q_c, k_c = _block_mean(problem, q, q_sizes), _block_mean(problem, k, kv_sizes)
-    return q_c, k_c, None if v is None else _block_mean(problem, v, kv_sizes)
+    q_c, k_c = _block_mean(problem.queries, q, q_sizes), _block_mean(problem.keys, k, kv_sizes)
+    return q_c, k_c, None if v is None else _block_mean(problem.keys, v, kv_sizes)
 
 
-def _block_mean(problem: Problem, x: Tensor, sizes: Tensor | None) -> Tensor:
-    x = bhsd(x, problem.layout)
-    tokens = block_tokens(problem, x.shape[2], sizes, x.device)
+def _block_mean(side: Side, x: Tensor, sizes: Tensor | None) -> Tensor:
+    x = bhsd(x, side.layout)
+    tokens = block_tokens(side, sizes, x.device)
     count = (tokens >= 0).sum(-1).clamp(min=1)
     means = [take(x_bh, tokens).sum(1) / count[:, None] for x_bh in x.flatten(0, 1)]
     return torch.stack(means).unflatten(0, x.shape[:2])
 
 
-def block_mean_backward(problem: Problem, dmean: Tensor, x: Tensor, sizes: Tensor | None) -> Tensor:
+def block_mean_backward(side: Side, dmean: Tensor, x: Tensor, sizes: Tensor | None) -> Tensor:
     dx = empty_like(x)
-    dx_view = bhsd(dx, problem.layout)
-    tokens = block_tokens(problem, dx_view.shape[2], sizes, x.device)
+    dx_view = bhsd(dx, side.layout)
+    tokens = block_tokens(side, sizes, x.device)
     count = (tokens >= 0).sum(-1).clamp(min=1)
     for b in range(dx_view.shape[0]):
         for h in range(dx_view.shape[1]):
-            share = (dmean[b, h] / count[:, None])[:, None, :].expand(-1, problem.block, -1)
+            share = (dmean[b, h] / count[:, None])[:, None, :].expand(-1, side.block, -1)
             put(dx_view[b, h], tokens, share)
     return dx
 
@@ -127,14 +127,14 @@ def chunks(
     step = max(1, CHUNK_ELEMENTS // per_block)
     slot = torch.arange(width, device=q.device)
     for b in range(problem.batch):
-        for h in range(problem.heads):
+        for h in range(problem.queries.heads):
             h_kv = h // problem.group
-            for start in range(0, problem.num_q_blocks, step):
-                rows = slice(start, min(start + step, problem.num_q_blocks))
+            for start in range(0, problem.queries.num_blocks, step):
+                rows = slice(start, min(start + step, problem.queries.num_blocks))
                 named = q2k_idx[b, h, rows, :width].long()
                 used = slot < q2k_num[b, h, rows, None]
-                exists = (named >= 0) & (named < problem.num_kv_blocks)
-                tokens = kv_tokens[named.clamp(0, problem.num_kv_blocks - 1)]
+                exists = (named >= 0) & (named < problem.keys.num_blocks)
+                tokens = kv_tokens[named.clamp(0, problem.keys.num_blocks - 1)]
                 tokens = torch.where((used & exists)[..., None], tokens, -1).flatten(1)
                 q_rows = take(q[b, h], q_tokens[rows])
                 k_rows = take(k[b, h_kv], tokens)
@@ -156,23 +156,23 @@ def forward(problem: Problem, operands: Operands, keep_out_s: bool) -> tuple[Ten
     q, k, v, q2k_idx, q2k_num, q_sizes, kv_sizes, out_c, gate, gate_value = operands
     out = empty_like(q)
     out_s = empty_like(q) if keep_out_s else None
-    lse = q.new_empty((problem.batch, problem.heads, problem.q_len), dtype=torch.float32)
-    q, k, v, out_view = (bhsd(x, problem.layout) for x in (q, k, v, out))
-    gate_view = None if gate is None else bhsd(gate, problem.layout)
-    q_tokens = block_tokens(problem, problem.q_len, q_sizes, q.device)
-    kv_tokens = block_tokens(problem, problem.kv_len, kv_sizes, q.device)
-    padded = q.new_empty((problem.num_q_blocks, problem.block, problem.head_dim + 1), dtype=torch.float32)
+    lse = q.new_empty((problem.batch, problem.queries.heads, problem.queries.length), dtype=torch.float32)
+    q, k, v, out_view = (bhsd(x, problem.queries.layout) for x in (q, k, v, out))
+    gate_view = None if gate is None else bhsd(gate, problem.queries.layout)
+    q_tokens = block_tokens(problem.queries, q_sizes, q.device)
+    kv_tokens = block_tokens(problem.keys, kv_sizes, q.device)
+    padded = q.new_empty((problem.queries.num_blocks, problem.block, problem.head_dim + 1), dtype=torch.float32)
     for chunk in chunks(problem, q, k, v, q2k_idx, q2k_num, q_tokens, kv_tokens):
         p, chunk_lse = softmax(chunk.scores)
         block_out = torch.cat([product(p, chunk.v), chunk_lse], -1)
         padded[chunk.rows] = block_out.masked_fill(chunk.poisoned, float("nan"))
-        if chunk.rows.stop < problem.num_q_blocks:
+        if chunk.rows.stop < problem.queries.num_blocks:
             continue
         b, h = chunk.b, chunk.h
         put(lse[b, h, :, None], q_tokens, padded[..., -1:], fill=float("-inf"))
         fine = padded[..., :-1]
         if out_s is not None:
-            put(bhsd(out_s, problem.layout)[b, h], q_tokens, fine)
+            put(bhsd(out_s, problem.queries.layout)[b, h], q_tokens, fine)
         if out_c is not None:
             weight = gate_value if gate_view is None else take(gate_view[b, h], q_tokens)
             fine = fine + weight * out_c[b, h, :, None, :]
@@ -191,16 +191,16 @@ def backward(
     need_dkv: bool,
 ) -> Gradients:
     q, k, v, q2k_idx, q2k_num, q_sizes, kv_sizes, out_c, gate, gate_value = operands
-    layout = problem.layout
-    q_tokens = block_tokens(problem, problem.q_len, q_sizes, q.device)
-    kv_tokens = block_tokens(problem, problem.kv_len, kv_sizes, q.device)
+    layout = problem.queries.layout
+    q_tokens = block_tokens(problem.queries, q_sizes, q.device)
+    kv_tokens = block_tokens(problem.keys, kv_sizes, q.device)
     dout, out_s = bhsd(dout, layout), bhsd(out_s, layout)
     dgate = dout_c = None
     if out_c is not None:
         dgate = None if gate is None else torch.empty_like(gate, memory_format=torch.contiguous_format)
         dout_c = torch.empty_like(out_c, memory_format=torch.contiguous_format)
         for b in range(problem.batch):
-            for h in range(problem.heads):
+            for h in range(problem.queries.heads):
                 dout_rows = take(dout[b, h], q_tokens)
                 weight = gate_value if gate is None else take(bhsd(gate, layout)[b, h], q_tokens)
                 dout_c[b, h] = (weight * dout_rows).sum(1)
@@ -208,10 +208,10 @@ def backward(
                     put(bhsd(dgate, layout)[b, h], q_tokens, dout_rows * out_c[b, h, :, None, :])
 
     dq = empty_like(q) if need_dq else None
-    kv_shape = (problem.batch, problem.kv_heads, problem.kv_len + 1, problem.head_dim)
+    kv_shape = (problem.batch, problem.keys.heads, problem.keys.length + 1, problem.head_dim)
     dk_sum = q.new_zeros(kv_shape if need_dkv else 0, dtype=torch.float32)
     dv_sum = q.new_zeros(kv_shape if need_dkv else 0, dtype=torch.float32)
-    dq_blocks = q.new_empty((problem.num_q_blocks, problem.block, problem.head_dim), dtype=torch.float32)
+    dq_blocks = q.new_empty((problem.queries.num_blocks, problem.block, problem.head_dim), dtype=torch.float32)
     q_view, k_view, v_view = (bhsd(x, layout) for x in (q, k, v))
     for chunk in chunks(problem, q_view, k_view, v_view, q2k_idx, q2k_num, q_tokens, kv_tokens):
         b, h, tokens = chunk.b, chunk.h, q_tokens[chunk.rows]
@@ -227,12 +227,12 @@ def backward(
         missing = chunk.kv_tokens < 0
         ds = ds.masked_fill(missing[:, None, :], 0.0)
         if need_dkv:
-            into = chunk.kv_tokens.masked_fill(missing, problem.kv_len).flatten()
+            into = chunk.kv_tokens.masked_fill(missing, problem.keys.length).flatten()
             dk_sum[b, chunk.h_kv].index_add_(0, into, product(ds.mT, chunk.q).flatten(0, 1))
             dv_sum[b, chunk.h_kv].index_add_(0, into, product(p.mT, dout_rows).flatten(0, 1))
         if dq is not None:
             dq_blocks[chunk.rows] = product(ds, chunk.k)
-            if chunk.rows.stop == problem.num_q_blocks:
+            if chunk.rows.stop == problem.queries.num_blocks:
                 put(bhsd(dq, layout)[b, h], q_tokens, dq_blocks)
     if not need_dkv:
         return Gradients(dq, None, None, dgate, dout_c)

@@ -96,7 +96,9 @@ def all_blocks(case: Case, inputs: Inputs) -> Run:
     """The case's kernel with every key block selected, which makes it the same function as dense attention."""
     problem = case.problem
     block_map = torch.ones(
-        (problem.heads, problem.num_q_blocks, problem.num_kv_blocks), dtype=torch.bool, device=inputs.device
+        (problem.queries.heads, problem.queries.num_blocks, problem.keys.num_blocks),
+        dtype=torch.bool,
+        device=inputs.device,
     )
 
     def attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:

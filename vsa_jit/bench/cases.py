@@ -159,7 +159,6 @@ class Case:
             grid=self.shape.grid,
             layout=self.shape.layout,
             softmax_scale=None,
-            backend=self.backend,
             variable_block_sizes=None,
             q_variable_block_sizes=None,
         )
@@ -167,12 +166,12 @@ class Case:
     @functools.cached_property
     def topk(self) -> int:
         """Key blocks that each query block attends."""
-        return check_topk(self.selection.topk, self.selection.sparsity, self.problem.num_kv_blocks)
+        return check_topk(self.selection.topk, self.selection.sparsity, self.problem.keys.num_blocks)
 
     @property
     def sparsity(self) -> float:
         """The share of key blocks that is left out in fact."""
-        return 1.0 - self.topk / self.problem.num_kv_blocks
+        return 1.0 - self.topk / self.problem.keys.num_blocks
 
     @property
     def flops(self) -> int:
@@ -180,13 +179,13 @@ class Case:
         return self.shape.dense_flops // self.shape.seq_len * self.topk * self.problem.block
 
     def choice(self, device: torch.device) -> Choice:
-        return choose(self.problem, device, DTYPES[self.shape.dtype])
+        return choose(self.problem, self.backend, device, DTYPES[self.shape.dtype])
 
     def __str__(self) -> str:
         shape = self.shape
         return (
             f"{shape.tokens} tokens, B={shape.batch} H={shape.heads} D={shape.head_dim} {shape.dtype}, "
-            f"block {format_size(self.block_size)}, topk {self.topk} of {self.problem.num_kv_blocks}"
+            f"block {format_size(self.block_size)}, topk {self.topk} of {self.problem.keys.num_blocks}"
         )
 
 

@@ -87,7 +87,9 @@ def check(case: Case, inputs: Inputs, results: Sequence[Tensor], direction: str,
     Of the output: some query blocks of a few heads, the last (partial) one among them. Of the gradients in q, k, v and
     the gate: all of a random head and of the last one.
     """
-    q2k_idx, _, _ = coarse_branch(case.problem, inputs.q, inputs.k, inputs.v, None, None, case.topk, with_output=False)
+    q2k_idx, _, _ = coarse_branch(
+        case.problem, case.backend, inputs.q, inputs.k, inputs.v, None, None, case.topk, with_output=False
+    )
     rng = random.Random(seed)
     comparison = _Comparison(inputs.q.dtype)
     last = (case.shape.batch - 1, case.shape.heads - 1)
@@ -139,10 +141,11 @@ class _Head:
         problem: Problem = case.problem
         wide = torch.promote_types(dtype, torch.float32)
         q, k, v, gate = (
-            bhsd(x, problem.layout)[b, h].to(wide, copy=True) for x in (inputs.q, inputs.k, inputs.v, inputs.gate)
+            bhsd(x, problem.queries.layout)[b, h].to(wide, copy=True)
+            for x in (inputs.q, inputs.k, inputs.v, inputs.gate)
         )
         weights: dict[str, Tensor | float] = {"tensor": gate, "one": 1.0, "off": 0.0}
-        tokens = block_tokens(problem, problem.q_len, None, q.device)
+        tokens = block_tokens(problem.queries, None, q.device)
         return cls(q, k, v, weights[case.gate], tokens, q2k_idx[b, h].long(), problem.softmax_scale, dtype)
 
     @property

@@ -99,7 +99,7 @@ class _Stages:
     def __init__(self, case: Case, inputs: Inputs) -> None:
         self._case, self._inputs = case, inputs
         self._problem = case.problem
-        self._run = backend_for(case.problem, inputs.q, inputs.k, inputs.v)
+        self._run = backend_for(case.problem, case.backend, inputs.q, inputs.k, inputs.v)
         self._with_coarse = case.gate != "off"
         self._gate = inputs.gate if case.gate == "tensor" else None
         self._gate_value = 1.0 if case.gate == "one" else 0.0
@@ -110,7 +110,7 @@ class _Stages:
         v_or_none = v if self._with_coarse else None
         yield _Part("pooling", lambda: run.block_means(problem, q, k, v_or_none, None, None))
 
-        means = ops.block_means(q, k, v_or_none, None, None, *problem.static)
+        means = ops.block_means(q, k, v_or_none, None, None, *problem.static, self._case.backend)
         q_c, k_c, v_c = means[0], means[1], means[2] if self._with_coarse else None
         q_rows, k_rows = q_c.flatten(0, 1), k_c.flatten(0, 1)
         yield _Part("scores", lambda: run.matmul(q_rows, k_rows.mT))
@@ -121,7 +121,9 @@ class _Stages:
         yield _Part("top-k", lambda: run.select(scores, None, case.topk, q2k_idx, q2k_num))
 
         def coarse(v_c: Tensor | None) -> object:
-            return ops.coarse_attend(q_c, k_c, v_c, q, k, None, case.topk, torch.float32, *problem.static)
+            return ops.coarse_attend(
+                q_c, k_c, v_c, q, k, None, case.topk, torch.float32, *problem.static, self._case.backend
+            )
 
         if v_c is not None:
             yield _Part("coarse attention", lambda: coarse(v_c), (lambda: coarse(None),))
@@ -168,22 +170,33 @@ class _Stages:
         if out_c is None:
             return
 
-        means = ops.block_means(q, k, v, None, None, *problem.static)
+        means = ops.block_means(q, k, v, None, None, *problem.static, self._case.backend)
         yield _Part(
             "coarse attention",
-            lambda: ops.coarse_attend_backward(*means, q, k, None, out_c, torch.float32, *problem.static),
+            lambda: ops.coarse_attend_backward(
+                *means, q, k, None, out_c, torch.float32, *problem.static, self._case.backend
+            ),
         )
 
         def spread() -> None:
-            for mean, x in zip(means, (q, k, v), strict=True):
-                run.block_mean_backward(problem, mean, x, None)
+            sides = (problem.queries, problem.keys, problem.keys)
+            for mean, x, side in zip(means, (q, k, v), sides, strict=True):
+                run.block_mean_backward(side, mean, x, None)
 
         yield _Part("means", spread)
 
     def _selection(self) -> tuple[Tensor, Tensor, Tensor | None]:
         inputs = self._inputs
         return coarse_branch(
-            self._problem, inputs.q, inputs.k, inputs.v, None, None, self._case.topk, with_output=self._with_coarse
+            self._problem,
+            self._case.backend,
+            inputs.q,
+            inputs.k,
+            inputs.v,
+            None,
+            None,
+            self._case.topk,
+            with_output=self._with_coarse,
         )
 
 

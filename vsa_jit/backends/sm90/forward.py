@@ -26,7 +26,7 @@ from vsa_jit.backends.sm90.tiles import (
 from vsa_jit.jit import module
 from vsa_jit.jit.driver import SWIZZLE_128B, Launcher, TensorMap
 from vsa_jit.jit.kernel import Kernel
-from vsa_jit.problem import Operands, Problem, axes, empty_like
+from vsa_jit.problem import Operands, Problem, Side, axes, empty_like
 
 LOG2E = math.log2(math.e)
 # Of a thread block on sm_90, from the CUDA programming guide's table of compute capabilities.
@@ -163,11 +163,11 @@ def forward_kernel(dtype: torch.dtype, head_dim: int) -> Kernel:
 
 def why_not_size(problem: Problem) -> str | None:
     """Why a call has too many blocks. None: it has not."""
-    if problem.num_q_blocks > MOST_BLOCKS:
-        return f"the kernels take at most {MOST_BLOCKS} query blocks, and there are {problem.num_q_blocks}"
+    if problem.queries.num_blocks > MOST_BLOCKS:
+        return f"the kernels take at most {MOST_BLOCKS} query blocks, and there are {problem.queries.num_blocks}"
     most = MOST_BLOCKS // (problem.block // BOX_TOKENS)
-    if problem.num_kv_blocks > most:
-        return f"the kernels take at most {most} key blocks, and there are {problem.num_kv_blocks}"
+    if problem.keys.num_blocks > most:
+        return f"the kernels take at most {most} key blocks, and there are {problem.keys.num_blocks}"
     return None
 
 
@@ -175,7 +175,7 @@ def forward(problem: Problem, operands: Operands, keep_out_s: bool) -> tuple[Ten
     q, k, v, q2k_idx, q2k_num, q_sizes, kv_sizes, out_c, gate, gate_value = operands
     out = empty_like(q)
     out_s = empty_like(q) if keep_out_s else None
-    lse = q.new_empty((problem.batch, problem.heads, problem.q_len), dtype=torch.float32)
+    lse = q.new_empty((problem.batch, problem.queries.heads, problem.queries.length), dtype=torch.float32)
     q2k_idx, q2k_num = q2k_idx.contiguous(), q2k_num.contiguous()
     device = q.get_device()
     # Spelt out, which is quicker than a map: every call passes here.
@@ -205,7 +205,7 @@ def forward(problem: Problem, operands: Operands, keep_out_s: bool) -> tuple[Ten
         if gate is not None:
             gate = gate if gate.dtype in (q.dtype, torch.float32) else gate.float()
             params.gate, params.gate_is_fp32 = gate.data_ptr(), gate.dtype == torch.float32
-            params.gate_strides[:] = [gate.stride(axis) for axis in axes(problem.layout)]
+            params.gate_strides[:] = [gate.stride(axis) for axis in axes(problem.queries.layout)]
     prepared.launch(prepared.blocks, params, counter)
     return out, lse, out_s
 
@@ -234,35 +234,35 @@ def _prepared(
 ) -> _Prepared:
     """The launches for tensors at these addresses, with these strides."""
     boxes = problem.block // BOX_TOKENS
-    heads = problem.batch * problem.heads
+    heads = problem.batch * problem.queries.heads
     processors = torch.cuda.get_device_properties(device).multi_processor_count
     padded = kv_sizes is not None
-    first_heads, trio_rows = _trios(problem.num_q_blocks, boxes, heads, processors)
-    cuts = [_cut(problem.num_q_blocks, rows, boxes) for rows in (trio_rows, max(1, trio_rows - 1))]
+    first_heads, trio_rows = _trios(problem.queries.num_blocks, boxes, heads, processors)
+    cuts = [_cut(problem.queries.num_blocks, rows, boxes) for rows in (trio_rows, max(1, trio_rows - 1))]
     first_groups = first_heads * cuts[0].groups.value
     num_groups = first_groups + (heads - first_heads) * cuts[1].groups.value
     blocks = min(processors, num_groups)
     # Boxes that follow each other are of at most two blocks where these have several.
     rows_of_group = TRIO_ROWS if boxes == 1 else 2
-    list_length = min(rows_of_group * width, problem.num_kv_blocks) * boxes
+    list_length = min(rows_of_group * width, problem.keys.num_blocks) * boxes
     params = Params(
-        queries=_order(problem, problem.q_len, q_sizes, padded=False),
-        keys=_order(problem, problem.kv_len, kv_sizes, padded=padded),
-        selected=_Map(width=width, num_q_blocks=problem.num_q_blocks, num_kv_blocks=problem.num_kv_blocks),
+        queries=_order(problem.queries, q_sizes, padded=False),
+        keys=_order(problem.keys, kv_sizes, padded=padded),
+        selected=_Map(width=width, num_q_blocks=problem.queries.num_blocks, num_kv_blocks=problem.keys.num_blocks),
         cuts=(_Cut * 2)(*cuts),
         first_heads=first_heads,
         first_groups=first_groups,
         list_length=list_length,
         num_groups=num_groups,
-        heads=_divisor(problem.heads),
+        heads=_divisor(problem.queries.heads),
         kv_group=_divisor(problem.group),
-        q_len=problem.q_len,
+        q_len=problem.queries.length,
         scale_log2=problem.softmax_scale * LOG2E,
     )
-    params.out_strides[:] = [out_strides[axis] for axis in axes(problem.layout)[:3]]
-    params.q = _tensor(problem, dtype, device, q, problem.heads, problem.q_len, padded=False)
+    params.out_strides[:] = [out_strides[axis] for axis in axes(problem.queries.layout)[:3]]
+    params.q = _tensor(problem, problem.queries, dtype, device, q, padded=False)
     for name, place in (("k", k), ("v", v)):
-        setattr(params, name, _tensor(problem, dtype, device, place, problem.kv_heads, problem.kv_len, padded=padded))
+        setattr(params, name, _tensor(problem, problem.keys, dtype, device, place, padded=padded))
     launch = module.launcher(forward_kernel(dtype, problem.head_dim), device)
     return _Prepared(params, blocks * ITEMS * list_length * TILE_BYTES, blocks, launch)
 
@@ -292,14 +292,14 @@ def _trios(num_rows: int, boxes: int, heads: int, processors: int) -> tuple[int,
     return next(first for first in range(heads + 1) if first * long + (heads - first) * short <= most), rows
 
 
-def _view(problem: Problem, length: int, padded: bool) -> tuple[tuple[int, int, int], tuple[int, int, int]]:
+def _view(side: Side, padded: bool) -> tuple[tuple[int, int, int], tuple[int, int, int]]:
     """A sequence as a video, and its block as a tile.
 
     Of padded blocks every row is a box: one that starts before its row gets zeros from there.
     """
     if padded:
-        return (1, length // BOX_TOKENS, BOX_TOKENS), (1, problem.block // BOX_TOKENS, BOX_TOKENS)
-    return video_of(problem, length), tile_of(problem)
+        return (1, side.length // BOX_TOKENS, BOX_TOKENS), (1, side.block // BOX_TOKENS, BOX_TOKENS)
+    return video_of(side), tile_of(side)
 
 
 def _divisor(value: int) -> _Divisor:
@@ -307,8 +307,8 @@ def _divisor(value: int) -> _Divisor:
     return _Divisor(value, -(-(1 << 31 + shift) // value), shift)
 
 
-def _order(problem: Problem, length: int, sizes: Sizes | None, *, padded: bool) -> _Order:
-    video, tile = _view(problem, length, padded)
+def _order(side: Side, sizes: Sizes | None, *, padded: bool) -> _Order:
+    video, tile = _view(side, padded)
     box = box_of(tile)
     order = _Order(
         extent=_Video(*video),
@@ -316,8 +316,8 @@ def _order(problem: Problem, length: int, sizes: Sizes | None, *, padded: bool) 
         box=_Video(*box),
         box_w_log2=box[2].bit_length() - 1,
         box_hw_log2=(box[1] * box[2]).bit_length() - 1,
-        boxes=_divisor(problem.block // BOX_TOKENS),
-        partial=sizes is not None or problem.is_partial(length),
+        boxes=_divisor(side.block // BOX_TOKENS),
+        partial=sizes is not None or side.is_partial,
     )
     order.tiles_h, order.tiles_w = (_divisor(-(-video[axis] // tile[axis])) for axis in (1, 2))
     order.boxes_h, order.boxes_w = (_divisor(tile[axis] // box[axis]) for axis in (1, 2))
@@ -326,8 +326,6 @@ def _order(problem: Problem, length: int, sizes: Sizes | None, *, padded: bool) 
     return order
 
 
-def _tensor(
-    problem: Problem, dtype: torch.dtype, device: int, place: Place, heads: int, length: int, *, padded: bool
-) -> _Tensor:
-    video, tile = _view(problem, length, padded)
-    return _Tensor(*map_of(problem, dtype, device, place, heads, video, box_of(tile), PANEL_CHANNELS, SWIZZLE_128B))
+def _tensor(problem: Problem, side: Side, dtype: torch.dtype, device: int, place: Place, *, padded: bool) -> _Tensor:
+    video, tile = _view(side, padded)
+    return _Tensor(*map_of(problem, side, dtype, device, place, video, box_of(tile), PANEL_CHANNELS, SWIZZLE_128B))

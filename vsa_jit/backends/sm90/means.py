@@ -24,7 +24,7 @@ from vsa_jit.backends.sm90.tiles import (
 from vsa_jit.jit import module
 from vsa_jit.jit.driver import Launcher, TensorMap
 from vsa_jit.jit.kernel import Kernel
-from vsa_jit.problem import Problem, axes
+from vsa_jit.problem import Problem, Side, axes
 
 HEAD_DIMS = (64, 128)
 # As the sources name them, and as people do.
@@ -81,8 +81,12 @@ def block_means_kernel(dtype: torch.dtype, head_dim: int) -> Kernel:
 def block_means(
     problem: Problem, q: Tensor, k: Tensor, v: Tensor | None, q_sizes: Tensor | None, kv_sizes: Tensor | None
 ) -> tuple[Tensor, Tensor, Tensor | None]:
-    q_c = q.new_empty((problem.batch, problem.heads, problem.num_q_blocks, problem.head_dim), dtype=torch.float32)
-    k_c = k.new_empty((problem.batch, problem.kv_heads, problem.num_kv_blocks, problem.head_dim), dtype=torch.float32)
+    q_c = q.new_empty(
+        (problem.batch, problem.queries.heads, problem.queries.num_blocks, problem.head_dim), dtype=torch.float32
+    )
+    k_c = k.new_empty(
+        (problem.batch, problem.keys.heads, problem.keys.num_blocks, problem.head_dim), dtype=torch.float32
+    )
     v_c = None if v is None else torch.empty_like(k_c)
     prepared = _prepared(
         problem,
@@ -119,17 +123,16 @@ def _prepared(
 ) -> _Prepared:
     """The launch for tensors at these addresses, with these strides."""
     params = Params()
-    tile = tile_of(problem)
+    tile = tile_of(problem.queries)
     box = box_of(tile)
-    q_side = (problem.heads, problem.q_len, q_sizes)
-    kv_side = (problem.kv_heads, problem.kv_len, kv_sizes)
-    for i, (place, side) in enumerate(((q, q_side), (k, kv_side), (v, kv_side))):
+    q_side, kv_side = (problem.queries, q_sizes), (problem.keys, kv_sizes)
+    for i, (place, (side, sizes)) in enumerate(((q, q_side), (k, kv_side), (v, kv_side))):
         if place is not None:
-            _set_operand(params, i, problem, dtype, device, place, *side, tile, box)
-    frames, height, _ = video_of(problem, problem.q_len)
+            _set_operand(params, i, problem, side, dtype, device, place, sizes, tile, box)
+    frames, height, _ = video_of(problem.queries)
     params.frames, params.height, params.tiles_h = frames, height, -(-height // tile[1])
     params.tile[:], params.box[:] = tile, box
-    _, head_axis, token_axis, _ = axes(problem.layout)
+    _, head_axis, token_axis, _ = axes(problem.queries.layout)
     _, strides = q
     params.heads_first = strides[head_axis] < strides[token_axis]
     blocks = sum(operand.num_items for operand in params.operands)
@@ -140,22 +143,21 @@ def _set_operand(
     params: Params,
     i: int,
     problem: Problem,
+    side: Side,
     dtype: torch.dtype,
     device: int,
     place: Place,
-    heads: int,
-    length: int,
     sizes: Sizes | None,
     tile: tuple[int, int, int],
     box: tuple[int, int, int],
 ) -> None:
-    video = video_of(problem, length)
+    video = video_of(side)
     operand = params.operands[i]
-    params.maps[i], operand.steps = map_of(problem, dtype, device, place, heads, video, box, problem.head_dim)
+    params.maps[i], operand.steps = map_of(problem, side, dtype, device, place, video, box, problem.head_dim)
     if sizes is not None:
         operand.sizes, operand.sizes_are_64_bit = sizes
-    operand.num_blocks = problem.num_blocks(length)
-    operand.num_items = problem.batch * heads * operand.num_blocks
-    operand.heads = heads
+    operand.num_blocks = side.num_blocks
+    operand.num_items = problem.batch * side.heads * operand.num_blocks
+    operand.heads = side.heads
     operand.width = video[2]
     operand.tiles_w = -(-video[2] // tile[2])

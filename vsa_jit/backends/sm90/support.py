@@ -42,7 +42,8 @@ def why_not(problem: Problem, dtype: torch.dtype, tensors: Sequence[Tensor]) -> 
     reason = why_not_size(problem) or why_no_engine(engines.requested())
     if reason is not None:
         return reason
-    reasons = (why_not_tma(bhsd(x, problem.layout), problem.grid) for x in tensors)
+    side = problem.queries
+    reasons = (why_not_tma(bhsd(x, side.layout), side.grid) for x in tensors)
     return next((reason for reason in reasons if reason is not None), None)
 
 

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from vsa_jit.jit.driver import SWIZZLE_NONE, TensorMap, tensor_map
-from vsa_jit.problem import Problem, axes
+from vsa_jit.problem import Problem, Side, axes
 
 BOX_TOKENS = 64
 INT32_MAX = 2**31 - 1
@@ -72,14 +72,14 @@ def heads_of(batch: int, heads: int, head_dim: int, batch_stride: int, head_stri
     return Heads((batch - 1) * batch_stride + head_dim, heads, head_stride, 0, 1, batch_stride, 0)
 
 
-def video_of(problem: Problem, length: int) -> tuple[int, int, int]:
+def video_of(side: Side) -> tuple[int, int, int]:
     """Tokens of a sequence along (t, h, w): one that is no video is one row of one frame."""
-    return (1, 1, length) if problem.grid is None else problem.grid
+    return (1, 1, side.length) if side.grid is None else side.grid
 
 
-def tile_of(problem: Problem) -> tuple[int, int, int]:
+def tile_of(side: Side) -> tuple[int, int, int]:
     """A block along (t, h, w)."""
-    return (1, 1, problem.block) if problem.grid is None else problem.tile
+    return (1, 1, side.block) if side.grid is None else side.tile
 
 
 def box_of(tile: tuple[int, int, int]) -> tuple[int, int, int]:
@@ -95,10 +95,10 @@ def box_of(tile: tuple[int, int, int]) -> tuple[int, int, int]:
 
 def map_of(
     problem: Problem,
+    side: Side,
     dtype: torch.dtype,
     device: int,
     place: Place,
-    heads: int,
     video: tuple[int, int, int],
     box: tuple[int, int, int],
     channels: int,
@@ -107,12 +107,13 @@ def map_of(
     """The tensor map of q, k, v or a tensor like them, for boxes of so many channels, and where in it its heads are.
 
     Args:
+        side: whose tensor it is.
         video: the sequence as (frames, height, width), see ``video_of``.
         box: tokens of a box along (t, h, w).
     """
     address, strides = place
-    batch_stride, head_stride, token_stride, _ = (strides[axis] for axis in axes(problem.layout))
-    in_map = heads_of(problem.batch, heads, problem.head_dim, batch_stride, head_stride)
+    batch_stride, head_stride, token_stride, _ = (strides[axis] for axis in axes(side.layout))
+    in_map = heads_of(problem.batch, side.heads, problem.head_dim, batch_stride, head_stride)
     frames, height, width = video
     extents = (width, height, frames, in_map.outer)
     steps = (token_stride, token_stride * width, token_stride * width * height, in_map.outer_stride)

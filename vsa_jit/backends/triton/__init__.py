@@ -24,7 +24,7 @@ from vsa_jit.backends.triton.means import block_mean_backward_kernel, block_mean
 from vsa_jit.backends.triton.product import matmul_kernel
 from vsa_jit.backends.triton.rows import reciprocal
 from vsa_jit.backends.triton.select import compact_kernel, invert_kernel, select_kernel
-from vsa_jit.problem import Gradients, Operands, Problem, axes, bhsd, empty_like
+from vsa_jit.problem import Gradients, Operands, Problem, Side, axes, empty_like
 
 LOG2E = math.log2(math.e)
 INT32_MAX = 2**31 - 1
@@ -38,8 +38,9 @@ _MEANS_LAUNCH = {"ROWS": 32, "num_warps": 1}
 def block_means(
     problem: Problem, q: Tensor, k: Tensor, v: Tensor | None, q_sizes: Tensor | None, kv_sizes: Tensor | None
 ) -> tuple[Tensor, Tensor, Tensor | None]:
-    q_rows = (problem.batch, problem.heads, problem.num_q_blocks)
-    kv_rows = (problem.batch, problem.kv_heads, problem.num_kv_blocks)
+    queries, keys, layout = problem.queries, problem.keys, problem.queries.layout
+    q_rows = (problem.batch, queries.heads, queries.num_blocks)
+    kv_rows = (problem.batch, keys.heads, keys.num_blocks)
     q_c = q.new_empty((*q_rows, problem.head_dim), dtype=torch.float32)
     k_c = q.new_empty((*kv_rows, problem.head_dim), dtype=torch.float32)
     v_c = None if v is None else torch.empty_like(k_c)
@@ -54,42 +55,41 @@ def block_means(
             v_c,
             q_sizes,
             kv_sizes,
-            *_strides(q, problem.layout),
-            *_strides(k, problem.layout),
-            *((0, 0, 0) if v is None else _strides(v, problem.layout)),
-            problem.heads,
-            problem.kv_heads,
-            problem.num_q_blocks,
-            problem.num_kv_blocks,
+            *_strides(q, layout),
+            *_strides(k, layout),
+            *((0, 0, 0) if v is None else _strides(v, layout)),
+            queries.heads,
+            keys.heads,
+            queries.num_blocks,
+            keys.num_blocks,
             q_programs,
             kv_programs,
-            problem.q_len,
-            problem.kv_len,
-            *_geometry(problem),
-            **_head_and_tile(problem),
+            queries.length,
+            keys.length,
+            *_geometry(problem.queries),
+            **_head_and_tile(problem.queries, problem.head_dim),
             **_masks(problem, q_sizes, kv_sizes),
             **_MEANS_LAUNCH,
         )
     return q_c, k_c, v_c
 
 
-def block_mean_backward(problem: Problem, dmean: Tensor, x: Tensor, sizes: Tensor | None) -> Tensor:
+def block_mean_backward(side: Side, dmean: Tensor, x: Tensor, sizes: Tensor | None) -> Tensor:
     dx = empty_like(x)
-    batch, heads, blocks, _ = dmean.shape
-    length = bhsd(x, problem.layout).shape[2]
+    batch, heads, blocks, head_dim = dmean.shape
     with torch.cuda.device_of(x):
         block_mean_backward_kernel[(batch * heads * blocks,)](
             dmean.contiguous(),
             dx,
             sizes,
-            *_strides(dx, problem.layout),
+            *_strides(dx, side.layout),
             heads,
             blocks,
-            length,
-            *_geometry(problem),
-            **_head_and_tile(problem),
+            side.length,
+            *_geometry(side),
+            **_head_and_tile(side, head_dim),
             HAS_SIZES=sizes is not None,
-            MASK=sizes is not None or problem.is_partial(length),
+            MASK=sizes is not None or side.is_partial,
             **_MEANS_LAUNCH,
         )
     return dx
@@ -149,12 +149,12 @@ def invert(problem: Problem, q2k_idx: Tensor, q2k_num: Tensor) -> tuple[Tensor, 
         ``(ends, k2q_idx, chunks)``: ``k2q_idx`` int32 holds, for each (batch, query head, key block) in order, the
         query blocks that name it, ascending; ``ends`` int64 [B·H·n_k·chunks] says where the entries of each cell end.
     """
-    rows, width = problem.batch * problem.heads, q2k_idx.shape[-1]
-    rows_per_chunk = max(ROWS_PER_CHUNK, -(-problem.num_q_blocks // MAX_CHUNKS))
-    chunks = -(-problem.num_q_blocks // rows_per_chunk)
-    counts = torch.zeros(rows * problem.num_kv_blocks * chunks, dtype=torch.int32, device=q2k_idx.device)
+    rows, width = problem.batch * problem.queries.heads, q2k_idx.shape[-1]
+    rows_per_chunk = max(ROWS_PER_CHUNK, -(-problem.queries.num_blocks // MAX_CHUNKS))
+    chunks = -(-problem.queries.num_blocks // rows_per_chunk)
+    counts = torch.zeros(rows * problem.keys.num_blocks * chunks, dtype=torch.int32, device=q2k_idx.device)
     k2q_idx = torch.empty(q2k_idx.numel(), dtype=torch.int32, device=q2k_idx.device)
-    shape = (problem.num_q_blocks, problem.num_kv_blocks, width, chunks, rows_per_chunk)
+    shape = (problem.queries.num_blocks, problem.keys.num_blocks, width, chunks, rows_per_chunk)
     width_pad = triton.next_power_of_2(max(width, 1))
     constants: dict[str, Any] = {"WIDTH_PAD": width_pad, "num_warps": min(max(width_pad // 128, 1), 8)}
     with torch.cuda.device_of(q2k_idx):
@@ -167,11 +167,12 @@ def invert(problem: Problem, q2k_idx: Tensor, q2k_num: Tensor) -> tuple[Tensor, 
 
 def forward(problem: Problem, operands: Operands, keep_out_s: bool) -> tuple[Tensor, Tensor, Tensor | None]:
     q, k, v, q2k_idx, q2k_num, q_sizes, kv_sizes, out_c, gate, gate_value = operands
+    queries, keys, layout = problem.queries, problem.keys, problem.queries.layout
     out = empty_like(q)
     out_s = empty_like(q) if keep_out_s else None
-    lse = q.new_empty((problem.batch, problem.heads, problem.q_len), dtype=torch.float32)
+    lse = q.new_empty((problem.batch, queries.heads, queries.length), dtype=torch.float32)
     tiles = config.forward(problem.block, problem.head_dim, q.element_size(), config.architecture(q.device))
-    programs = problem.batch * problem.heads * problem.num_q_blocks * (problem.block // tiles.rows)
+    programs = problem.batch * queries.heads * queries.num_blocks * (problem.block // tiles.rows)
     with torch.cuda.device_of(q):
         attend_forward_kernel[(programs,)](
             q,
@@ -187,18 +188,18 @@ def forward(problem: Problem, operands: Operands, keep_out_s: bool) -> tuple[Ten
             gate,
             None if out_c is None else out_c.contiguous(),
             gate_value,
-            *_strides(q, problem.layout),
-            *_strides(k, problem.layout),
-            *_strides(v, problem.layout),
-            *_strides(out, problem.layout),
-            *_gate_strides(gate, problem.layout),
-            problem.heads,
-            problem.num_q_blocks,
-            problem.num_kv_blocks,
+            *_strides(q, layout),
+            *_strides(k, layout),
+            *_strides(v, layout),
+            *_strides(out, layout),
+            *_gate_strides(gate, layout),
+            queries.heads,
+            queries.num_blocks,
+            keys.num_blocks,
             q2k_idx.shape[-1],
-            problem.q_len,
-            problem.kv_len,
-            *_geometry(problem),
+            queries.length,
+            keys.length,
+            *_geometry(problem.queries),
             problem.softmax_scale,
             problem.softmax_scale * LOG2E,
             **_attention_constants(problem, q, q_sizes, kv_sizes, (k, v)),
@@ -221,16 +222,16 @@ def backward(
     need_dkv: bool,
 ) -> Gradients:
     q, k, v, q2k_idx, q2k_num, q_sizes, kv_sizes, out_c, gate, gate_value = operands
-    layout = problem.layout
+    queries, keys, layout = problem.queries, problem.keys, problem.queries.layout
     dout = dout if dout.stride(-1) == 1 else dout.contiguous()
     q2k_idx, q2k_num = q2k_idx.contiguous(), q2k_num.contiguous()
     dgate = None if gate is None or out_c is None else torch.empty_like(gate, memory_format=torch.contiguous_format)
     dout_c = None if out_c is None else torch.empty_like(out_c, memory_format=torch.contiguous_format)
-    padded = (problem.batch, problem.heads, problem.num_q_blocks, problem.block)
+    padded = (problem.batch, queries.heads, queries.num_blocks, problem.block)
     shift = q.new_empty(padded, dtype=torch.float32)
     delta = q.new_empty(padded, dtype=torch.float32)
     with torch.cuda.device_of(q):
-        prepare_backward_kernel[(problem.batch * problem.heads * problem.num_q_blocks,)](
+        prepare_backward_kernel[(problem.batch * queries.heads * queries.num_blocks,)](
             dout,
             out_s,
             lse.contiguous(),
@@ -247,11 +248,11 @@ def backward(
             *_strides(out_s, layout),
             *_gate_strides(gate, layout),
             *_gate_strides(dgate, layout)[:3],
-            problem.heads,
-            problem.num_q_blocks,
-            problem.q_len,
-            *_geometry(problem),
-            **_head_and_tile(problem),
+            queries.heads,
+            queries.num_blocks,
+            queries.length,
+            *_geometry(queries),
+            **_head_and_tile(queries, problem.head_dim),
             HAS_Q_SIZES=q_sizes is not None,
             HAS_DLSE=dlse is not None,
             COMBINE=out_c is not None,
@@ -266,7 +267,7 @@ def backward(
     if need_dq:
         dq = empty_like(q)
         tiles = config.backward_q(problem.block, problem.head_dim, q.element_size(), arch)
-        programs = problem.batch * problem.heads * problem.num_q_blocks * (problem.block // tiles.rows)
+        programs = problem.batch * queries.heads * queries.num_blocks * (problem.block // tiles.rows)
         with torch.cuda.device_of(q):
             attend_backward_q_kernel[(programs,)](
                 q,
@@ -285,13 +286,13 @@ def backward(
                 *_strides(v, layout),
                 *_strides(dout, layout),
                 *_strides(dq, layout),
-                problem.heads,
-                problem.num_q_blocks,
-                problem.num_kv_blocks,
+                queries.heads,
+                queries.num_blocks,
+                keys.num_blocks,
                 q2k_idx.shape[-1],
-                problem.q_len,
-                problem.kv_len,
-                *_geometry(problem),
+                queries.length,
+                keys.length,
+                *_geometry(queries),
                 problem.softmax_scale,
                 problem.softmax_scale * LOG2E,
                 **_attention_constants(problem, q, q_sizes, kv_sizes, (k, v)),
@@ -300,10 +301,10 @@ def backward(
     if need_dkv:
         dk, dv = empty_like(k), empty_like(v)
         ends, k2q_idx, chunks = invert(problem, q2k_idx, q2k_num)
-        raster = problem.grid is not None
-        border = raster and problem.is_partial(problem.q_len)
+        raster = queries.grid is not None
+        border = raster and queries.is_partial
         tiles = config.backward_kv(problem.block, problem.head_dim, q.element_size(), arch, raster, border)
-        programs = problem.batch * problem.kv_heads * problem.num_kv_blocks * (problem.block // tiles.columns)
+        programs = problem.batch * keys.heads * keys.num_blocks * (problem.block // tiles.columns)
         with torch.cuda.device_of(q):
             attend_backward_kv_kernel[(programs,)](
                 q,
@@ -324,13 +325,13 @@ def backward(
                 *_strides(dout, layout),
                 *_strides(dk, layout),
                 *_strides(dv, layout),
-                problem.kv_heads,
-                problem.num_q_blocks,
-                problem.num_kv_blocks,
+                keys.heads,
+                queries.num_blocks,
+                keys.num_blocks,
                 chunks,
-                problem.q_len,
-                problem.kv_len,
-                *_geometry(problem),
+                queries.length,
+                keys.length,
+                *_geometry(queries),
                 problem.softmax_scale,
                 problem.softmax_scale * LOG2E,
                 **_attention_constants(problem, q, q_sizes, kv_sizes, (q, dout)),
@@ -348,24 +349,24 @@ def _gate_strides(gate: Tensor | None, layout: str) -> tuple[int, int, int, int]
     return (0, 0, 0, 0) if gate is None else (*_strides(gate, layout), gate.stride(-1))
 
 
-def _geometry(problem: Problem) -> tuple[int, ...]:
+def _geometry(side: Side) -> tuple[int, ...]:
     """Extents of the video, its tiles in one frame and in one row of a frame, and their reciprocals."""
-    if problem.grid is None:
+    if side.grid is None:
         return (1,) * 7
-    tiles_h, tiles_w = (-(-problem.grid[axis] // problem.tile[axis]) for axis in (1, 2))
-    return *problem.grid, tiles_h * tiles_w, tiles_w, reciprocal(tiles_h * tiles_w), reciprocal(tiles_w)
+    tiles_h, tiles_w = (-(-side.grid[axis] // side.tile[axis]) for axis in (1, 2))
+    return *side.grid, tiles_h * tiles_w, tiles_w, reciprocal(tiles_h * tiles_w), reciprocal(tiles_w)
 
 
-def _head_and_tile(problem: Problem) -> dict[str, Any]:
-    tile_t, tile_h, tile_w = problem.tile
+def _head_and_tile(side: Side, head_dim: int) -> dict[str, Any]:
+    tile_t, tile_h, tile_w = side.tile
     return {
-        "D": problem.head_dim,
-        "D_PAD": triton.next_power_of_2(problem.head_dim),
-        "BLOCK": problem.block,
+        "D": head_dim,
+        "D_PAD": triton.next_power_of_2(head_dim),
+        "BLOCK": side.block,
         "TILE_T": tile_t,
         "TILE_H": tile_h,
         "TILE_W": tile_w,
-        "RASTER": problem.grid is not None,
+        "RASTER": side.grid is not None,
     }
 
 
@@ -373,8 +374,8 @@ def _masks(problem: Problem, q_sizes: Tensor | None, kv_sizes: Tensor | None) ->
     return {
         "HAS_Q_SIZES": q_sizes is not None,
         "HAS_K_SIZES": kv_sizes is not None,
-        "MASK_Q": q_sizes is not None or problem.is_partial(problem.q_len),
-        "MASK_K": kv_sizes is not None or problem.is_partial(problem.kv_len),
+        "MASK_Q": q_sizes is not None or problem.queries.is_partial,
+        "MASK_K": kv_sizes is not None or problem.keys.is_partial,
     }
 
 
@@ -382,11 +383,11 @@ def _attention_constants(
     problem: Problem, q: Tensor, q_sizes: Tensor | None, kv_sizes: Tensor | None, streamed: tuple[Tensor, Tensor]
 ) -> dict[str, Any]:
     """``streamed`` are the two tensors whose blocks are read in the inner loop."""
-    reach = _block_reach(problem)
-    row_strides = [x.stride(axes(problem.layout)[2]) for x in streamed]
+    reach = _block_reach(problem.keys)
+    row_strides = [x.stride(axes(problem.keys.layout)[2]) for x in streamed]
     fits = reach * max(row_strides) + problem.head_dim <= INT32_MAX
     return {
-        **_head_and_tile(problem),
+        **_head_and_tile(problem.queries, problem.head_dim),
         "GROUP": problem.group,
         **_masks(problem, q_sizes, kv_sizes),
         "ALIKE": row_strides[0] == row_strides[1],
@@ -395,9 +396,9 @@ def _attention_constants(
     }
 
 
-def _block_reach(problem: Problem) -> int:
+def _block_reach(side: Side) -> int:
     """The largest distance, in tokens, between two tokens of one block."""
-    if problem.grid is None:
-        return problem.block - 1
-    t, h, w = problem.tile
-    return ((t - 1) * problem.grid[1] + h - 1) * problem.grid[2] + w - 1
+    if side.grid is None:
+        return side.block - 1
+    t, h, w = side.tile
+    return ((t - 1) * side.grid[1] + h - 1) * side.grid[2] + w - 1
