@@ -9,8 +9,7 @@ from typing import Any
 
 import torch
 
-from vsa_jit.backends.sm90.means import DTYPES, HEAD_DIMS
-from vsa_jit.backends.sm90.support import kernels_of
+from vsa_jit.backends.sm90.specialise import DTYPES, HEAD_DIMS, kernels_of
 from vsa_jit.checks import check_block_size, check_int
 from vsa_jit.jit import engines, module
 from vsa_jit.jit.cache import open_store

@@ -23,12 +23,12 @@ __device__ __forceinline__ void decrease_registers() {
 
 // Keeps the compiler from moving what writes or reads a tile's registers across this point.
 template <int cols>
-__device__ __forceinline__ void pin(rt_fl<16, cols>& tile) {
+__device__ __forceinline__ void fence_operand(rt_fl<16, cols>& tile) {
 #pragma unroll
     for (float& x : tile.data) asm volatile("" : "+f"(x)::"memory");
 }
 template <typename T, int cols>
-__device__ __forceinline__ void pin(rt<T, 16, cols>& tile) {
+__device__ __forceinline__ void fence_operand(rt<T, 16, cols>& tile) {
 #pragma unroll
     for (uint32_t& x : tile.data) asm volatile("" : "+r"(x)::"memory");
 }
@@ -36,7 +36,7 @@ __device__ __forceinline__ void pin(rt<T, 16, cols>& tile) {
 // Before products that take tiles which other instructions wrote.
 template <typename... Tiles>
 __device__ __forceinline__ void mma_fence(Tiles&... tiles) {
-    (pin(tiles), ...);
+    (fence_operand(tiles), ...);
     asm volatile("wgmma.fence.sync.aligned;" ::: "memory");
 }
 
@@ -46,7 +46,7 @@ __device__ __forceinline__ void mma_commit_group() { asm volatile("wgmma.commit_
 template <int pending, typename... Tiles>
 __device__ __forceinline__ void mma_async_wait(Tiles&... tiles) {
     asm volatile("wgmma.wait_group.sync.aligned %0;" ::"n"(pending) : "memory");
-    (pin(tiles), ...);
+    (fence_operand(tiles), ...);
 }
 
 // Addresses in matrix descriptors count in words of 16 bytes.

@@ -3,29 +3,30 @@
 
 #include "kittens/register_tile.cuh"
 
-// What a row's sums are relative to: a reference, its largest score at some time. Whether a later score has outgrown it by too
-// much is seen from the sum of the probabilities, which is needed anyway: no maximum of every tile is.
+// The sums of a row are relative to a reference, its largest score at some earlier time. The reference is raised only when a
+// tile's probabilities add up to more than a threshold: that is seen from their sum, which is needed anyway, so that no tile
+// needs its maximum.
 struct Softmax {
-    // How much a lane's probabilities of a row and a tile may add up to: what fp16 holds, and more than most scores make of it
-    // after the first tile.
-    static constexpr float kMost = 0x1p14f;
-    // There is no reference yet: probabilities of finite scores are infinite, and those of -inf are 0.
-    static constexpr float kNone = -3e38f;
+    // The largest sum of a lane's probabilities of one row and tile. fp16 holds them, and few scores exceed it after the first
+    // tile.
+    static constexpr float kRescaleThreshold = 0x1p14f;
+    // Before the first tile: probabilities of finite scores are infinite, and those of -inf are 0.
+    static constexpr float kNoReference = -3e38f;
 
     float scale_log2;
-    kittens::col_vec shift = {kNone, kNone};  // the reference, scaled
-    kittens::col_vec sum = {0.0f, 0.0f};      // of a lane's own columns
+    kittens::col_vec shift = {kNoReference, kNoReference};  // the reference, scaled
+    kittens::col_vec sum = {0.0f, 0.0f};                    // over a lane's own columns
 
-    // The probabilities of scores. Where too large ones are among those of the warp, the references are raised, and what was
-    // summed so far is multiplied accordingly, here and in `out`.
+    // The probabilities of scores. Where their sum exceeds the threshold, the reference is raised, and all that was summed so far
+    // is rescaled, here and in `out`.
     template <typename T, int cols, int out_cols>
     __device__ __forceinline__ void exponentiate(kittens::rt<T, 16, cols>& p, const kittens::rt_fl<16, cols>& scores,
                                                  kittens::rt_fl<16, out_cols>& out) {
         kittens::col_vec added;
         kittens::exp2_scaled(p, added, scores, scale_log2, shift);
-        const bool is_outgrown = added[0] > kMost || added[1] > kMost;
-        if (__builtin_expect(__any_sync(kittens::kAllLanes, is_outgrown), 0)) {
-            kittens::mul_row(out, raise(scores));
+        const bool exceeds = added[0] > kRescaleThreshold || added[1] > kRescaleThreshold;
+        if (__builtin_expect(__any_sync(kittens::kAllLanes, exceeds), 0)) {
+            kittens::mul_row(out, rescale(scores));
             kittens::exp2_scaled(p, added, scores, scale_log2, shift);
         }
 #pragma unroll
@@ -33,9 +34,9 @@ struct Softmax {
     }
 
   private:
-    // Takes the largest scores as references where they are larger. Returns by what all that was summed is to be multiplied.
+    // Takes the largest scores as references where they are larger, and returns the factors of what was summed before.
     template <int cols>
-    __device__ __forceinline__ kittens::col_vec raise(const kittens::rt_fl<16, cols>& scores) {
+    __device__ __forceinline__ kittens::col_vec rescale(const kittens::rt_fl<16, cols>& scores) {
         kittens::col_vec largest, correction;
         kittens::row_max(largest, scores);
 #pragma unroll

@@ -18,9 +18,9 @@ from torch import Tensor
 import vsa_jit
 from vsa_jit.backends import choose as chooser
 from vsa_jit.backends import triton
-from vsa_jit.backends.sm90 import backend, means, support
+from vsa_jit.backends.sm90 import backend, launches, specialise
 from vsa_jit.jit import engines, module
-from vsa_jit.jit.driver import tensor_map
+from vsa_jit.jit.driver import encode_tensor_map, fill
 from vsa_jit.jit.errors import NotWarmError
 from vsa_jit.problem import Problem, Side
 
@@ -51,7 +51,7 @@ CASES = [
 
 
 def run_means(problem: Problem, inputs: Inputs, *, with_v: bool = True) -> tuple[Tensor, Tensor, Tensor | None]:
-    kernels = support.kernels_of(inputs.dtype, problem.head_dim)
+    kernels = specialise.kernels_of(inputs.dtype, problem.head_dim)
     module.load(kernels, inputs.q.get_device())
     q_sizes = inputs.given_q_sizes if inputs.given_q_sizes is not None else inputs.sizes
     sizes = q_sizes if problem.queries.length == problem.keys.length or inputs.given_q_sizes is not None else None
@@ -99,7 +99,7 @@ def test_means_of_strided_views(strides):
     base.copy_(torch.as_strided(x, base.shape, (1,)))
     side = Side(heads, length, (4, 4, 4), (5, 6, 7), "bhsd")
     problem = Problem(batch, 64, side, side, 0.1)
-    module.load(support.kernels_of(torch.bfloat16, 64), on_gpu.get_device())
+    module.load(specialise.kernels_of(torch.bfloat16, 64), on_gpu.get_device())
     for result in backend.block_means(problem, on_gpu, on_gpu, on_gpu, None, None):
         expected = reference_means(side, on_gpu, None, torch.float64)
         torch.testing.assert_close(result.double(), expected, rtol=1e-5, atol=1e-6)
@@ -122,10 +122,10 @@ def fresh(monkeypatch):
     monkeypatch.setattr(module, "_launchers", {})
     for name, empty in (("_failed", {}), ("_chosen", {}), ("_logged", set())):
         monkeypatch.setattr(chooser, name, empty)
-    for remembered in (means._prepared, tensor_map):
+    for remembered in (launches._block_means_launch, encode_tensor_map):
         remembered.cache_clear()
     yield
-    means._prepared.cache_clear()
+    launches._block_means_launch.cache_clear()
 
 
 def call(inputs: Inputs, name: str = "auto") -> Tensor:
@@ -144,8 +144,8 @@ def test_engines_give_the_same_bits(fresh, inputs):
     results = []
     for engine in ("nvrtc", "nvcc"):
         module._launchers.clear()
-        means._prepared.cache_clear()
-        module.load(support.kernels_of(inputs.dtype, 64), 0, engine)
+        launches._block_means_launch.cache_clear()
+        module.load(specialise.kernels_of(inputs.dtype, 64), 0, engine)
         results.append(run_means(problem, inputs))
     for one, other in zip(*results, strict=True):
         assert torch.equal(one, other)
@@ -196,7 +196,8 @@ def test_a_counter_is_the_number_of_blocks_when_the_kernel_starts(fresh, sources
     memory = torch.full((33,), -1, dtype=torch.int32, device="cuda")
     # The kernel writes 42 into all but the last.
     params = kernel.params(memory.data_ptr(), 32)
-    launch(7, params, memory[32:].data_ptr())
+    fill(0, memory[32:].data_ptr(), 7)
+    launch(7, params)
     assert memory.tolist() == [42] * 32 + [7]
     launch(5, params, memory[3:].data_ptr())
     assert memory.tolist() == [42] * 32 + [7]
@@ -217,7 +218,7 @@ def test_launches_go_to_the_device_of_the_tensors(fresh):
 
 
 def test_a_thread_that_has_not_used_cuda(fresh, inputs):
-    module.load(support.kernels_of(inputs.dtype, 64), 0)
+    module.load(specialise.kernels_of(inputs.dtype, 64), 0)
     with ThreadPoolExecutor(1) as pool:
         result = pool.submit(call, inputs).result()
     torch.testing.assert_close(result, call(inputs), rtol=0, atol=0)

@@ -10,8 +10,10 @@ import torch
 from support.hopper import starts_of
 from torch import Tensor
 
-from vsa_jit.backends.sm90 import forward, means, tiles
-from vsa_jit.backends.sm90.tiles import BOX_TOKENS, box_of, place_of, why_not_tma
+from vsa_jit.backends.sm90 import launches, schedule, tma
+from vsa_jit.backends.sm90.layout import box_of, divisor, token_layout, view_of
+from vsa_jit.backends.sm90.structs import BOX_TOKENS, AttendForwardParams, BlockMeansParams
+from vsa_jit.backends.sm90.tma import tensor_ref, why_not_tma
 from vsa_jit.grid import block_tokens
 from vsa_jit.jit.driver import TensorMap
 from vsa_jit.problem import Problem, Side
@@ -43,14 +45,14 @@ def launched(monkeypatch, problem: Problem, x: Tensor):
     """The parameters of the launch for q = k = v, with the tensor maps as they were asked for."""
     maps = []
 
-    def tensor_map(*arguments):
+    def encode_tensor_map(*arguments):
         maps.append(arguments)
         return TensorMap()
 
-    monkeypatch.setattr(tiles, "tensor_map", tensor_map)
-    monkeypatch.setattr(means.module, "launcher", lambda kernel, device: None)
-    prepared = means._prepared.__wrapped__(problem, x.dtype, 0, *[place_of(x)] * 3, None, None)
-    return prepared, maps
+    monkeypatch.setattr(tma, "encode_tensor_map", encode_tensor_map)
+    monkeypatch.setattr(launches.module, "launcher", lambda kernel, device: None)
+    launch = launches._block_means_launch.__wrapped__(problem, x.dtype, 0, *[tensor_ref(x)] * 3, None, None)
+    return launch, maps
 
 
 @pytest.mark.parametrize("memory", MEMORY)
@@ -64,32 +66,29 @@ def test_coordinates_reach_the_tokens_of_each_block(monkeypatch, memory, batch, 
     assert why_not_tma(x, grid) is None
     side = Side(heads, length, tile, grid, "bhsd")
     problem = Problem(batch, 64, side, side, 0.1)
-    prepared, maps = launched(monkeypatch, problem, x)
+    launch, maps = launched(monkeypatch, problem, x)
     _, address, dtype, extents, strides, box, _ = maps[0]
     assert (address, dtype) == (x.data_ptr(), torch.float16)
     assert all(0 < side <= 256 for side in box)
     assert all(stride * 2 % 16 == 0 and stride < 2**39 for stride in strides)
-    params, operand = prepared.params, prepared.params.operands[0]
-    assert prepared.blocks == 3 * batch * heads * problem.queries.num_blocks
+    layout, steps = launch.params.layouts[0], launch.params.operands[0].tensor.steps
+    assert launch.blocks == 3 * batch * heads * problem.queries.num_blocks
 
     memory_of = torch.as_strided(x, (x.untyped_storage().size() // 2,), (1,), 0)
     tokens = block_tokens(side, None, torch.device("cpu"))
     for b, h, block in itertools.product(range(batch), range(heads), range(problem.queries.num_blocks)):
-        channel = h * operand.steps.head_channel + b * operand.steps.batch_channel
-        outer = h * operand.steps.head_outer + b * operand.steps.batch_outer
-        row_of_tiles = block // operand.tiles_w
-        first = (
-            row_of_tiles // params.tiles_h * params.tile[0],
-            row_of_tiles % params.tiles_h * params.tile[1],
-            block % operand.tiles_w * params.tile[2],
-        )
-        offsets = []
-        for step in itertools.product(*(range(side) for side in params.tile)):
-            t, row, w = (at + by for at, by in zip(first, step, strict=True))
-            coordinates = (channel, w, row, t, outer)
-            if all(at < extent for at, extent in zip(coordinates, extents, strict=True)):
-                steps = sum(at * stride for at, stride in zip(coordinates[1:], strides, strict=True))
-                offsets.append(x.storage_offset() + channel + steps)
+        channel = h * steps.head_channel + b * steps.batch_channel
+        outer = h * steps.head_outer + b * steps.batch_outer
+        found = {}
+        for index in range(layout.boxes.value):
+            first = origin(layout, block, index)
+            for inside in itertools.product(*(range(side) for side in box[3:0:-1])):
+                t, row, w = (at + by for at, by in zip(first, inside, strict=True))
+                coordinates = (channel, w, row, t, outer)
+                if all(at < extent for at, extent in zip(coordinates, extents, strict=True)):
+                    offset = sum(at * stride for at, stride in zip(coordinates[1:], strides, strict=True))
+                    found[t, row, w] = x.storage_offset() + channel + offset
+        offsets = [found[at] for at in sorted(found)]
         expected = x[b, h, tokens[block][tokens[block] >= 0]]
         assert len(offsets) == len(expected)
         got = torch.stack([memory_of[offset : offset + 64] for offset in offsets])
@@ -100,28 +99,28 @@ def test_where_heads_are_neighbours_they_come_first(monkeypatch):
     for memory, expected in (("bhsd", 0), ("bshd", 1), ("bs3hd", 1)):
         x = tensor(memory, 1, 3, 210, 64)
         side = Side(3, 210, (4, 4, 4), (5, 6, 7), "bhsd")
-        prepared, _ = launched(monkeypatch, Problem(1, 64, side, side, 0.1), x)
-        assert prepared.params.heads_first == expected
+        launch, _ = launched(monkeypatch, Problem(1, 64, side, side, 0.1), x)
+        assert launch.params.heads_first == expected
 
 
 def quotient(divisor, x: int) -> int:
-    """``Divisor.quotient`` of ``kernels_src/vsa/tokens.cuh``."""
+    """``Divisor.quotient`` of ``kernels_src/vsa/layout.cuh``."""
     assert 0 <= 2 * x < 2**32
     return (2 * x * divisor.inverse >> 32) >> divisor.shift
 
 
-def origin(order, block: int, box: int) -> tuple[int, int, int]:
-    """``origin_of_box`` of ``kernels_src/vsa/tokens.cuh``."""
+def origin(layout, block: int, box: int) -> tuple[int, int, int]:
+    """``origin_of_box`` of ``kernels_src/vsa/layout.cuh``."""
 
     def position(width, height, index):
         row = quotient(width, index)
         t = quotient(height, row)
         return t, row - t * height.value, index - row * width.value
 
-    corner = position(order.tiles_w, order.tiles_h, block)
-    inside = position(order.boxes_w, order.boxes_h, box)
+    corner = position(layout.tiles_w, layout.tiles_h, block)
+    inside = position(layout.boxes_w, layout.boxes_h, box)
     return tuple(
-        at * getattr(order.tile, axis) + by * getattr(order.box, axis)
+        at * getattr(layout.tile, axis) + by * getattr(layout.box, axis)
         for axis, at, by in zip("thw", corner, inside, strict=True)
     )
 
@@ -139,21 +138,21 @@ def origin(order, block: int, box: int) -> tuple[int, int, int]:
 )
 def test_boxes_of_the_forward_reach_the_tokens_of_each_block(grid, tile, length, padded):
     side = Side(1, length, tile, grid, "bhsd")
-    order = forward._order(side, None, padded=padded)
-    assert 1 << order.box_w_log2 == order.box.w
-    assert 1 << order.box_hw_log2 == order.box.h * order.box.w
-    extent = [getattr(order.extent, axis) for axis in "thw"]
+    layout = token_layout(side, view_of(side, padded=padded), None)
+    assert 1 << layout.box_w_log2 == layout.box.w
+    assert 1 << layout.box_hw_log2 == layout.box.h * layout.box.w
+    extent = [getattr(layout.extent, axis) for axis in "thw"]
     assert math.prod(extent) == length
     tokens = block_tokens(side, None, torch.device("cpu"))
     for block in range(side.num_blocks):
         found = []
-        for box in range(order.boxes.value):
-            first = origin(order, block, box)
+        for box in range(layout.boxes.value):
+            first = origin(layout, block, box)
             for token in range(BOX_TOKENS):
                 inside = (
-                    token >> order.box_hw_log2,
-                    token >> order.box_w_log2 & (order.box.h - 1),
-                    token & (order.box.w - 1),
+                    token >> layout.box_hw_log2,
+                    token >> layout.box_w_log2 & (layout.box.h - 1),
+                    token & (layout.box.w - 1),
                 )
                 at = [start + by for start, by in zip(first, inside, strict=True)]
                 if all(position < side for position, side in zip(at, extent, strict=True)):
@@ -161,15 +160,15 @@ def test_boxes_of_the_forward_reach_the_tokens_of_each_block(grid, tile, length,
         assert sorted(found) == sorted(tokens[block][tokens[block] >= 0].tolist())
 
 
-@pytest.mark.parametrize("divisor", [1, 2, 3, 7, 13, 208, 1440, 65535, 2**30 - 1, 2**30, 2**30 + 1, 2**31 - 1])
-def test_divisors_divide(divisor):
-    record = forward._divisor(divisor)
-    assert record.value == divisor
+@pytest.mark.parametrize("value", [1, 2, 3, 7, 13, 208, 1440, 65535, 2**30 - 1, 2**30, 2**30 + 1, 2**31 - 1])
+def test_divisors_divide(value):
+    record = divisor(value)
+    assert record.value == value
     largest = 2**31 - 1
-    multiples = {multiple * divisor for multiple in (1, 7, 12345, largest // divisor)}
+    multiples = {multiple * value for multiple in (1, 7, 12345, largest // value)}
     for x in {0, 12345, largest - 1, largest} | {multiple + by for multiple in multiples for by in (-1, 0, 1)}:
         if x <= largest:
-            assert quotient(record, x) == x // divisor
+            assert quotient(record, x) == x // value
 
 
 def view(shape, strides, address=0, size=2):
@@ -206,15 +205,15 @@ def test_more_blocks_than_the_kernels_take(block, most):
         sides = (Side(1, blocks * block, (1, 1, block), None, "bhsd") for blocks in (query_blocks, key_blocks))
         return Problem(1, 64, *sides, 0.1)
 
-    assert forward.why_not_size(problem(2**20, most)) is None
-    reason = forward.why_not_size(problem(1, most + 1))
+    assert schedule.why_too_many_blocks(problem(2**20, most)) is None
+    reason = schedule.why_too_many_blocks(problem(1, most + 1))
     assert reason == f"the kernels take at most {most} key blocks, and there are {most + 1}"
-    reason = forward.why_not_size(problem(2**20 + 1, 1))
+    reason = schedule.why_too_many_blocks(problem(2**20 + 1, 1))
     assert reason == f"the kernels take at most {2**20} query blocks, and there are {2**20 + 1}"
 
 
 @pytest.mark.parametrize(
-    ("num_rows", "heads", "first_heads", "trio_rows", "groups"),
+    ("num_rows", "heads", "first_heads", "group_rows", "groups"),
     [
         (624, 12, 12, 3, 2496),
         (624, 3, 3, 3, 624),
@@ -226,21 +225,21 @@ def test_more_blocks_than_the_kernels_take(block, most):
         (2, 1, 1, 1, 2),
     ],
 )
-def test_groups_take_as_few_rounds_as_the_longest(num_rows, heads, first_heads, trio_rows, groups):
+def test_groups_take_as_few_rounds_as_the_longest(num_rows, heads, first_heads, group_rows, groups):
     """Of blocks of one box, on 132 multiprocessors."""
     processors = 132
-    assert forward._trios(num_rows, 1, heads, processors) == (first_heads, trio_rows)
-    long, short = (forward._cut(num_rows, max(1, rows), 1) for rows in (trio_rows, trio_rows - 1))
-    assert groups == first_heads * long.groups.value + (heads - first_heads) * short.groups.value
+    assert schedule._row_groups(num_rows, 1, heads, processors) == (first_heads, group_rows)
+    long, short = (schedule.head_partition(num_rows, max(1, rows), 1) for rows in (group_rows, group_rows - 1))
+    assert groups == first_heads * long.query_groups.value + (heads - first_heads) * short.query_groups.value
     assert -(-groups // processors) == -(-heads * -(-num_rows // 3) // processors)
 
 
 @pytest.mark.parametrize("boxes", [1, 2, 5])
 @pytest.mark.parametrize("num_rows", [1, 2, 3, 31, 128, 1000])
-@pytest.mark.parametrize("trio_rows", [1, 2, 3])
-def test_every_row_is_in_a_trio_and_a_window_has_a_lane_for_each(num_rows, trio_rows, boxes):
-    cut = forward._cut(num_rows, trio_rows if boxes == 1 else 3, boxes)
-    starts, windows = starts_of(cut, num_rows, boxes)
+@pytest.mark.parametrize("group_rows", [1, 2, 3])
+def test_every_row_is_in_a_trio_and_a_window_has_a_lane_for_each(num_rows, group_rows, boxes):
+    partition = schedule.head_partition(num_rows, group_rows if boxes == 1 else 3, boxes)
+    starts, windows = starts_of(partition, num_rows, boxes)
     assert starts[0] == 0
     assert starts[-1] == num_rows
     assert all(1 <= end - start <= 3 for start, end in itertools.pairwise(starts))
@@ -249,5 +248,5 @@ def test_every_row_is_in_a_trio_and_a_window_has_a_lane_for_each(num_rows, trio_
 
 
 def test_the_parameters_fit_a_launch():
-    assert ctypes.sizeof(means.Params) == 640 <= 4096
-    assert ctypes.sizeof(forward.Params) == 1152 <= 4096
+    assert ctypes.sizeof(BlockMeansParams) == 1024 <= 4096
+    assert ctypes.sizeof(AttendForwardParams) == 1152 <= 4096

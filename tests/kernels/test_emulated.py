@@ -1,5 +1,6 @@
 """The Hopper kernels on the CPU, where every run has another schedule of their threads."""
 
+import re
 import shutil
 from dataclasses import replace
 
@@ -9,7 +10,7 @@ from support import emulate
 from support.hopper import check_means, operands_of, problem_of
 from support.problems import Case, Inputs, steep
 
-from vsa_jit.backends.sm90 import forward, means
+from vsa_jit.backends.sm90 import launches
 from vsa_jit.jit.source import kernels_dir
 
 pytestmark = emulate.NEEDS_COMPILER
@@ -40,7 +41,7 @@ def test_forward(monkeypatch, case, dtype, head_dim, processors):
     emulate.emulate(monkeypatch, processors)
     inputs = Inputs(replace(case, head_dim=head_dim), "cpu", dtype)
     idx, num, block_map = inputs.uneven_indices()
-    out, lse, _ = forward.forward(problem_of(inputs), operands_of(inputs, idx, num), False)
+    out, lse, _ = launches.attend(problem_of(inputs), operands_of(inputs, idx, num), False)
     inputs.check_forward(inputs.bhsd(out), lse, block_map)
 
 
@@ -51,7 +52,7 @@ def test_scores_that_differ_by_hundreds(monkeypatch, order, dtype):
     inputs = Inputs(Case("steep", q_len=330, kv_len=1500, head_dim=64), "cpu", dtype)
     inputs.stretch_keys(steep(order, inputs.num_kv_blocks))
     idx, num, block_map = inputs.uneven_indices()
-    out, lse, _ = forward.forward(problem_of(inputs), operands_of(inputs, idx, num), False)
+    out, lse, _ = launches.attend(problem_of(inputs), operands_of(inputs, idx, num), False)
     inputs.check_forward(inputs.bhsd(out), lse, block_map)
 
 
@@ -63,7 +64,7 @@ def test_the_coarse_output_is_added(monkeypatch, layout, gate):
     inputs = Inputs(case, "cpu", torch.bfloat16)
     idx, num, _ = inputs.uneven_indices()
     problem, operands = problem_of(inputs), operands_of(inputs, idx, num)
-    alone, _, _ = forward.forward(problem, operands, False)
+    alone, _, _ = launches.attend(problem, operands, False)
     out_c = torch.randn(1, case.heads, problem.queries.num_blocks, 64)
     weight = inputs.gate.detach().expand(inputs.q.shape) if isinstance(gate, str) else gate
     with_coarse = operands._replace(
@@ -71,7 +72,7 @@ def test_the_coarse_output_is_added(monkeypatch, layout, gate):
         gate=weight if isinstance(gate, str) else None,
         gate_value=0.0 if isinstance(gate, str) else gate,
     )
-    out, _, out_s = forward.forward(problem, with_coarse, True)
+    out, _, out_s = launches.attend(problem, with_coarse, True)
     assert torch.equal(out_s, alone)
     coarse = out_c[:, :, inputs.q_block]
     added = inputs.bhsd(weight).float() * coarse if isinstance(gate, str) else weight * coarse
@@ -88,7 +89,7 @@ def test_block_means(monkeypatch, case, dtype, head_dim, processors):
     inputs = Inputs(replace(case, head_dim=head_dim), "cpu", dtype)
     problem = problem_of(inputs)
     operands = operands_of(inputs, *inputs.uneven_indices()[:2])
-    results = means.block_means(problem, operands.q, operands.k, operands.v, operands.q_sizes, operands.kv_sizes)
+    results = launches.block_means(problem, operands.q, operands.k, operands.v, operands.q_sizes, operands.kv_sizes)
     check_means(problem, inputs, results)
 
 
@@ -99,9 +100,9 @@ def test_a_key_block_that_does_not_exist_spoils_its_rows_only(monkeypatch, block
     idx, num, _ = inputs.uneven_indices()
     num.clamp_(min=1)
     idx = idx.clamp(max=11)
-    good, good_lse, _ = forward.forward(problem_of(inputs), operands_of(inputs, idx, num), False)
+    good, good_lse, _ = launches.attend(problem_of(inputs), operands_of(inputs, idx, num), False)
     idx[0, 0, 3, 0], idx[0, 1, 7, 0], idx[0, 1, 8, 0] = -1, 12, 2**31 - 1
-    out, lse, _ = forward.forward(problem_of(inputs), operands_of(inputs, idx, num), False)
+    out, lse, _ = launches.attend(problem_of(inputs), operands_of(inputs, idx, num), False)
     spoiled = torch.zeros(1, 2, 12, dtype=torch.bool)
     spoiled[0, 0, 3] = spoiled[0, 1, 7] = spoiled[0, 1, 8] = True
     rows = spoiled.repeat_interleave(block, -1)
@@ -112,57 +113,68 @@ def test_a_key_block_that_does_not_exist_spoils_its_rows_only(monkeypatch, block
     torch.testing.assert_close(lse[~rows], good_lse[~rows], rtol=1e-5, atol=1e-5)
 
 
-# Texts of the forward kernel, each with what takes its place.
+# Files of kernels_src/vsa without their comments: texts, each with what takes its place.
 BREAKS = {
     "a late lane misses that Q is free": (
-        "            wait(shared.q_empty[i], phases >> i & 1 ^ 1);\n"
-        "            // Every lane has seen it before it is free once more, in the other phase.\n"
-        "            __syncwarp();\n",
-        "            wait(shared.q_empty[i], phases >> i & 1 ^ 1);\n",
+        "attend_forward.cu",
+        "            wait(shared.q_barriers.empty[i], phases >> i & 1 ^ 1);\n            __syncwarp();\n",
+        "            wait(shared.q_barriers.empty[i], phases >> i & 1 ^ 1);\n",
     ),
     "nobody frees a stage for who has no use for it": (
-        "if (absent > 0) arrive(empty, absent * kWarpgroupWarps);",
+        "tile_queue.cuh",
+        "if (absent > 0) kittens::arrive(empty, absent * kittens::kWarpgroupWarps);",
         "",
     ),
     "V is given back while it is read": (
-        "            warpgroup::mma_async_wait<0>(out, p);\n            release(shared.v_empty[before.v_stage]);\n",
-        "            release(shared.v_empty[before.v_stage]);\n            warpgroup::mma_async_wait<0>(out, p);\n",
+        "attend_forward.cu",
+        "            warpgroup::mma_async_wait<0>(out, p);\n"
+        "            release(shared.v_barriers.empty[before.v_stage]);\n",
+        "            release(shared.v_barriers.empty[before.v_stage]);\n"
+        "            warpgroup::mma_async_wait<0>(out, p);\n",
     ),
     "probabilities change while they are read": (
-        "            warpgroup::mma_async_wait<0>(out, p);\n            release(shared.v_empty[before.v_stage]);\n"
-        "            soften(params, shared, tile, softmax, scores, p, out);\n",
-        "            soften(params, shared, tile, softmax, scores, p, out);\n"
-        "            warpgroup::mma_async_wait<0>(out, p);\n            release(shared.v_empty[before.v_stage]);\n",
+        "attend_forward.cu",
+        "            warpgroup::mma_async_wait<0>(out, p);\n"
+        "            release(shared.v_barriers.empty[before.v_stage]);\n"
+        "            softmax_step(params, shared, tile, softmax, scores, p, out);\n",
+        "            softmax_step(params, shared, tile, softmax, scores, p, out);\n"
+        "            warpgroup::mma_async_wait<0>(out, p);\n"
+        "            release(shared.v_barriers.empty[before.v_stage]);\n",
     ),
     "the next Q is loaded too early": (
+        "attend_forward.cu",
         "        if (left == 1) release(q_empty);\n",
         "",
         "        warpgroup::mma_async_wait<0>(scores);\n",
         "        if (left == num_tiles) release(q_empty);\n        warpgroup::mma_async_wait<0>(scores);\n",
     ),
     "rows are told before they are written": (
-        "        const int64_t first_row = last ? 0 : write_rows(params, number, shared.listing, item);\n"
+        "scheduler.cuh",
+        "        const int64_t first_row = last ? 0 : assign_rows(schedule, queries, number, scratch.readers, work);\n"
         "        __syncwarp();\n"
-        "        arrive(shared.rows_known[at.index]);\n",
-        "        arrive(shared.rows_known[at.index]);\n"
-        "        const int64_t first_row = last ? 0 : write_rows(params, number, shared.listing, item);\n"
+        "        kittens::arrive(work_tiles.rows_known[state.index]);\n",
+        "        kittens::arrive(work_tiles.rows_known[state.index]);\n"
+        "        const int64_t first_row = last ? 0 : assign_rows(schedule, queries, number, scratch.readers, work);\n"
         "        __syncwarp();\n",
     ),
     "a list is told before it is written": (
+        "scheduler.cuh",
         "        if (!last) write_list(",
-        "        arrive(shared.item_full[at.index]);\n        if (!last) write_list(",
-        "list_of(params, at));\n        arrive(shared.item_full[at.index]);\n",
-        "list_of(params, at));\n",
+        "        kittens::arrive(work_tiles.full[state.index]);\n        if (!last) write_list(",
+        "lists.at(state));\n        kittens::arrive(work_tiles.full[state.index]);\n",
+        "lists.at(state));\n",
     ),
     "a ticket is told before it is written": (
+        "tile_queue.cuh",
         "if (kIsK) ticket.k = code",
-        "arrive(shared.queue_full[j][entry]); if (kIsK) ticket.k = code",
-        "                        arrive(shared.queue_full[j][entry]);\n",
+        "kittens::arrive(queue.full[j][entry]); if (kIsK) ticket.k = code",
+        "                        kittens::arrive(queue.full[j][entry]);\n",
         "",
     ),
     "lanes of a loader do not wait for each other": (
-        "                wait(empty, phase ^ 1);\n                __syncwarp();\n",
-        "                wait(empty, phase ^ 1);\n",
+        "tile_queue.cuh",
+        "                kittens::wait(empty, phase ^ 1);\n                __syncwarp();\n",
+        "                kittens::wait(empty, phase ^ 1);\n",
     ),
 }
 
@@ -171,9 +183,10 @@ BREAKS = {
 def test_the_emulator_finds(monkeypatch, tmp_path, name):
     """Each of these mistakes, in some of its runs."""
     shutil.copytree(kernels_dir(), tmp_path / "src")
-    file = tmp_path / "src/vsa/attend_forward.cu"
-    source = file.read_text()
-    for text, broken in zip(BREAKS[name][::2], BREAKS[name][1::2], strict=True):
+    file_name, *texts = BREAKS[name]
+    file = tmp_path / "src/vsa" / file_name
+    source = re.sub(r"^ *//.*\n", "", file.read_text(), flags=re.MULTILINE)
+    for text, broken in zip(texts[::2], texts[1::2], strict=True):
         assert source.count(text) == 1
         source = source.replace(text, broken)
     file.write_text(source)
@@ -185,7 +198,7 @@ def test_the_emulator_finds(monkeypatch, tmp_path, name):
 
     def attend(sources):
         emulate.emulate(monkeypatch, 2, sources)
-        return forward.forward(problem_of(inputs), operands_of(inputs, idx, num), False)[0]
+        return launches.attend(problem_of(inputs), operands_of(inputs, idx, num), False)[0]
 
     expected = attend(None)
     for _ in range(60):

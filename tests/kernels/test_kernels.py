@@ -10,8 +10,7 @@ import pytest
 import torch
 import triton
 
-from vsa_jit.backends.sm90.means import DTYPES, HEAD_DIMS
-from vsa_jit.backends.sm90.support import ARCH, kernels_of
+from vsa_jit.backends.sm90.specialise import ARCH, DTYPES, HEAD_DIMS, kernels_of
 from vsa_jit.jit import toolchain
 from vsa_jit.jit.compile import run_worker
 from vsa_jit.jit.engines.nvcc import LINK_OPTIONS, NvccEngine

@@ -13,8 +13,8 @@ from support.hopper import operands_of, problem_of, starts_of
 from support.problems import Case, Inputs
 from torch import Tensor
 
-from vsa_jit.backends.sm90 import forward
-from vsa_jit.backends.sm90.tiles import BOX_TOKENS
+from vsa_jit.backends.sm90 import launches
+from vsa_jit.backends.sm90.structs import BOX_TOKENS, AttendForwardParams
 from vsa_jit.jit import module
 
 pytestmark = emulate.NEEDS_COMPILER
@@ -33,7 +33,7 @@ CASES = [
     *(Case(f"64, {boxes} boxes", q_len=700, kv_len=64 * boxes - 7, heads=1) for boxes in (100, 200, 400, 624)),
     Case("64, batch, grouped heads", q_len=700, batch=2, heads=6, kv_heads=3),
 ]
-# Of which heads some are cut into shorter trios, on so many multiprocessors.
+# Of which heads some are cut into shorter row groups, on so many multiprocessors.
 CUT_TWICE = [
     (Case("5 rows", q_len=320, heads=4), 5),
     (Case("2 rows", q_len=128, heads=4), 5),
@@ -53,7 +53,7 @@ class Group:
 
 def groups_of(
     monkeypatch, inputs: Inputs, idx: Tensor, num: Tensor, processors: int = 2
-) -> tuple[list[Group], forward.Params]:
+) -> tuple[list[Group], AttendForwardParams]:
     """All items of work of a call on a GPU with so many multiprocessors, and the parameters of its launch."""
     emulate.emulate(monkeypatch, processors)
     groups, launched = [], []
@@ -63,19 +63,22 @@ def groups_of(
         listing = replace(kernel, source="list_groups.cu", entry="list_groups", threads=32)
         run = emulate.launcher(listing, device)
 
-        def launch(blocks, params, counter):
+        def launch(blocks, params):
             launched.append(params)
-            of_groups = forward.Params.from_buffer_copy(params)
+            of_groups = AttendForwardParams.from_buffer_copy(params)
             # Twice the room that there is: what is too long shows.
-            of_groups.list_length = 2 * params.list_length
-            items = torch.zeros(params.num_groups, ITEM_WORDS, dtype=torch.int32)
-            tiles = torch.zeros(params.num_groups, of_groups.list_length, 4, dtype=torch.int32)
-            of_groups.lse, of_groups.lists = items.data_ptr(), tiles.data_ptr()
+            of_groups.lists.length = 2 * params.lists.length
+            num_groups = params.schedule.num_groups
+            items = torch.zeros(num_groups, ITEM_WORDS, dtype=torch.int32)
+            tiles = torch.zeros(num_groups, of_groups.lists.length, 4, dtype=torch.int32)
+            of_groups.lse, of_groups.lists.tiles = items.data_ptr(), tiles.data_ptr()
+            # Nobody takes work tiles.
+            of_groups.schedule.next = None
             run(1, of_groups)
             for item, tiles_of_item in zip(items.tolist(), tiles.tolist(), strict=True):
                 num_tiles, poisoned = item[9:11]
                 batch, head, kv_head = item[20:23]
-                assert num_tiles <= params.list_length
+                assert num_tiles <= params.lists.length
                 assert kv_head == head * (case.kv_heads or case.heads) // case.heads
                 listed = [tile_of(inputs, *tile) for tile in tiles_of_item[:num_tiles]]
                 groups.append(Group(batch * case.heads + head, item[0:3], item[3:6], item[6:9], poisoned, listed))
@@ -83,7 +86,7 @@ def groups_of(
         return launch
 
     monkeypatch.setattr(module, "launcher", launcher)
-    forward.forward(problem_of(inputs), operands_of(inputs, idx, num), False)
+    launches.attend(problem_of(inputs), operands_of(inputs, idx, num), False)
     return groups, launched[0]
 
 
@@ -130,7 +133,7 @@ def evenly_spread(tiles: list[tuple[int, int]]) -> list[int]:
     return [kind for _, kind in sorted(places)]
 
 
-def check(inputs: Inputs, idx: Tensor, num: Tensor, groups: list[Group], params: forward.Params) -> None:
+def check(inputs: Inputs, idx: Tensor, num: Tensor, groups: list[Group], params: AttendForwardParams) -> None:
     problem = problem_of(inputs)
     boxes, heads = problem.block // BOX_TOKENS, problem.batch * problem.queries.heads
     idx, lengths = idx.flatten(0, 1), num.clamp(0, idx.shape[-1]).flatten(0, 1)
@@ -172,16 +175,16 @@ def check(inputs: Inputs, idx: Tensor, num: Tensor, groups: list[Group], params:
                 assert of_kind == sorted(of_kind)
 
     for head in range(heads):
-        cut = params.cuts[0 if head < params.first_heads else 1]
-        starts, windows = starts_of(cut, problem.queries.num_blocks, boxes)
+        partition = params.schedule.partitions[0 if head < params.schedule.first_heads else 1]
+        starts, windows = starts_of(partition, problem.queries.num_blocks, boxes)
         of_head = [group for group in groups if group.head == head]
         for window, (first, end) in enumerate(itertools.pairwise(windows)):
             rows = range(starts[first], starts[end])
             from_longest = sorted(rows, key=lambda row: -work_class(int(lengths[head, row])))
-            for trio in range(first, end):
-                index = (trio - first) * cut.windows.value + window
+            for row_group in range(first, end):
+                index = (row_group - first) * partition.windows.value + window
                 members = {b for group in of_head[index * boxes : (index + 1) * boxes] for b in group.q_block} - {-1}
-                assert members == set(from_longest[starts[trio] - rows.start : starts[trio + 1] - rows.start])
+                assert members == set(from_longest[starts[row_group] - rows.start : starts[row_group + 1] - rows.start])
 
 
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
@@ -196,7 +199,7 @@ def test_heads_that_are_cut_into_shorter_trios(monkeypatch, case, processors):
     inputs = Inputs(replace(case, head_dim=64), "cpu", torch.bfloat16)
     idx, num, _ = inputs.uneven_indices()
     groups, params = groups_of(monkeypatch, inputs, idx, num, processors)
-    assert 0 < params.first_heads < case.batch * case.heads
+    assert 0 < params.schedule.first_heads < case.batch * case.heads
     check(inputs, idx, num, groups, params)
 
 
@@ -228,4 +231,4 @@ def test_the_longest_list(monkeypatch, block):
     num = torch.ones(1, 1, 9, dtype=torch.int32)
     groups, params = groups_of(monkeypatch, inputs, idx, num)
     check(inputs, idx, num, groups, params)
-    assert max(len(group.tiles) for group in groups) == params.list_length
+    assert max(len(group.tiles) for group in groups) == params.lists.length

@@ -16,8 +16,8 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from vsa_jit.backends.sm90 import forward, means, tiles
-from vsa_jit.jit import module
+from vsa_jit.backends.sm90 import launches, structs, tma
+from vsa_jit.jit import driver, module
 from vsa_jit.jit.driver import SWIZZLE_128B, TensorMap
 from vsa_jit.jit.kernel import Kernel
 from vsa_jit.jit.source import kernels_dir
@@ -73,9 +73,7 @@ def launcher(kernel: Kernel, device: int, sources: Path | None = None):
     """Instead of ``module.launcher``: launches wait for the end, and each has a schedule of its own."""
     compiled = _compiled(kernel, sources or kernels_dir())
 
-    def launch(blocks: int, params: ctypes.Structure, counter: int | None = None) -> None:
-        if counter is not None:
-            ctypes.c_int.from_address(counter).value = blocks
+    def launch(blocks: int, params: ctypes.Structure) -> None:
         alignment = 64
         space = ctypes.create_string_buffer(ctypes.sizeof(params) + alignment)
         address = ctypes.addressof(space) + -ctypes.addressof(space) % alignment
@@ -83,13 +81,19 @@ def launcher(kernel: Kernel, device: int, sources: Path | None = None):
         error = compiled.run(blocks, kernel.threads, int(torch.randint(2**62, ())), address)
         if error is not None:
             raise EmulationError(f"{kernel.label}: {error.decode()}")
-        # Every thread block has an item at first, and takes others until there are no more.
-        assert counter is None or ctypes.c_int.from_address(counter).value == blocks + params.num_groups
+        if isinstance(params, structs.AttendForwardParams) and params.schedule.next:
+            # Every thread block has a work tile at first, and takes others until there are no more.
+            assert ctypes.c_int.from_address(params.schedule.next).value == blocks + params.schedule.num_groups
 
     return launch
 
 
-def tensor_map(
+def fill(device: int, address: int, value: int) -> None:
+    """Instead of the driver's."""
+    ctypes.c_uint32.from_address(address).value = value
+
+
+def encode_tensor_map(
     device: int,
     address: int,
     dtype: torch.dtype,
@@ -108,10 +112,11 @@ def tensor_map(
 
 def emulate(monkeypatch: pytest.MonkeyPatch, processors: int, sources: Path | None = None) -> None:
     """Lets the ``sm90`` backend's launches run on this machine, as on a GPU with so many multiprocessors."""
-    # What was prepared knows its launcher.
-    forward._prepared.cache_clear()
-    means._prepared.cache_clear()
+    # What is kept of earlier launches knows their launcher.
+    launches._attend_launch.cache_clear()
+    launches._block_means_launch.cache_clear()
     monkeypatch.setattr(module, "launcher", functools.partial(launcher, sources=sources))
-    monkeypatch.setattr(tiles, "tensor_map", tensor_map)
+    monkeypatch.setattr(driver, "fill", fill)
+    monkeypatch.setattr(tma, "encode_tensor_map", encode_tensor_map)
     properties = SimpleNamespace(multi_processor_count=processors)
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: properties)

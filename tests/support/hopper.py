@@ -39,7 +39,10 @@ def check_means(problem: Problem, inputs: Inputs, results) -> None:
         assert error <= 2 * allowed + 2.0**-23 * exact.abs().max(), (name, float(error), float(allowed))
 
 
-def starts_of(cut, num_rows: int, boxes: int) -> tuple[list[int], list[int]]:
-    """The first row of each trio and the first trio of each window, and their ends, as ``vsa/groups.cuh`` has them."""
-    rows = [min(i * cut.trio_rows + min(i, cut.longer_trios), num_rows) for i in range(cut.groups.value // boxes + 1)]
-    return rows, [i * cut.window_trios + min(i, cut.longer_windows) for i in range(cut.windows.value + 1)]
+def starts_of(partition, num_rows: int, boxes: int) -> tuple[list[int], list[int]]:
+    """The first row of each row group and the first row group of each window, and their ends, as ``vsa/scheduler.cuh``
+    has them."""
+    groups = partition.query_groups.value // boxes
+    rows = [min(i * partition.group_rows + min(i, partition.longer_groups), num_rows) for i in range(groups + 1)]
+    windows = range(partition.windows.value + 1)
+    return rows, [i * partition.window_groups + min(i, partition.longer_windows) for i in windows]

@@ -51,7 +51,7 @@ def call(device: int, what: str, function: Callable[..., int], *arguments: objec
 
 
 @functools.lru_cache(maxsize=1024)
-def tensor_map(
+def encode_tensor_map(
     device: int,
     address: int,
     dtype: torch.dtype,
@@ -97,6 +97,16 @@ def tensor_map(
     return encoded
 
 
+def fill(device: int, address: int, value: int) -> None:
+    """Sets 32 bits on PyTorch's current stream of a device, and returns at once."""
+    if torch._C._cuda_getDevice() != device:
+        with torch.cuda.device(device):
+            return fill(device, address, value)
+    stream = ctypes.c_void_p(torch._C._cuda_getCurrentRawStream(device))
+    memset = libcuda().cuMemsetD32Async
+    call(device, "a fill of 32 bits", memset, ctypes.c_void_p(address), value, ctypes.c_size_t(1), stream)
+
+
 def allow_shared_memory(function: int, smem_bytes: int) -> None:
     """Lets a function be launched with this much dynamic shared memory."""
     status = libcuda().cuFuncSetAttribute(ctypes.c_void_p(function), _MAX_DYNAMIC_SHARED_SIZE_BYTES, smem_bytes)
@@ -120,24 +130,20 @@ class Launcher:
         self._threads = threads
         self._smem_bytes = smem_bytes
         self._launch = libcuda().cuLaunchKernel
-        self._fill = libcuda().cuMemsetD32Async
         allow_shared_memory(function, smem_bytes)
 
-    def __call__(self, blocks: int, params: ctypes.Structure, counter: int | None = None) -> None:
+    def __call__(self, blocks: int, params: ctypes.Structure) -> None:
         """Launches on PyTorch's current stream of the device, and returns at once.
 
         Args:
             blocks: thread blocks.
             params: the kernel's parameters, copied.
-            counter: the address of 32 bits that are the number of blocks when the kernel starts.
         """
         # As PyTorch and Triton ask inside: the public ways see first whether CUDA has started, and make objects.
         if torch._C._cuda_getDevice() != self._device:
             with torch.cuda.device(self._device):
-                return self(blocks, params, counter)
+                return self(blocks, params)
         stream = ctypes.c_void_p(torch._C._cuda_getCurrentRawStream(self._device))
-        if counter is not None:
-            call(self._device, self._label, self._fill, ctypes.c_void_p(counter), blocks, ctypes.c_size_t(1), stream)
         pointers = _OnePointer(ctypes.addressof(params))
         configuration = (self._function, blocks, 1, 1, self._threads, 1, 1, self._smem_bytes, stream)
         status = self._launch(*configuration, pointers, None)

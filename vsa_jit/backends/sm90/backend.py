@@ -1,7 +1,7 @@
 """The backend's functions. What has no CUDA kernel yet, Triton's kernels do."""
 
-from vsa_jit.backends.sm90.forward import forward
-from vsa_jit.backends.sm90.means import block_means
+from vsa_jit.backends.sm90.launches import attend as forward
+from vsa_jit.backends.sm90.launches import block_means
 from vsa_jit.backends.triton import backward, block_mean_backward, compact, invert, matmul, select
 
 __all__ = [

@@ -8,20 +8,12 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from vsa_jit.backends.sm90.forward import forward_kernel, why_not_size
-from vsa_jit.backends.sm90.means import DTYPES, HEAD_DIMS, block_means_kernel
-from vsa_jit.backends.sm90.tiles import why_not_tma
+from vsa_jit.backends.sm90.schedule import why_too_many_blocks
+from vsa_jit.backends.sm90.specialise import ARCH, DTYPES, HEAD_DIMS, kernels_of
+from vsa_jit.backends.sm90.tma import why_not_tma
 from vsa_jit.jit import engines, module, toolchain
 from vsa_jit.jit.errors import Unavailable
-from vsa_jit.jit.kernel import Kernel
 from vsa_jit.problem import Problem, bhsd
-
-ARCH = "9.0a"
-
-
-def kernels_of(dtype: torch.dtype, head_dim: int) -> list[Kernel]:
-    """All that one forward launches, whatever the size of its blocks."""
-    return [block_means_kernel(dtype, head_dim), forward_kernel(dtype, head_dim)]
 
 
 def prepare(problem: Problem, device: torch.device, dtype: torch.dtype) -> None:
@@ -39,7 +31,7 @@ def why_not(problem: Problem, dtype: torch.dtype, tensors: Sequence[Tensor]) -> 
         return f"the kernels are for bf16 and fp16, and q is {dtype}"
     if problem.head_dim not in HEAD_DIMS:
         return f"the kernels are for head dimensions {' and '.join(map(str, HEAD_DIMS))}, and q's is {problem.head_dim}"
-    reason = why_not_size(problem) or why_no_engine(engines.requested())
+    reason = why_too_many_blocks(problem) or why_no_engine(engines.requested())
     if reason is not None:
         return reason
     side = problem.queries

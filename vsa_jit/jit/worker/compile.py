@@ -9,6 +9,7 @@ import contextlib
 import ctypes
 import json
 import os
+import shlex
 import shutil
 import signal
 import sys
@@ -63,7 +64,8 @@ def compile_nvcc(folder: Path, job: dict) -> None:
         name="kernel",
         sources=[str(folder / "src" / job["main"])],
         extra_include_paths=[str(folder / "src")],
-        extra_cuda_cflags=job["options"],
+        # Ninja runs the compiler through a shell.
+        extra_cuda_cflags=[shlex.quote(option) for option in job["options"]],
         extra_ldflags=job["link_options"],
         build_directory=str(objects),
         is_python_module=False,

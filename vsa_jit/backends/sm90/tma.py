@@ -1,36 +1,29 @@
-"""How TMA reads blocks: a tensor in any order of tokens as five dimensions, and a block as boxes of 64 tokens."""
+"""How TMA reads q, k and v where they lie: a tensor in any memory order as the five dimensions of a tensor map."""
 
 from __future__ import annotations
 
-import ctypes
-import math
 from typing import NamedTuple, TypeAlias
 
 import torch
 from torch import Tensor
 
-from vsa_jit.jit.driver import SWIZZLE_NONE, TensorMap, tensor_map
+from vsa_jit.backends.sm90.layout import View
+from vsa_jit.backends.sm90.structs import HeadSteps, TokenTensor
+from vsa_jit.jit.driver import SWIZZLE_NONE, encode_tensor_map
 from vsa_jit.problem import Problem, Side, axes
 
-BOX_TOKENS = 64
 INT32_MAX = 2**31 - 1
 # TMA's rules: addresses and strides are multiples of 16 bytes, and strides less than 2^40 bytes.
 ALIGNMENT_BYTES = 16
 STRIDE_LIMIT_BYTES = 2**40
 
-
-# Where a tensor is: its address, and its strides in elements. And where the sizes of blocks are, and whether they are
-# of 64 bits. Bare tuples: every call makes some, and ones with names take several times as long.
-Place: TypeAlias = tuple[int, tuple[int, ...]]
-Sizes: TypeAlias = tuple[int, bool]
+# A tensor's address, and its strides in elements. A bare tuple: every call makes some, and one with names takes several
+# times as long.
+TensorRef: TypeAlias = tuple[int, tuple[int, ...]]
 
 
-def place_of(x: Tensor | None) -> Place | None:
+def tensor_ref(x: Tensor | None) -> TensorRef | None:
     return None if x is None else (x.data_ptr(), x.stride())
-
-
-def sizes_of(sizes: Tensor | None) -> Sizes | None:
-    return None if sizes is None else (sizes.data_ptr(), sizes.dtype == torch.int64)
 
 
 class Heads(NamedTuple):
@@ -48,17 +41,6 @@ class Heads(NamedTuple):
     batch_outer: int
 
 
-class HeadSteps(ctypes.Structure):
-    """The steps of ``Heads``, as ``kernels_src/vsa/tokens.cuh`` describes them."""
-
-    _fields_ = (
-        ("head_channel", ctypes.c_int),
-        ("batch_channel", ctypes.c_int),
-        ("head_outer", ctypes.c_int),
-        ("batch_outer", ctypes.c_int),
-    )
-
-
 def heads_of(batch: int, heads: int, head_dim: int, batch_stride: int, head_stride: int) -> Heads:
     """Fits batch and head into the last dimension or, where they do not go together, the nearer into the channels."""
     if batch == 1:
@@ -72,63 +54,39 @@ def heads_of(batch: int, heads: int, head_dim: int, batch_stride: int, head_stri
     return Heads((batch - 1) * batch_stride + head_dim, heads, head_stride, 0, 1, batch_stride, 0)
 
 
-def video_of(side: Side) -> tuple[int, int, int]:
-    """Tokens of a sequence along (t, h, w): one that is no video is one row of one frame."""
-    return (1, 1, side.length) if side.grid is None else side.grid
-
-
-def tile_of(side: Side) -> tuple[int, int, int]:
-    """A block along (t, h, w)."""
-    return (1, 1, side.block) if side.grid is None else side.tile
-
-
-def box_of(tile: tuple[int, int, int]) -> tuple[int, int, int]:
-    """A box of 64 tokens that tiles the block. There always is one: a multiple of 64 has six factors of two."""
-    sides = []
-    left = BOX_TOKENS
-    for side in reversed(tile):
-        part = math.gcd(side, left)
-        sides.append(part)
-        left //= part
-    return sides[2], sides[1], sides[0]
-
-
-def map_of(
+def token_tensor(
     problem: Problem,
     side: Side,
+    view: View,
     dtype: torch.dtype,
     device: int,
-    place: Place,
-    video: tuple[int, int, int],
-    box: tuple[int, int, int],
+    tensor: TensorRef,
     channels: int,
     swizzle: int = SWIZZLE_NONE,
-) -> tuple[TensorMap, HeadSteps]:
-    """The tensor map of q, k, v or a tensor like them, for boxes of so many channels, and where in it its heads are.
+) -> TokenTensor:
+    """The tensor map of q, k, v or a tensor like them, and where in it the heads are.
 
     Args:
-        side: whose tensor it is.
-        video: the sequence as (frames, height, width), see ``video_of``.
-        box: tokens of a box along (t, h, w).
+        side: whose tensor it is, and how TMA sees its tokens.
+        channels: how many of a head's a box has.
     """
-    address, strides = place
+    address, strides = tensor
     batch_stride, head_stride, token_stride, _ = (strides[axis] for axis in axes(side.layout))
-    in_map = heads_of(problem.batch, side.heads, problem.head_dim, batch_stride, head_stride)
-    frames, height, width = video
-    extents = (width, height, frames, in_map.outer)
-    steps = (token_stride, token_stride * width, token_stride * width * height, in_map.outer_stride)
-    encoded = tensor_map(
+    heads = heads_of(problem.batch, side.heads, problem.head_dim, batch_stride, head_stride)
+    frames, height, width = view.extent
+    extents = (width, height, frames, heads.outer)
+    steps = (token_stride, token_stride * width, token_stride * width * height, heads.outer_stride)
+    encoded = encode_tensor_map(
         device,
         address,
         dtype,
-        (in_map.channels, *extents),
+        (heads.channels, *extents),
         # What is one long is never stepped along, and any stride that TMA takes does.
         tuple(step if extent > 1 else problem.head_dim for extent, step in zip(extents, steps, strict=True)),
-        (channels, box[2], box[1], box[0], 1),
+        (channels, *reversed(view.box), 1),
         swizzle,
     )
-    steps_of_heads = HeadSteps(in_map.head_channel, in_map.batch_channel, in_map.head_outer, in_map.batch_outer)
-    return encoded, steps_of_heads
+    return TokenTensor(encoded, HeadSteps(heads.head_channel, heads.batch_channel, heads.head_outer, heads.batch_outer))
 
 
 def why_not_tma(x: Tensor, grid: tuple[int, int, int] | None) -> str | None:

@@ -1,0 +1,81 @@
+// From a warpgroup's registers to the output: where its rows go, the coarse output, and the stores.
+#pragma once
+
+#include "kittens/warpgroup.cuh"
+#include "vsa/scheduler.cuh"
+
+// Where the 64 rows of a consumer's query box belong. A lane has two of them.
+struct OutputRows {
+    int batch, head, block;
+    int64_t bh;
+    Extent3 origin;
+    int token[2];
+    bool exists[2];  // the token is inside the sequence
+    bool valid[2];
+
+    template <int kConsumers>
+    __device__ __forceinline__ OutputRows(const TokenLayout& queries, int heads, const WorkTile<kConsumers>& work, int consumer)
+        : batch(work.batch), head(work.head), block(work.group.block[consumer]), bh(int64_t(batch) * heads + head),
+          origin(work.origin[consumer]) {
+        const int box = work.group.box[consumer];
+        const int size = queries.sizes == nullptr ? kBoxTokens : valid_tokens_of_box(queries, block, box);
+#pragma unroll
+        for (int i = 0; i < 2; ++i) {
+            const int row = kittens::warpgroup::warpid() * 16 + kittens::laneid() / 4 + 8 * i;
+            const Extent3 inside = position_in_box(queries, row);
+            const Extent3 at = {origin.t + inside.t, origin.h + inside.h, origin.w + inside.w};
+            exists[i] = at.t < queries.extent.t && at.h < queries.extent.h && at.w < queries.extent.w;
+            valid[i] = exists[i] && row < size;
+            token[i] = (at.t * queries.extent.h + at.h) * queries.extent.w + at.w;
+        }
+    }
+};
+
+// The coarse output and its weight, one row for each query block.
+struct CoarseOutput {
+    const float* out_c;  // [batch, heads, num_q_blocks, head_dim], or null
+    const void* gate;    // like q, of its dtype or fp32; or null
+    int64_t gate_strides[4];
+    float gate_value;  // where gate is null
+    int gate_is_fp32;
+};
+
+template <typename T>
+__device__ __forceinline__ float load_gate(const CoarseOutput& coarse, int64_t offset) {
+    if (coarse.gate_is_fp32) return static_cast<const float*>(coarse.gate)[offset];
+    return kittens::unpack<T>(static_cast<const uint16_t*>(coarse.gate)[offset]).x;
+}
+
+// Adds the coarse output of the query block to its valid rows.
+template <typename T, int head_dim>
+__device__ __forceinline__ void add_coarse_output(const CoarseOutput& coarse, int num_q_blocks, const OutputRows& rows,
+                                                  kittens::rt_fl<16, head_dim>& out) {
+    const int first_channel = kittens::laneid() % 4 * 2;
+    const float* out_c = coarse.out_c + (rows.bh * num_q_blocks + rows.block) * head_dim;
+#pragma unroll
+    for (int i = 0; i < head_dim / 2; ++i) {
+        const int row = kittens::row_of(i), channel = i / 4 * 8 + first_channel + i % 2;
+        if (!rows.valid[row]) continue;
+        float weight = coarse.gate_value;
+        if (coarse.gate != nullptr) {
+            const auto& strides = coarse.gate_strides;
+            weight = load_gate<T>(coarse, rows.batch * strides[0] + rows.head * strides[1] + rows.token[row] * strides[2] +
+                                              channel * strides[3]);
+        }
+        out.data[i] += weight * out_c[channel];
+    }
+}
+
+// Stores the rows that exist, rounded to the output's dtype. `strides` are those of batches, heads and tokens.
+template <typename T, int head_dim>
+__device__ __forceinline__ void store_output(T* out, const int64_t (&strides)[3], const OutputRows& rows,
+                                             const kittens::rt_fl<16, head_dim>& values) {
+    T* row[2];
+#pragma unroll
+    for (int i = 0; i < 2; ++i) {
+        row[i] = out + rows.batch * strides[0] + rows.head * strides[1] + rows.token[i] * strides[2];
+    }
+    kittens::rt<T, 16, head_dim> rounded;
+    copy(rounded, values);
+    store_rows(row, rows.exists, rounded);
+}

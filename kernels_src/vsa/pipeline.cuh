@@ -1,0 +1,31 @@
+// Rings of stages between the warps of a thread block.
+#pragma once
+
+#include "kittens/semaphore.cuh"
+
+// The barriers of a ring: `full` ends a phase when the stage has been written, `empty` when it may be written again.
+template <int kStages>
+struct StageBarriers {
+    kittens::semaphore full[kStages], empty[kStages];
+};
+
+// Where the n-th use of a ring of N stages is: the stage, and the phase of its barriers.
+template <int N>
+struct PipelineState {
+    uint32_t index, phase;
+    __device__ __forceinline__ explicit PipelineState(uint32_t count) : index(count % N), phase(count / N % 2) {}
+};
+
+// Waits for two barriers. Their tests overlap, and usually both have completed.
+__device__ __forceinline__ void wait_both(kittens::semaphore& a, int phase_a, kittens::semaphore& b, int phase_b) {
+    const bool a_completed = kittens::test(a, phase_a), b_completed = kittens::test(b, phase_b);
+    if (__builtin_expect(!(a_completed && b_completed), 0)) {
+        kittens::wait(a, phase_a);
+        kittens::wait(b, phase_b);
+    }
+}
+
+// Gives a stage back, once for each warp that has read it.
+__device__ __forceinline__ void release(kittens::semaphore& empty) {
+    if (kittens::laneid() == 0) kittens::arrive(empty);
+}

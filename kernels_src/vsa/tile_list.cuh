@@ -1,0 +1,264 @@
+// The list of a query group: every key box that some of its rows select, once, in the order in which it is loaded.
+#pragma once
+
+#include "kittens/instructions.cuh"
+#include "vsa/block_index.cuh"
+#include "vsa/layout.cuh"
+
+// The blocks of a row group, -1: none, and the lengths of their rows.
+template <int kConsumers>
+struct RowGroup {
+    int block[kConsumers];
+    int length[kConsumers];
+};
+
+// Which row each consumer's query box belongs to. Consecutive boxes of one block have the same row, which the first of their
+// consumers, the reader, reads for all of them.
+template <int kConsumers>
+struct RowReaders {
+    RowGroup<kConsumers> rows;
+    int reader[kConsumers];
+    int length[kConsumers];  // entries that each consumer reads: 0 unless it is a reader
+};
+
+// The query boxes that are attended together, one for each consumer.
+template <int kConsumers>
+struct QueryGroup {
+    int block[kConsumers];      // -1: none
+    int box[kConsumers];        // of the block
+    int num_tiles_of[kConsumers];  // tiles that each attends
+    int num_tiles;              // tiles that are loaded for all of them
+    int poisoned;               // bit i: the row of consumer i names a column that does not exist
+};
+
+// A warp reads the rows of a group together: this many lanes read one row, and a cache line holds this many entries.
+template <int kConsumers>
+constexpr int kLanesPerRow = kittens::kWarpThreads / kConsumers;
+constexpr int kEntriesPerLine = 128 / sizeof(int);
+
+// A key box of a list: where it lies, which of its tokens are valid, and which consumers attend it.
+template <int kConsumers>
+struct alignas(VSA_KEY_TILE_BYTES) KeyTile {
+    static constexpr int kMaskShift = 32 - kConsumers;
+    static constexpr uint32_t kWhole = 0;  // every token is valid
+
+    int w, h;
+    uint32_t t_and_mask;
+    uint32_t valid;  // the first valid token, and the extents along t, h and w that are inside the video, a byte each
+
+    __device__ __forceinline__ int t() const { return t_and_mask & ((1u << kMaskShift) - 1); }
+    // Bit i: consumer i attends the box.
+    __device__ __forceinline__ int consumer_mask() const { return t_and_mask >> kMaskShift; }
+    __device__ __forceinline__ bool is_empty() const {
+        if (valid == kWhole) return false;
+        return (valid & 255) == kBoxTokens || (valid >> 8 & 255) == 0 || (valid >> 16 & 255) == 0 || valid >> 24 == 0;
+    }
+
+    __device__ __forceinline__ static KeyTile of(const TokenLayout& keys, int block, int box, int consumer_mask) {
+        Extent3 origin = origin_of_box(keys, block, box);
+        Extent3 extent = keys.box;
+        int first = 0;
+        if (keys.sizes != nullptr) {
+            // The box starts so far before its row that its valid tokens come last: TMA fills what is before the row with zeros,
+            // and reads none of the tokens that are not valid, which may hold NaN.
+            first = kBoxTokens - valid_tokens_of_box(keys, block, box);
+            origin.w = -first;
+        } else {
+            extent = extent_of_box(keys, origin);
+        }
+        const bool whole = first == 0 && extent.t == keys.box.t && extent.h == keys.box.h && extent.w == keys.box.w;
+        const uint32_t packed = first | max(extent.t, 0) << 8 | max(extent.h, 0) << 16 | max(extent.w, 0) << 24;
+        // A box that is outside along every axis packs to kWhole, and is empty.
+        const uint32_t valid = whole ? kWhole : packed == kWhole ? kBoxTokens : packed;
+        return {origin.w, origin.h, uint32_t(consumer_mask) << kMaskShift | uint32_t(origin.t), valid};
+    }
+};
+static_assert(sizeof(KeyTile<1>) == VSA_KEY_TILE_BYTES);
+
+// Whether a token of a box is valid, from the word that KeyTile::valid packs.
+__device__ __forceinline__ bool is_valid(const TokenLayout& keys, uint32_t valid, int token) {
+    const Extent3 at = position_in_box(keys, token);
+    return token >= int(valid & 255) && at.t < int(valid >> 8 & 255) && at.h < int(valid >> 16 & 255) && at.w < int(valid >> 24);
+}
+
+// What the warp that writes a list needs in shared memory. It covers a window of the key boxes at a time, a bit for each.
+template <int kConsumers>
+struct TileListScratch {
+    static constexpr int kWindow = 32 * kittens::kWarpThreads;
+    static constexpr int kMaxFound = 6 * kittens::kWarpThreads;
+    static constexpr int kFieldBits = 10;
+    // Boxes are sorted by consumer mask.
+    static constexpr int kMasks = 1 << kConsumers;
+
+    RowReaders<kConsumers> readers;
+    uint32_t selected[kConsumers][kittens::kWarpThreads];    // the bits of the window
+    uint16_t prefix[kMasks / 2][kittens::kWarpThreads][2];  // boxes of each mask up to and including each lane's
+    float total[kMasks];                                    // boxes of each mask
+    uint32_t found[kMaxFound];  // fields of kFieldBits: the box within the window, its mask, and its rank among those of its mask
+};
+
+// The bits of those boxes of a word whose consumer mask is this one.
+template <int kConsumers>
+__device__ __forceinline__ uint32_t boxes_of_mask(int mask, const uint32_t (&selected)[kConsumers]) {
+    uint32_t bits = kittens::kAllLanes;
+#pragma unroll
+    for (int i = 0; i < kConsumers; ++i) bits &= mask >> i & 1 ? selected[i] : ~selected[i];
+    return bits;
+}
+
+// Sets the bits of the boxes in a window that the rows of a group name and that have tokens. Returns whether this lane has read
+// a column that does not exist.
+template <int kConsumers, typename Index>
+__device__ __forceinline__ bool select_boxes(const Index& rows, const TokenLayout& keys, const QueryGroup<kConsumers>& group,
+                                             int64_t first_row, int first_box, TileListScratch<kConsumers>& scratch) {
+    using Scratch = TileListScratch<kConsumers>;
+    const int lane = kittens::laneid(), i = lane / kLanesPerRow<kConsumers>;
+    const int length = i < kConsumers ? scratch.readers.length[i] : 0;
+    const int* row = length > 0 ? rows.row(first_row + group.block[i]) : nullptr;
+    int entry = lane % kLanesPerRow<kConsumers>;
+    // Entries are read one step ahead, to hide the latency of global memory.
+    int next = entry < length ? row[entry] : 0;
+#pragma unroll
+    for (auto& of_row : scratch.selected) of_row[lane] = 0;
+    __syncwarp();
+    bool poisoned = false;
+#pragma unroll 1
+    while (entry < length) {
+        const int block = next;
+        entry += kLanesPerRow<kConsumers>;
+        if (entry < length) next = row[entry];
+        if (block < 0 || block >= rows.num_cols) {
+            poisoned = true;
+            continue;
+        }
+#pragma unroll 1
+        for (int box = 0; box < keys.boxes.value; ++box) {
+            const uint32_t bit = block * keys.boxes.value + box - first_box;
+            if (bit >= Scratch::kWindow || (keys.partial && KeyTile<kConsumers>::of(keys, block, box, 0).is_empty())) continue;
+            atomicOr(&scratch.selected[i][bit / 32], 1u << bit % 32);
+        }
+    }
+    __syncwarp();
+    return poisoned;
+}
+
+// Where a box goes in a window's part of the list. The boxes of each mask are spread evenly, so that all consumers advance at the
+// same rate, and are in ascending order, so that thread blocks that run at the same time read the same keys. Box p of the n of
+// its mask is at (2p + 1) / 2n of the list; its position is the number of boxes of all masks that come before that, the lower
+// mask first where they are equal.
+template <int kMasks>
+__device__ __forceinline__ int position_of(const float (&total)[kMasks], int mask, int rank) {
+    // Exact: the products are below 2^24, and adding a half keeps each quotient further from an integer than the rounding of the
+    // reciprocal can move it.
+    const float of_mask = total[mask], inverse = 1.0f / (2 * of_mask);
+    int position = 0;
+#pragma unroll
+    for (int other = 1; other < kMasks; ++other) {
+        position += static_cast<int>(((2 * rank + 1) * total[other] + (of_mask + (other < mask ? 0.5f : -0.5f))) * inverse);
+    }
+    return position;
+}
+
+// Inclusive prefix sums over the lanes.
+template <int n>
+__device__ __forceinline__ void prefix_sums(uint32_t (&x)[n]) {
+#pragma unroll 1
+    for (int step = 1; step < kittens::kWarpThreads; step *= 2) {
+#pragma unroll
+        for (int i = 0; i < n; ++i) {
+            const uint32_t other = __shfl_up_sync(kittens::kAllLanes, x[i], step);
+            if (kittens::laneid() >= step) x[i] += other;
+        }
+    }
+}
+
+// Writes the list of a query group and, into the group, how many tiles there are. One warp.
+//
+// Loops are unrolled only where that is needed: the first list of a thread block waits for every instruction to be fetched, and
+// other warps' loops need the instruction cache.
+template <int kConsumers, typename Index>
+__device__ __forceinline__ void write_list(const Index& rows, const TokenLayout& keys, int64_t first_row,
+                                           TileListScratch<kConsumers>& scratch, QueryGroup<kConsumers>& group,
+                                           KeyTile<kConsumers>* tiles) {
+    using Scratch = TileListScratch<kConsumers>;
+    static_assert(kConsumers >= 2 && kConsumers <= 4);
+    constexpr int kMasks = Scratch::kMasks, kFieldBits = Scratch::kFieldBits;
+    const int lane = kittens::laneid();
+    const int num_boxes = rows.num_cols * keys.boxes.value;
+    // A lane takes 2^span_log2 boxes of a window: these bits of a word.
+    const int span_log2 = num_boxes > Scratch::kWindow / 2 ? 5 : 32 - __clz(uint32_t(num_boxes - 1) / kittens::kWarpThreads);
+    const int word = (lane << span_log2) / 32;
+    const uint32_t bits = ((2u << ((1 << span_log2) - 1)) - 1) << (lane << span_log2) % 32;
+    bool poisoned = false;
+    int num_tiles = 0, own_tiles = 0;
+#pragma unroll 1
+    for (int first_box = 0; first_box < num_boxes; first_box += Scratch::kWindow) {
+        poisoned |= select_boxes(rows, keys, group, first_row, first_box, scratch);
+        uint32_t selected[kConsumers], left = 0;
+#pragma unroll
+        for (int i = 0; i < kConsumers; ++i) {
+            selected[i] = scratch.selected[scratch.readers.reader[i]][word] & bits;
+            left |= selected[i];
+            const int tiles = __reduce_add_sync(kittens::kAllLanes, __popc(selected[i]));
+            if (lane == i) own_tiles += tiles;
+        }
+        // Counts of two masks in each word, below 2^16 each. Mask 0 stands for all masks together.
+        uint32_t counts[kMasks / 2];
+#pragma unroll
+        for (int mask = 0; mask < kMasks; mask += 2) {
+            counts[mask / 2] =
+                __popc(mask == 0 ? left : boxes_of_mask(mask, selected)) | __popc(boxes_of_mask(mask + 1, selected)) << 16;
+        }
+        prefix_sums(counts);
+#pragma unroll
+        for (int i = 0; i < kMasks / 2; ++i) {
+            scratch.prefix[i][lane][0] = counts[i];
+            scratch.prefix[i][lane][1] = counts[i] >> 16;
+        }
+        __syncwarp();
+        if (lane < kMasks) scratch.total[lane] = scratch.prefix[lane / 2][kittens::kWarpThreads - 1][lane % 2];
+        const uint32_t end = counts[0] & 0xffff, num_found = __shfl_sync(kittens::kAllLanes, end, kittens::kWarpThreads - 1);
+        __syncwarp();
+
+        // Lanes find very different numbers of boxes. They gather them in shared memory, from the last to the first, so that then
+        // every lane writes as many tiles.
+        uint32_t slot = end;
+#pragma unroll 1
+        for (uint32_t gathered = num_found; gathered > 0;) {
+            const uint32_t begin = gathered - min(gathered, uint32_t(Scratch::kMaxFound));
+#pragma unroll 1
+            while (slot > begin && left != 0) {
+                const int bit = 31 - __clz(left);
+                left ^= 1u << bit;
+                uint32_t mask = 0;
+#pragma unroll
+                for (int i = 0; i < kConsumers; ++i) mask |= (selected[i] >> bit & 1) << i;
+                const uint32_t rank = --scratch.prefix[mask / 2][lane][mask % 2];
+                scratch.found[--slot - begin] = (rank << kFieldBits | mask) << kFieldBits | (word * 32 + bit);
+            }
+            __syncwarp();
+#pragma unroll 1
+            for (uint32_t i = begin + lane; i < gathered; i += kittens::kWarpThreads) {
+                const uint32_t found = scratch.found[i - begin];
+                const int rank = found >> 2 * kFieldBits, mask = found >> kFieldBits & (kMasks - 1);
+                const int box = first_box + (found & (Scratch::kWindow - 1)), block = keys.boxes.quotient(box);
+                tiles[num_tiles + position_of(scratch.total, mask, rank)] =
+                    KeyTile<kConsumers>::of(keys, block, box - block * keys.boxes.value, mask);
+            }
+            __syncwarp();
+            gathered = begin;
+        }
+        num_tiles += num_found;
+    }
+
+    const uint32_t poisoned_lanes = __ballot_sync(kittens::kAllLanes, poisoned);
+    const bool is_poisoned = lane < kConsumers && (poisoned_lanes >> scratch.readers.reader[lane] * kLanesPerRow<kConsumers>) %
+                                                          (1 << kLanesPerRow<kConsumers>) != 0;
+    const uint32_t poisoned_consumers = __ballot_sync(kittens::kAllLanes, is_poisoned);
+    if (lane < kConsumers) group.num_tiles_of[lane] = own_tiles;
+    if (lane == 0) {
+        group.poisoned = poisoned_consumers;
+        group.num_tiles = num_tiles;
+    }
+    __syncwarp();
+}

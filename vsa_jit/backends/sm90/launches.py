@@ -1,0 +1,164 @@
+"""The launches of the Hopper kernels: their parameters, their outputs, and what calls at the same addresses share."""
+
+from __future__ import annotations
+
+import functools
+import math
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from vsa_jit.backends.sm90 import specialise
+from vsa_jit.backends.sm90.layout import SizesRef, View, sizes_ref, token_layout, view_of
+from vsa_jit.backends.sm90.schedule import max_list_length, schedule_of
+from vsa_jit.backends.sm90.structs import KEY_TILE_BYTES, WORK_TILES, AttendForwardParams, BlockMeansParams, TileLists
+from vsa_jit.backends.sm90.tma import TensorRef, tensor_ref, token_tensor
+from vsa_jit.jit import driver, module
+from vsa_jit.problem import Operands, Problem, Side, axes, empty_like
+
+LOG2E = math.log2(math.e)
+# What TMA writes with a swizzle of 128 bytes: channels at a time.
+PANEL_CHANNELS = 64
+# The counter of work tiles lies behind the lists.
+COUNTER_BYTES = 4
+
+
+class _Launch(NamedTuple):
+    """All of a launch but the addresses that every call has anew."""
+
+    params: AttendForwardParams | BlockMeansParams
+    blocks: int
+    launcher: driver.Launcher
+    list_bytes: int = 0
+
+
+def block_means(
+    problem: Problem, q: Tensor, k: Tensor, v: Tensor | None, q_sizes: Tensor | None, kv_sizes: Tensor | None
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    queries, keys = problem.queries, problem.keys
+    q_c = q.new_empty((problem.batch, queries.heads, queries.num_blocks, problem.head_dim), dtype=torch.float32)
+    k_c = k.new_empty((problem.batch, keys.heads, keys.num_blocks, problem.head_dim), dtype=torch.float32)
+    v_c = None if v is None else torch.empty_like(k_c)
+    launch = _block_means_launch(
+        problem, q.dtype, q.get_device(), *map(tensor_ref, (q, k, v)), *map(sizes_ref, (q_sizes, kv_sizes))
+    )
+    params = BlockMeansParams.from_buffer_copy(launch.params)
+    for operand, mean in zip(params.operands, (q_c, k_c, v_c), strict=True):
+        operand.mean = None if mean is None else mean.data_ptr()
+    launch.launcher(launch.blocks, params)
+    return q_c, k_c, v_c
+
+
+@functools.lru_cache(maxsize=256)
+def _block_means_launch(
+    problem: Problem,
+    dtype: torch.dtype,
+    device: int,
+    q: TensorRef,
+    k: TensorRef,
+    v: TensorRef | None,
+    q_sizes: SizesRef | None,
+    kv_sizes: SizesRef | None,
+) -> _Launch:
+    params = BlockMeansParams()
+    sides = (problem.queries, problem.keys, problem.keys)
+    views = _views(problem, kv_sizes)
+    for operand, tensor, side, view in zip(params.operands, (q, k, v), sides, (*views, views[1]), strict=True):
+        if tensor is not None:
+            operand.tensor = token_tensor(problem, side, view, dtype, device, tensor, problem.head_dim)
+            operand.num_blocks, operand.heads = side.num_blocks, side.heads
+            operand.num_items = problem.batch * side.heads * side.num_blocks
+    for i, sizes in enumerate((q_sizes, kv_sizes)):
+        params.layouts[i] = token_layout(sides[i], views[i], sizes)
+    _, head_axis, token_axis, _ = axes(problem.queries.layout)
+    _, strides = q
+    params.heads_first = strides[head_axis] < strides[token_axis]
+    blocks = sum(operand.num_items for operand in params.operands)
+    return _Launch(params, blocks, module.launcher(specialise.block_means(dtype, problem.head_dim), device))
+
+
+def _views(problem: Problem, kv_sizes: SizesRef | None) -> tuple[View, View]:
+    """Queries and keys as TMA sees them."""
+    return view_of(problem.queries), view_of(problem.keys, padded=kv_sizes is not None)
+
+
+def attend(problem: Problem, operands: Operands, keep_out_s: bool) -> tuple[Tensor, Tensor, Tensor | None]:
+    q, k, v, q2k_idx, q2k_num, q_sizes, kv_sizes, out_c, gate, gate_value = operands
+    out = empty_like(q)
+    out_s = empty_like(q) if keep_out_s else None
+    lse = q.new_empty((problem.batch, problem.queries.heads, problem.queries.length), dtype=torch.float32)
+    q2k_idx, q2k_num = q2k_idx.contiguous(), q2k_num.contiguous()
+    device = q.get_device()
+    # Spelt out, which is quicker than a map: every call passes here.
+    launch = _attend_launch(
+        problem,
+        q.dtype,
+        device,
+        q2k_idx.shape[-1],
+        tensor_ref(q),
+        tensor_ref(k),
+        tensor_ref(v),
+        out.stride(),
+        sizes_ref(q_sizes),
+        sizes_ref(kv_sizes),
+    )
+    lists = q.new_empty(launch.list_bytes + COUNTER_BYTES, dtype=torch.uint8)
+    params = AttendForwardParams.from_buffer_copy(launch.params)
+    schedule, rows = params.schedule, params.schedule.rows
+    params.lists.tiles = lists.data_ptr()
+    schedule.next = counter = lists.data_ptr() + launch.list_bytes
+    rows.idx, rows.num = q2k_idx.data_ptr(), q2k_num.data_ptr()
+    params.out, params.lse = out.data_ptr(), lse.data_ptr()
+    if out_s is not None:
+        params.out_s = out_s.data_ptr()
+    if out_c is not None:
+        coarse, out_c = params.coarse, out_c.contiguous()
+        coarse.out_c, coarse.gate_value = out_c.data_ptr(), gate_value
+        if gate is not None:
+            gate = gate if gate.dtype in (q.dtype, torch.float32) else gate.float()
+            coarse.gate, coarse.gate_is_fp32 = gate.data_ptr(), gate.dtype == torch.float32
+            coarse.gate_strides[:] = [gate.stride(axis) for axis in axes(problem.queries.layout)]
+    # Every thread block has its first work tile already.
+    driver.fill(device, counter, launch.blocks)
+    launch.launcher(launch.blocks, params)
+    return out, lse, out_s
+
+
+@functools.lru_cache(maxsize=256)
+def _attend_launch(
+    problem: Problem,
+    dtype: torch.dtype,
+    device: int,
+    width: int,
+    q: TensorRef,
+    k: TensorRef,
+    v: TensorRef,
+    out_strides: tuple[int, ...],
+    q_sizes: SizesRef | None,
+    kv_sizes: SizesRef | None,
+) -> _Launch:
+    queries, keys = problem.queries, problem.keys
+    q_view, kv_view = _views(problem, kv_sizes)
+    processors = torch.cuda.get_device_properties(device).multi_processor_count
+    schedule = schedule_of(problem, width, processors)
+    blocks = min(processors, schedule.num_groups)
+    list_length = max_list_length(problem, width)
+
+    def tiles_of(tensor: TensorRef, side: Side, view: View):
+        return token_tensor(problem, side, view, dtype, device, tensor, PANEL_CHANNELS, driver.SWIZZLE_128B)
+
+    params = AttendForwardParams(
+        q=tiles_of(q, queries, q_view),
+        k=tiles_of(k, keys, kv_view),
+        v=tiles_of(v, keys, kv_view),
+        queries=token_layout(queries, q_view, q_sizes),
+        keys=token_layout(keys, kv_view, kv_sizes),
+        schedule=schedule,
+        lists=TileLists(length=list_length),
+        q_len=queries.length,
+        scale_log2=problem.softmax_scale * LOG2E,
+    )
+    params.out_strides[:] = [out_strides[axis] for axis in axes(queries.layout)[:3]]
+    launcher = module.launcher(specialise.attend_forward(dtype, problem.head_dim), device)
+    return _Launch(params, blocks, launcher, blocks * WORK_TILES * list_length * KEY_TILE_BYTES)
