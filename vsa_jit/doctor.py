@@ -11,8 +11,10 @@ from typing import Any
 import torch
 
 from vsa_jit.backends import choose
-from vsa_jit.jit import cache, engines, toolchain
-from vsa_jit.jit.cache import BadEntry, open_store
+from vsa_jit.jit import engines, toolchain
+from vsa_jit.jit.cache import location
+from vsa_jit.jit.cache.entry import BadEntry
+from vsa_jit.jit.cache.location import open_store
 from vsa_jit.jit.errors import JitError, Unavailable
 from vsa_jit.jit.toolchain import dotted
 from vsa_jit.names import check_name
@@ -43,7 +45,7 @@ def examine() -> dict[str, Any]:
         "settings": {
             choose.ENVIRONMENT_VARIABLE: _setting(choose.ENVIRONMENT_VARIABLE, _one_of(choose.NAMES)),
             engines.ENVIRONMENT_VARIABLE: _setting(engines.ENVIRONMENT_VARIABLE, _one_of(engines.NAMES)),
-            cache.ENVIRONMENT_VARIABLE: _setting(cache.ENVIRONMENT_VARIABLE, lambda name, value: open_store()),
+            location.ENVIRONMENT_VARIABLE: _setting(location.ENVIRONMENT_VARIABLE, lambda name, value: open_store()),
         },
         "engines": {engine.name: _verdict(engines.why_not(engine)) for engine in engines.ENGINES},
         "backends": {str(device): _backends(device) for device in _devices()},

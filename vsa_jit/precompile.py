@@ -12,7 +12,7 @@ import torch
 from vsa_jit.backends.sm90.specialise import DTYPES, HEAD_DIMS, kernels_of
 from vsa_jit.checks import check_block_size, check_int
 from vsa_jit.jit import engines, module
-from vsa_jit.jit.cache import open_store
+from vsa_jit.jit.cache.location import open_store
 from vsa_jit.jit.compile import entries_of
 from vsa_jit.jit.errors import CacheError
 from vsa_jit.jit.toolchain import ARCHS, CAPABILITIES, arch_named

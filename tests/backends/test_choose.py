@@ -11,7 +11,7 @@ from vsa_jit.backends import choose as chooser
 from vsa_jit.backends.choose import Entry, choose
 from vsa_jit.backends.sm90 import support
 from vsa_jit.jit import engines, toolchain
-from vsa_jit.jit.cache import open_store
+from vsa_jit.jit.cache.location import open_store
 from vsa_jit.jit.errors import CacheError, CompileError, JitError, LoadError, Unavailable
 from vsa_jit.problem import Problem
 

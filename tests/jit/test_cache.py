@@ -21,12 +21,19 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from support.caches import forget
 from support.processes import alive, pid_in, wait_until
 from support.toys import ARCH, HEADER, MAIN, NVRTC, toy, use_sources, write_sources
 
-from vsa_jit.jit import cache, toolchain
 from vsa_jit.jit import compile as compiling
-from vsa_jit.jit.cache import BadEntry, Entry, open_store
+from vsa_jit.jit import toolchain
+from vsa_jit.jit.cache import store
+from vsa_jit.jit.cache.entry import BadEntry, Entry, manifest_of
+from vsa_jit.jit.cache.location import open_store
+from vsa_jit.jit.cache.lock import LOCK_LIMIT_S, locked
+from vsa_jit.jit.cache.lookup import find
+from vsa_jit.jit.cache.permissions import why_replaceable
+from vsa_jit.jit.cache.store import Store
 from vsa_jit.jit.compile import entries_of
 from vsa_jit.jit.engines.nvcc import NvccEngine
 from vsa_jit.jit.errors import CacheError, CompileError
@@ -42,11 +49,6 @@ pytestmark = pytest.mark.usefixtures("sources")
 @pytest.fixture(autouse=True)
 def forgotten():
     """What one process remembers is not what the next test's would."""
-
-    def forget():
-        for remembered in (cache._open_store, cache.warn_not_kept, cache._warn_bad):
-            remembered.cache_clear()
-        cache._private_stores.clear()
 
     forget()
     yield forget
@@ -152,12 +154,12 @@ def after(owner, name):
 
 
 STAGES = {
-    "with the lock": before(cache.Store, "_compile"),
+    "with the lock": before(Store, "_compile"),
     "with the private folder": before(NVRTC.__class__, "write_job"),
     "with the job": after(NVRTC.__class__, "write_job"),
     "with the compiler started": before(compiling, "_exit_code"),
-    "with the artefact": before(cache.Store, "publish"),
-    "with the entry written": before(cache, "check_entry"),
+    "with the artefact": before(Store, "publish"),
+    "with the entry written": before(store, "check_entry"),
     "before the rename": before(os, "rename"),
     "after the rename": after(os, "rename"),
 }
@@ -176,7 +178,7 @@ def test_a_killed_process_leaves_nothing_in_the_way(folder, monkeypatch, stage):
     start = time.monotonic()
     entry = get()
     assert time.monotonic() - start < 20
-    assert cache.find(entry.recipe) == entry
+    assert find(entry.recipe) == entry
     assert [type(found) for _, found in open_store().entries()] == [Entry, Entry]
     if stage != "after the rename":
         assert list((folder / "sm_90a" / "build").iterdir()) == []
@@ -261,7 +263,7 @@ def writable_by_others(entry, other):
 def no_code(entry, other):
     artefact = b"a text"
     entry.artefact.write_bytes(artefact)
-    (entry.folder / "manifest.json").write_text(cache.manifest_of(entry.recipe, artefact))
+    (entry.folder / "manifest.json").write_text(manifest_of(entry.recipe, artefact))
 
 
 @pytest.mark.parametrize(
@@ -277,7 +279,7 @@ def test_a_bad_entry_is_dropped_and_rebuilt_with_one_warning(folder, compiles, c
     for _ in range(3):
         rebuilt = get()
         assert rebuilt == entry
-        assert cache.find(entry.recipe) == entry
+        assert find(entry.recipe) == entry
     assert compiles() == 3
     (record,) = [record for record in caplog.records if record.levelno >= logging.WARNING]
     assert record.getMessage().startswith(f"dropped the compiled kernel at {entry.folder}: ")
@@ -437,7 +439,7 @@ def test_no_home(monkeypatch, tmp_path, caplog, home):
 
 def test_the_private_folder_ends_with_its_process(lose_home):
     lose_home()
-    code = "from vsa_jit.jit.cache import open_store; print(open_store().root)"
+    code = "from vsa_jit.jit.cache.location import open_store; print(open_store().root)"
     run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=ROOT)
     path = Path(run.stdout.strip())
     assert path.name.startswith("vsa_jit-")
@@ -633,7 +635,7 @@ def test_a_parent_that_a_shared_group_can_write_to_is_refused(monkeypatch, tmp_p
     monkeypatch.setattr(os, "getgid", lambda: user)
     (tmp_path / "own").mkdir()
     if group == user:
-        assert cache.why_replaceable(parent / "cache") is None
+        assert why_replaceable(parent / "cache") is None
     monkeypatch.setattr(os, "getgid", lambda: user + 1)
     with pytest.raises(CacheError, match=f"but {parent} can be written to by others"):
         get()
@@ -655,7 +657,7 @@ def test_a_home_of_somebody_else_is_left_alone(monkeypatch, tmp_path, caplog):
 
 def test_looking_makes_no_folder(folder):
     assert list(open_store().entries()) == []
-    assert cache.find(NVRTC.recipe(toy(), ARCH)) is None
+    assert find(NVRTC.recipe(toy(), ARCH)) is None
     assert not folder.exists()
 
 
@@ -685,14 +687,14 @@ def test_a_process_that_holds_the_lock_and_does_not_go_on(folder, monkeypatch, c
 
     def work():
         lock = folder / "sm_90a" / "locks" / f"{NVRTC.recipe(toy(), ARCH).key}.lock"
-        with cache._locked(lock, threading.Event()):
+        with locked(lock, threading.Event()):
             held.set()
             time.sleep(60)
 
     child = fork.Process(target=work)
     child.start()
     assert held.wait(30)
-    monkeypatch.setattr(cache, "LOCK_LIMIT_S", 0.2)
+    monkeypatch.setattr("vsa_jit.jit.cache.lock.LOCK_LIMIT_S", 0.2)
     assert not get().folder.is_relative_to(folder)
     assert "another process holds the lock" in only_warning(caplog)
     child.kill()
@@ -725,7 +727,7 @@ def test_a_forked_child_does_not_remove_the_private_folder(monkeypatch, tmp_path
     code = f"""
 import os, tempfile
 tempfile.tempdir = {str(tmp_path)!r}
-from vsa_jit.jit.cache import private_store
+from vsa_jit.jit.cache.location import private_store
 root = private_store().root
 child = os.fork()
 if child == 0:
@@ -745,7 +747,7 @@ def test_a_forked_child_makes_its_own_private_folder(monkeypatch, tmp_path, lose
     roots = fork.Queue()
 
     def work():
-        assert cache.find(mine.recipe) is None
+        assert find(mine.recipe) is None
         roots.put((open_store().root, get().folder))
 
     assert in_child(work) == 0
@@ -774,9 +776,9 @@ def test_nowhere_to_write_is_an_error_with_a_name(monkeypatch, lose_home):
 
 def misses(monkeypatch) -> list[None]:
     """The first two looks into the cache find nothing; gives those that are left."""
-    load = cache.Store.load
+    load = Store.load
     answers = [None, None]
-    monkeypatch.setattr(cache.Store, "load", lambda store, recipe: answers.pop() if answers else load(store, recipe))
+    monkeypatch.setattr(Store, "load", lambda store, recipe: answers.pop() if answers else load(store, recipe))
     return answers
 
 
@@ -792,7 +794,7 @@ def test_what_another_host_is_compiling_is_left_alone(folder, monkeypatch):
     """Its locks do not reach this one, and only time tells that its process was killed."""
     get(toy(7))
     key = NVRTC.recipe(toy(), ARCH).key
-    running, ended, ours = (folder / "sm_90a" / "build" / f"{key}-{name}-x" for name in ("a", "b", cache._host()))
+    running, ended, ours = (folder / "sm_90a" / "build" / f"{key}-{name}-x" for name in ("a", "b", store._host()))
     for private in (running, ended, ours):
         private.mkdir()
     make_old(ended)
@@ -850,11 +852,11 @@ def test_clear_leaves_running_compiles_alone(folder):
     key = NVRTC.recipe(toy(), ARCH).key
     build = folder / "sm_90a" / "build"
     running, ended, elsewhere = (
-        build / f"{name}-x" for name in (f"{key}-{cache._host()}", f"{'f' * 64}-{cache._host()}", f"{'e' * 64}-another")
+        build / f"{name}-x" for name in (f"{key}-{store._host()}", f"{'f' * 64}-{store._host()}", f"{'e' * 64}-another")
     )
     for private in (running, ended, elsewhere):
         private.mkdir()
-    with cache._locked(folder / "sm_90a" / "locks" / f"{key}.lock", threading.Event()):
+    with locked(folder / "sm_90a" / "locks" / f"{key}.lock", threading.Event()):
         assert open_store().clear() == 1
         assert [private.exists() for private in (running, ended, elsewhere)] == [True, False, True]
     make_old(elsewhere)
@@ -864,12 +866,12 @@ def test_clear_leaves_running_compiles_alone(folder):
 
 def make_old(private: Path) -> None:
     """Older than any compile that could still run."""
-    then = time.time() - cache.LOCK_LIMIT_S - 60
+    then = time.time() - LOCK_LIMIT_S - 60
     os.utime(private, (then, then))
 
 
 def test_clear_where_no_lock_was_ever_made(folder):
-    left = folder / "sm_90a" / "build" / f"{'f' * 64}-{cache._host()}-x"
+    left = folder / "sm_90a" / "build" / f"{'f' * 64}-{store._host()}-x"
     left.mkdir(parents=True)
     open_store().clear()
     assert not left.exists()

@@ -10,13 +10,16 @@ from pathlib import Path
 
 import pytest
 import torch
+from support.caches import forget
 from support.toys import ARCH, NVRTC, toy
 
 import vsa_jit
 from vsa_jit import cli, doctor, precompile
 from vsa_jit.backends.sm90 import support
-from vsa_jit.jit import cache, engines, toolchain
+from vsa_jit.jit import engines, toolchain
 from vsa_jit.jit.archive import export_entries, import_entries
+from vsa_jit.jit.cache.location import open_store
+from vsa_jit.jit.cache.lookup import find
 from vsa_jit.jit.compile import entries_of
 from vsa_jit.jit.errors import CacheError, Unavailable
 
@@ -27,10 +30,9 @@ def folder(tmp_path, monkeypatch) -> Path:
     for variable in ("VSA_JIT_ENGINE", "VSA_JIT_BACKEND"):
         monkeypatch.delenv(variable, raising=False)
     monkeypatch.setenv("VSA_JIT_CACHE_DIR", str(path))
-    cache._open_store.cache_clear()
-    cache._private_stores.clear()
+    forget()
     yield path
-    cache._open_store.cache_clear()
+    forget()
 
 
 @pytest.fixture
@@ -106,7 +108,7 @@ def test_warmup_of_a_full_cache_that_can_only_be_read(no_gpu, folder, monkeypatc
     assert command(*arguments) == 0
     access = os.access
     monkeypatch.setattr(os, "access", lambda path, *mode: Path(path) != folder and access(path, *mode))
-    cache._open_store.cache_clear()
+    forget()
     assert command(*arguments) == 0
 
 
@@ -196,15 +198,15 @@ def test_export_and_import(entries, capsys, folder, tmp_path):
         f"took 2 kernels into {folder}; 0 were there already",
         f"took 0 kernels into {folder}; 2 were there already",
     ]
-    found = {entry.recipe.key: entry.artefact.read_bytes() for _, entry in cache.open_store().entries()}
+    found = {entry.recipe.key: entry.artefact.read_bytes() for _, entry in open_store().entries()}
     assert found == contents
-    assert [cache.find(entry.recipe) for entry in entries] == entries
+    assert [find(entry.recipe) for entry in entries] == entries
     assert stat.S_IMODE(archive.stat().st_mode) == 0o644
 
 
 def test_export_leaves_bad_entries_out(entries, tmp_path):
     entries[0].artefact.write_bytes(b"")
-    assert export_entries(cache.open_store(), tmp_path / "kernels.tar.gz") == 1
+    assert export_entries(open_store(), tmp_path / "kernels.tar.gz") == 1
 
 
 def test_an_export_that_fails_leaves_no_file(entries, tmp_path, monkeypatch, capsys):
@@ -212,7 +214,7 @@ def test_an_export_that_fails_leaves_no_file(entries, tmp_path, monkeypatch, cap
     target.parent.mkdir()
     monkeypatch.setattr(tarfile.TarFile, "addfile", lambda *args: 1 / 0)
     with pytest.raises(ZeroDivisionError):
-        export_entries(cache.open_store(), target)
+        export_entries(open_store(), target)
     assert list(target.parent.iterdir()) == []
     assert command("cache", "export", str(tmp_path / "nowhere" / "kernels.tar.gz")) == 1
     assert "nowhere" in capsys.readouterr().err
@@ -307,10 +309,10 @@ def test_import_takes_nothing_of_a_broken_archive(entries, tmp_path, folder, bro
     good, other = (entry_files(entry) for entry in entries)
     archive = packed(tmp_path / "broken.tar.gz", {**other, **BROKEN[broken](good)})
     shutil.rmtree(folder)
-    cache._open_store.cache_clear()
+    forget()
     with pytest.raises(CacheError, match=f"{archive}: expected an archive of `vsa-jit cache export`"):
-        import_entries(cache.open_store(), archive)
-    assert list(cache.open_store().entries()) == []
+        import_entries(open_store(), archive)
+    assert list(open_store().entries()) == []
     assert not (tmp_path / "outside").exists()
 
 
@@ -331,30 +333,30 @@ def test_import_refuses_a_member_twice(entries, tmp_path):
             member.size = len(content)
             written.addfile(member, io.BytesIO(content))
     with pytest.raises(CacheError, match="is in it twice"):
-        import_entries(cache.open_store(), archive)
+        import_entries(open_store(), archive)
 
 
 def test_import_refuses_what_would_fill_the_memory(entries, tmp_path, monkeypatch):
     archive = tmp_path / "kernels.tar.gz"
-    export_entries(cache.open_store(), archive)
+    export_entries(open_store(), archive)
     monkeypatch.setattr("vsa_jit.jit.archive.LARGEST_ARCHIVE", 1 << 10)
     with pytest.raises(CacheError, match="of at most"):
-        import_entries(cache.open_store(), archive)
+        import_entries(open_store(), archive)
 
 
 def test_import_into_a_folder_that_does_not_take_it(entries, tmp_path, folder):
     archive = tmp_path / "kernels.tar.gz"
-    export_entries(cache.open_store(), archive)
+    export_entries(open_store(), archive)
     shutil.rmtree(folder)
     (folder / "sm_90a").mkdir(parents=True)
     (folder / "sm_90a").chmod(0o777)
     with pytest.raises(CacheError, match=r"cannot be written to: .* can be written to by others"):
-        import_entries(cache.open_store(), archive)
+        import_entries(open_store(), archive)
 
 
 def test_import_where_nothing_is_kept(entries, tmp_path, capsys, lose_home):
     archive = tmp_path / "kernels.tar.gz"
-    export_entries(cache.open_store(), archive)
+    export_entries(open_store(), archive)
     lose_home()
     assert command("cache", "import", str(archive)) == 1
     assert "ends with this process" in capsys.readouterr().err
@@ -362,10 +364,10 @@ def test_import_where_nothing_is_kept(entries, tmp_path, capsys, lose_home):
 
 def test_import_refuses_half_an_archive(entries, tmp_path):
     archive = tmp_path / "kernels.tar.gz"
-    export_entries(cache.open_store(), archive)
+    export_entries(open_store(), archive)
     archive.write_bytes(archive.read_bytes()[: archive.stat().st_size // 2])
     with pytest.raises(CacheError, match="expected an archive"):
-        import_entries(cache.open_store(), archive)
+        import_entries(open_store(), archive)
 
 
 def test_a_folder_that_cannot_be_used(monkeypatch, capsys):

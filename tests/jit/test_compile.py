@@ -16,11 +16,13 @@ from pathlib import Path
 
 import pytest
 import torch
+from support.caches import forget
 from support.processes import alive, pid_in, wait_until
 from support.toys import ARCH, HEADER, MAIN, NVRTC, toy, write_sources
 
-from vsa_jit.jit import cache, engines, module, progress, toolchain
 from vsa_jit.jit import compile as compiling
+from vsa_jit.jit import engines, module, progress, toolchain
+from vsa_jit.jit.cache.lock import locked
 from vsa_jit.jit.compile import entries_of
 from vsa_jit.jit.engines.nvcc import NvccEngine
 from vsa_jit.jit.errors import CompileError, LoadError, NotWarmError, Unavailable
@@ -39,10 +41,9 @@ pytestmark = pytest.mark.usefixtures("sources")
 def folder(tmp_path, monkeypatch) -> Path:
     path = tmp_path / "cache"
     monkeypatch.setenv("VSA_JIT_CACHE_DIR", str(path))
-    cache._open_store.cache_clear()
+    forget()
     yield path
-    cache._open_store.cache_clear()
-    cache._private_stores.clear()
+    forget()
 
 
 def get(engine=NVRTC, **kwargs):
@@ -266,7 +267,7 @@ def test_ctrl_c_ends_a_compile_at_once(ninja_like):
 def test_ctrl_c_ends_the_wait_for_another_process(folder, monkeypatch):
     get(addend=7)
     lock = folder / "sm_90a" / "locks" / f"{NVRTC.recipe(toy(), ARCH).key}.lock"
-    with cache._locked(lock, threading.Event()):
+    with locked(lock, threading.Event()):
         child = forked_get()
         time.sleep(1)
         os.kill(child, signal.SIGINT)
@@ -443,6 +444,7 @@ SHOW = """
 import sys
 sys.path[:0] = {paths!r}
 from support.toys import *
+from vsa_jit.jit.cache.lock import locked
 from vsa_jit.jit.compile import entries_of
 from vsa_jit.jit.engines import base
 from pathlib import Path

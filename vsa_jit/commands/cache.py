@@ -6,7 +6,8 @@ import argparse
 from pathlib import Path
 
 from vsa_jit.jit.archive import export_entries, import_entries
-from vsa_jit.jit.cache import BadEntry, open_store
+from vsa_jit.jit.cache.entry import BadEntry
+from vsa_jit.jit.cache.location import open_store
 from vsa_jit.text import counted
 
 SUMMARY = "list, clear, export or import compiled kernels"

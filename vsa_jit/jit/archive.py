@@ -13,7 +13,8 @@ import zlib
 from functools import partial
 from pathlib import Path
 
-from vsa_jit.jit.cache import MANIFEST, BadEntry, Entry, Recipe, Store, check_entry
+from vsa_jit.jit.cache.entry import MANIFEST, BadEntry, Entry, Recipe, check_entry
+from vsa_jit.jit.cache.store import Store
 from vsa_jit.jit.errors import CacheError
 from vsa_jit.jit.toolchain import ARCHS
 

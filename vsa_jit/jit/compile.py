@@ -13,8 +13,10 @@ from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from pathlib import Path
 
-from vsa_jit.jit import cache, progress
-from vsa_jit.jit.cache import Entry, Recipe
+from vsa_jit.jit import progress
+from vsa_jit.jit.cache.entry import Entry, Recipe
+from vsa_jit.jit.cache.location import open_store
+from vsa_jit.jit.cache.lookup import find, find_or_build
 from vsa_jit.jit.engines.base import Engine
 from vsa_jit.jit.errors import CompileError, Unavailable
 from vsa_jit.jit.kernel import Kernel
@@ -40,10 +42,10 @@ def entries_of(kernels: Sequence[Kernel], arch: str, engine: Engine, *, target: 
         CompileError: one does not compile.
     """
     recipes = [engine.recipe(kernel, arch) for kernel in kernels]
-    found = {recipe: cache.find(recipe) for recipe in recipes}
+    found = {recipe: find(recipe) for recipe in recipes}
     missing = {recipe: kernel for recipe, kernel in zip(recipes, kernels, strict=True) if found[recipe] is None}
     if missing:
-        store = cache.open_store()
+        store = open_store()
         where = store.root / ARCHS[arch] if store.kept and store.writable else None
         cancelled = threading.Event()
         labels = [recipe.label for recipe in missing]
@@ -92,7 +94,7 @@ def _entry_of(kernel: Kernel, recipe: Recipe, engine: Engine, cancelled: threadi
         run_worker(kernel.label, folder, artefact, cancelled)
         return artefact.read_bytes()
 
-    return cache.find_or_build(recipe, make, cancelled)
+    return find_or_build(recipe, make, cancelled)
 
 
 def run_worker(label: str, folder: Path, artefact: Path, cancelled: threading.Event) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Iterable
 
-from vsa_jit.jit import cache
+from vsa_jit.jit.cache.lookup import find
 from vsa_jit.jit.engines.base import Engine
 from vsa_jit.jit.engines.nvcc import NvccEngine
 from vsa_jit.jit.engines.nvrtc import NvrtcEngine
@@ -49,7 +49,7 @@ def choose(kernels: Iterable[Kernel], arch: str, name: str = "auto") -> Engine:
         reason = why_not(engine)
         if reason is not None:
             reasons.append(Unavailable(f"{engine.name}: {reason.reason}", reason.mend))
-        elif all(cache.find(engine.recipe(kernel, arch)) for kernel in kernels):
+        elif all(find(engine.recipe(kernel, arch)) for kernel in kernels):
             return engine
         else:
             first = first or engine

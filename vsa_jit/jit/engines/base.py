@@ -8,7 +8,7 @@ import sys
 from pathlib import Path
 from typing import Any, Protocol
 
-from vsa_jit.jit.cache import Entry, Recipe
+from vsa_jit.jit.cache.entry import Entry, Recipe
 from vsa_jit.jit.kernel import Kernel
 from vsa_jit.jit.source import Source, kernels_dir, read_source
 

@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 
 from vsa_jit.jit import toolchain
-from vsa_jit.jit.cache import Entry, Recipe
+from vsa_jit.jit.cache.entry import Entry, Recipe
 from vsa_jit.jit.engines.base import source_of, write_job
 from vsa_jit.jit.errors import Unavailable
 from vsa_jit.jit.kernel import Kernel

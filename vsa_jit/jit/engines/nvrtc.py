@@ -7,7 +7,8 @@ from pathlib import Path
 from typing import Any
 
 from vsa_jit.jit import toolchain
-from vsa_jit.jit.cache import Entry, Recipe, private_store
+from vsa_jit.jit.cache.entry import Entry, Recipe
+from vsa_jit.jit.cache.location import private_store
 from vsa_jit.jit.engines.base import source_of, write_job
 from vsa_jit.jit.errors import Unavailable
 from vsa_jit.jit.kernel import Kernel
