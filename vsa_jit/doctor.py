@@ -14,7 +14,7 @@ from vsa_jit.backends import choose
 from vsa_jit.jit import engines, toolchain
 from vsa_jit.jit.cache import location
 from vsa_jit.jit.cache.entry import BadEntry
-from vsa_jit.jit.cache.location import open_store
+from vsa_jit.jit.cache.location import open_cache
 from vsa_jit.jit.errors import JitError, Unavailable
 from vsa_jit.jit.toolchain import dotted
 from vsa_jit.names import check_name
@@ -45,7 +45,7 @@ def examine() -> dict[str, Any]:
         "settings": {
             choose.ENVIRONMENT_VARIABLE: _setting(choose.ENVIRONMENT_VARIABLE, _one_of(choose.NAMES)),
             engines.ENVIRONMENT_VARIABLE: _setting(engines.ENVIRONMENT_VARIABLE, _one_of(engines.NAMES)),
-            location.ENVIRONMENT_VARIABLE: _setting(location.ENVIRONMENT_VARIABLE, lambda name, value: open_store()),
+            location.ENVIRONMENT_VARIABLE: _setting(location.ENVIRONMENT_VARIABLE, lambda name, value: open_cache()),
         },
         "engines": {engine.name: _verdict(engines.why_not(engine)) for engine in engines.ENGINES},
         "backends": {str(device): _backends(device) for device in _devices()},
@@ -129,13 +129,13 @@ def _nvcc() -> dict[str, Any]:
 
 
 def _cache() -> dict[str, Any]:
-    store = open_store()
-    entries = [entry for _, entry in store.entries()]
+    cache = open_cache()
+    entries = [entry for _, entry in cache.entries()]
     good = [entry for entry in entries if not isinstance(entry, BadEntry)]
     return {
-        "folder": str(store.root),
-        "kept": store.kept,
-        "writable": store.writable,
+        "folder": str(cache.root),
+        "kept": cache.persistent,
+        "writable": cache.writable,
         "kernels": len(good),
         "bad": len(entries) - len(good),
         "bytes": sum(entry.size for entry in good),

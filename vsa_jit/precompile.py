@@ -12,7 +12,7 @@ import torch
 from vsa_jit.backends.sm90.specialise import DTYPES, HEAD_DIMS, kernels_of
 from vsa_jit.checks import check_block_size, check_int
 from vsa_jit.jit import engines, module
-from vsa_jit.jit.cache.location import open_store
+from vsa_jit.jit.cache.location import open_cache
 from vsa_jit.jit.compile import entries_of
 from vsa_jit.jit.errors import CacheError
 from vsa_jit.jit.toolchain import ARCHS, CAPABILITIES, arch_named
@@ -42,15 +42,15 @@ def warmup(arch: str | None, dtype: Any, head_dim: Any, block_size: Any, engine:
     if arch == here:
         module.load(kernels, torch.cuda.current_device(), chosen.name)
     else:
-        check_kept([entry.folder for entry in entries])
+        check_persistent([entry.folder for entry in entries])
     return [entry.folder for entry in entries]
 
 
-def check_kept(folders: Sequence[Path]) -> None:
+def check_persistent(folders: Sequence[Path]) -> None:
     """Raises ``CacheError`` where kernels in these folders end with this process."""
-    store = open_store()
-    if not store.kept or not all(folder.is_relative_to(store.root) for folder in folders):
-        raise CacheError(f"the kernels cannot be kept: {store.root} cannot be written to, or ends with this process")
+    cache = open_cache()
+    if not cache.persistent or not all(folder.is_relative_to(cache.root) for folder in folders):
+        raise CacheError(f"the kernels cannot be kept: {cache.root} cannot be written to, or ends with this process")
 
 
 def _arch_here() -> str | None:

@@ -11,7 +11,7 @@ from vsa_jit.backends import choose as chooser
 from vsa_jit.backends.choose import Entry, choose
 from vsa_jit.backends.sm90 import support
 from vsa_jit.jit import engines, toolchain
-from vsa_jit.jit.cache.location import open_store
+from vsa_jit.jit.cache.location import open_cache
 from vsa_jit.jit.errors import CacheError, CompileError, JitError, LoadError, Unavailable
 from vsa_jit.problem import Problem
 
@@ -221,7 +221,7 @@ def test_what_keeps_the_engine_from_being_chosen_is_a_reason(hopper, monkeypatch
 
 def test_a_wrong_cache_variable_is_no_reason_to_fall_back(hopper, monkeypatch):
     monkeypatch.setattr(engines, "choose", lambda kernels, arch, name="auto": engines.ENGINES[0])
-    monkeypatch.setattr(support, "engine_of", lambda problem, dtype: open_store())
+    monkeypatch.setattr(support, "engine_of", lambda problem, dtype: open_cache())
     monkeypatch.setenv("VSA_JIT_CACHE_DIR", "relative")
     with pytest.raises(CacheError, match="VSA_JIT_CACHE_DIR: expected an absolute path"):
         choose(problem(head_dim=64), "auto", CUDA, torch.float16)

@@ -29,11 +29,11 @@ from vsa_jit.jit import compile as compiling
 from vsa_jit.jit import toolchain
 from vsa_jit.jit.cache import store
 from vsa_jit.jit.cache.entry import BadEntry, Entry, manifest_of
-from vsa_jit.jit.cache.location import open_store
+from vsa_jit.jit.cache.location import open_cache
 from vsa_jit.jit.cache.lock import LOCK_LIMIT_S, locked
 from vsa_jit.jit.cache.lookup import find
 from vsa_jit.jit.cache.permissions import why_replaceable
-from vsa_jit.jit.cache.store import Store
+from vsa_jit.jit.cache.store import KernelCache
 from vsa_jit.jit.compile import entries_of
 from vsa_jit.jit.engines.nvcc import NvccEngine
 from vsa_jit.jit.errors import CacheError, CompileError
@@ -103,8 +103,8 @@ def test_second_call_compiles_nothing(folder, compiles):
 def test_kernels_compile_together(folder, compiles):
     kernels = [toy(addend) for addend in range(4)]
     entries = entries_of(kernels, ARCH, NVRTC, target="a test")
-    assert len({entry.recipe.key for entry in entries}) == compiles() == 4
-    assert [entry.recipe.key for entry in entries] == [NVRTC.recipe(kernel, ARCH).key for kernel in kernels]
+    assert len({entry.spec.key for entry in entries}) == compiles() == 4
+    assert [entry.spec.key for entry in entries] == [NVRTC.spec(kernel, ARCH).key for kernel in kernels]
 
 
 def test_sixteen_processes_compile_once(folder, compiles, tmp_path):
@@ -113,7 +113,7 @@ def test_sixteen_processes_compile_once(folder, compiles, tmp_path):
 
     def work():
         start.wait()
-        keys.put(get().recipe.key)
+        keys.put(get().spec.key)
 
     children = [fork.Process(target=work) for _ in range(16)]
     for child in children:
@@ -122,7 +122,7 @@ def test_sixteen_processes_compile_once(folder, compiles, tmp_path):
     for child in children:
         child.join()
     assert [child.exitcode for child in children] == [0] * 16
-    assert got == {get().recipe.key}
+    assert got == {get().spec.key}
     assert compiles() == 1
 
 
@@ -154,11 +154,11 @@ def after(owner, name):
 
 
 STAGES = {
-    "with the lock": before(Store, "_compile"),
+    "with the lock": before(KernelCache, "_compile"),
     "with the private folder": before(NVRTC.__class__, "write_job"),
     "with the job": after(NVRTC.__class__, "write_job"),
     "with the compiler started": before(compiling, "_exit_code"),
-    "with the artefact": before(Store, "publish"),
+    "with the artefact": before(KernelCache, "publish"),
     "with the entry written": before(store, "check_entry"),
     "before the rename": before(os, "rename"),
     "after the rename": after(os, "rename"),
@@ -178,8 +178,8 @@ def test_a_killed_process_leaves_nothing_in_the_way(folder, monkeypatch, stage):
     start = time.monotonic()
     entry = get()
     assert time.monotonic() - start < 20
-    assert find(entry.recipe) == entry
-    assert [type(found) for _, found in open_store().entries()] == [Entry, Entry]
+    assert find(entry.spec) == entry
+    assert [type(found) for _, found in open_cache().entries()] == [Entry, Entry]
     if stage != "after the rename":
         assert list((folder / "sm_90a" / "build").iterdir()) == []
 
@@ -242,7 +242,7 @@ def renamed_recipe(entry, other):
     """Another kernel's files under this key's name, with a manifest that claims the key."""
     swapped(entry, other)
     record = json.loads((entry.folder / "manifest.json").read_text())
-    (entry.folder / "manifest.json").write_text(json.dumps({**record, "key": entry.recipe.key}))
+    (entry.folder / "manifest.json").write_text(json.dumps({**record, "key": entry.spec.key}))
 
 
 def no_folder(entry, other):
@@ -263,7 +263,7 @@ def writable_by_others(entry, other):
 def no_code(entry, other):
     artefact = b"a text"
     entry.artefact.write_bytes(artefact)
-    (entry.folder / "manifest.json").write_text(manifest_of(entry.recipe, artefact))
+    (entry.folder / "manifest.json").write_text(manifest_of(entry.spec, artefact))
 
 
 @pytest.mark.parametrize(
@@ -279,7 +279,7 @@ def test_a_bad_entry_is_dropped_and_rebuilt_with_one_warning(folder, compiles, c
     for _ in range(3):
         rebuilt = get()
         assert rebuilt == entry
-        assert find(entry.recipe) == entry
+        assert find(entry.spec) == entry
     assert compiles() == 3
     (record,) = [record for record in caplog.records if record.levelno >= logging.WARNING]
     assert record.getMessage().startswith(f"dropped the compiled kernel at {entry.folder}: ")
@@ -288,24 +288,24 @@ def test_a_bad_entry_is_dropped_and_rebuilt_with_one_warning(folder, compiles, c
 
 
 def test_what_an_entry_depends_on(sources, monkeypatch):
-    recipe = NVRTC.recipe(toy(), ARCH)
-    keys = {recipe.key}
-    keys.add(NVRTC.recipe(toy(3), ARCH).key)
-    keys.add(replace(recipe, flags=(*recipe.flags, "-G")).key)
-    keys.add(replace(recipe, compiler="NVRTC 12.9").key)
-    keys.add(replace(recipe, engine="nvcc").key)
-    keys.add(replace(recipe, arch="sm_100a").key)
+    spec = NVRTC.spec(toy(), ARCH)
+    keys = {spec.key}
+    keys.add(NVRTC.spec(toy(3), ARCH).key)
+    keys.add(replace(spec, flags=(*spec.flags, "-G")).key)
+    keys.add(replace(spec, compiler="NVRTC 12.9").key)
+    keys.add(replace(spec, engine="nvcc").key)
+    keys.add(replace(spec, arch="sm_100a").key)
     write_sources(sources, header=HEADER.replace("40", "41"))
-    keys.add(NVRTC.recipe(toy(), ARCH).key)
+    keys.add(NVRTC.spec(toy(), ARCH).key)
     write_sources(sources, main=MAIN + "// changed\n")
-    keys.add(NVRTC.recipe(toy(), ARCH).key)
+    keys.add(NVRTC.spec(toy(), ARCH).key)
     assert len(keys) == 8
     write_sources(sources)
-    assert NVRTC.recipe(toy(label="another name"), ARCH).key == recipe.key
+    assert NVRTC.spec(toy(label="another name"), ARCH).key == spec.key
     found = toolchain.find_nvrtc()
     newer = replace(found, version=(13, 9), build="13.9")
     monkeypatch.setattr("vsa_jit.jit.engines.nvrtc.find_nvrtc", lambda: newer)
-    assert NVRTC.recipe(toy(), ARCH).key not in keys
+    assert NVRTC.spec(toy(), ARCH).key not in keys
 
 
 def test_two_checkouts_share_an_entry(folder, compiles, monkeypatch, tmp_path):
@@ -319,17 +319,17 @@ def test_two_checkouts_share_an_entry(folder, compiles, monkeypatch, tmp_path):
 def test_nvcc_recipes_hold_no_path_either(monkeypatch, tmp_path):
     nvcc = toolchain.Nvcc("/cuda/bin/nvcc", "/cuda", (13, 0), "13.0.88")
     monkeypatch.setattr("vsa_jit.jit.engines.nvcc.find_nvcc", lambda: nvcc)
-    recipe = NvccEngine().recipe(toy(), ARCH)
+    spec = NvccEngine().spec(toy(), ARCH)
     use_sources(monkeypatch, write_sources(tmp_path / "another" / "place"))
     elsewhere = replace(nvcc, path="/opt/cuda/bin/nvcc", home="/opt/cuda")
     monkeypatch.setattr("vsa_jit.jit.engines.nvcc.find_nvcc", lambda: elsewhere)
-    assert NvccEngine().recipe(toy(), ARCH) == recipe
-    keys = {recipe.key}
+    assert NvccEngine().spec(toy(), ARCH) == spec
+    keys = {spec.key}
     newer = replace(nvcc, build="13.0.99")
     monkeypatch.setattr("vsa_jit.jit.engines.nvcc.find_nvcc", lambda: newer)
-    keys.add(NvccEngine().recipe(toy(), ARCH).key)
+    keys.add(NvccEngine().spec(toy(), ARCH).key)
     monkeypatch.setattr(platform, "machine", lambda: "riscv64")
-    keys.add(NvccEngine().recipe(toy(), ARCH).key)
+    keys.add(NvccEngine().spec(toy(), ARCH).key)
     assert len(keys) == 3
 
 
@@ -410,8 +410,8 @@ def test_a_folder_that_cannot_be_reached(monkeypatch, tmp_path, caplog, variable
     monkeypatch.setenv(variable, str(locked / "mine"))
     with monkeypatch.context() as patched:
         refusing(patched, locked)
-        store = open_store()
-    assert not store.kept
+        cache = open_cache()
+    assert not cache.persistent
     assert re.search(r"cannot be reached", only_warning(caplog))
     assert list(locked.iterdir()) == []
 
@@ -439,7 +439,7 @@ def test_no_home(monkeypatch, tmp_path, caplog, home):
 
 def test_the_private_folder_ends_with_its_process(lose_home):
     lose_home()
-    code = "from vsa_jit.jit.cache.location import open_store; print(open_store().root)"
+    code = "from vsa_jit.jit.cache.location import open_cache; print(open_cache().root)"
     run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=ROOT)
     path = Path(run.stdout.strip())
     assert path.name.startswith("vsa_jit-")
@@ -536,7 +536,7 @@ def test_a_link_in_the_place_of_the_folder_is_refused(folder, tmp_path):
 
 def precious(target: Path) -> Path:
     """A folder that is not ours, with what has the name of an entry of ours in it."""
-    key = NVRTC.recipe(toy(), ARCH).key
+    key = NVRTC.spec(toy(), ARCH).key
     for place in (target / key, target / f"{key}-abc", target / "build" / f"{key}-abc", target / "failed" / key):
         place.mkdir(parents=True)
         (place / "precious").write_text("")
@@ -557,14 +557,14 @@ def test_a_link_inside_the_folder_is_not_followed(folder, tmp_path, caplog, name
     assert not get().folder.is_relative_to(folder)
     assert "is a symbolic link" in only_warning(caplog)
     assert files_of(target) == before
-    open_store().clear()
+    open_cache().clear()
     assert files_of(target) == before
 
 
 def test_a_linked_lock_is_not_followed(folder, tmp_path, caplog):
     locks = folder / "sm_90a" / "locks"
     locks.mkdir(parents=True)
-    (locks / f"{NVRTC.recipe(toy(), ARCH).key}.lock").symlink_to(tmp_path / "made")
+    (locks / f"{NVRTC.spec(toy(), ARCH).key}.lock").symlink_to(tmp_path / "made")
     assert not get().folder.is_relative_to(folder)
     assert "Too many levels of symbolic links" in only_warning(caplog)
     assert not (tmp_path / "made").exists()
@@ -583,7 +583,7 @@ def test_a_linked_folder_of_failures_is_not_followed(folder, sources, tmp_path):
     (folder / "sm_90a").mkdir(parents=True)
     (folder / "sm_90a" / "failed").symlink_to(target)
     write_sources(sources, main=MAIN.replace("value()", "missing()"))
-    key = NVRTC.recipe(toy(), ARCH).key
+    key = NVRTC.spec(toy(), ARCH).key
     (target / key).mkdir()
     (target / key / "precious").write_text("")
     before = files_of(target)
@@ -592,7 +592,7 @@ def test_a_linked_folder_of_failures_is_not_followed(folder, sources, tmp_path):
     assert caught.value.log.exists()
     assert not caught.value.log.is_relative_to(folder)
     assert files_of(target) == before
-    open_store().clear()
+    open_cache().clear()
     assert files_of(target) == before
 
 
@@ -622,7 +622,7 @@ def test_a_link_on_the_way_is_followed_once(monkeypatch, tmp_path):
     real.mkdir()
     (tmp_path / "link").symlink_to(real)
     monkeypatch.setenv("VSA_JIT_CACHE_DIR", str(tmp_path / "link" / "cache"))
-    assert open_store().root == real / "cache"
+    assert open_cache().root == real / "cache"
     assert get().folder.is_relative_to(real)
 
 
@@ -656,8 +656,8 @@ def test_a_home_of_somebody_else_is_left_alone(monkeypatch, tmp_path, caplog):
 
 
 def test_looking_makes_no_folder(folder):
-    assert list(open_store().entries()) == []
-    assert find(NVRTC.recipe(toy(), ARCH)) is None
+    assert list(open_cache().entries()) == []
+    assert find(NVRTC.spec(toy(), ARCH)) is None
     assert not folder.exists()
 
 
@@ -686,7 +686,7 @@ def test_a_process_that_holds_the_lock_and_does_not_go_on(folder, monkeypatch, c
     held = fork.Event()
 
     def work():
-        lock = folder / "sm_90a" / "locks" / f"{NVRTC.recipe(toy(), ARCH).key}.lock"
+        lock = folder / "sm_90a" / "locks" / f"{NVRTC.spec(toy(), ARCH).key}.lock"
         with locked(lock, threading.Event()):
             held.set()
             time.sleep(60)
@@ -727,8 +727,8 @@ def test_a_forked_child_does_not_remove_the_private_folder(monkeypatch, tmp_path
     code = f"""
 import os, tempfile
 tempfile.tempdir = {str(tmp_path)!r}
-from vsa_jit.jit.cache.location import private_store
-root = private_store().root
+from vsa_jit.jit.cache.location import private_cache
+root = private_cache().root
 child = os.fork()
 if child == 0:
     raise SystemExit(0)
@@ -747,12 +747,12 @@ def test_a_forked_child_makes_its_own_private_folder(monkeypatch, tmp_path, lose
     roots = fork.Queue()
 
     def work():
-        assert find(mine.recipe) is None
-        roots.put((open_store().root, get().folder))
+        assert find(mine.spec) is None
+        roots.put((open_cache().root, get().folder))
 
     assert in_child(work) == 0
     root, folder = roots.get(timeout=30)
-    assert root != open_store().root
+    assert root != open_cache().root
     assert folder.is_relative_to(root)
     assert mine.artefact.exists()
 
@@ -761,7 +761,7 @@ def test_a_compiler_whose_artefact_is_no_code(folder, monkeypatch):
     monkeypatch.setattr(compiling, "run_worker", lambda label, private, artefact, cancelled: artefact.touch())
     with pytest.raises(CompileError, match=r"toy could not be compiled: kernel\.cubin is no compiled code"):
         get()
-    assert list(open_store().entries()) == []
+    assert list(open_cache().entries()) == []
 
 
 def test_nowhere_to_write_is_an_error_with_a_name(monkeypatch, lose_home):
@@ -776,9 +776,9 @@ def test_nowhere_to_write_is_an_error_with_a_name(monkeypatch, lose_home):
 
 def misses(monkeypatch) -> list[None]:
     """The first two looks into the cache find nothing; gives those that are left."""
-    load = Store.load
+    load = KernelCache.load
     answers = [None, None]
-    monkeypatch.setattr(Store, "load", lambda store, recipe: answers.pop() if answers else load(store, recipe))
+    monkeypatch.setattr(KernelCache, "load", lambda cache, spec: answers.pop() if answers else load(cache, spec))
     return answers
 
 
@@ -793,7 +793,7 @@ def test_another_host_that_published_first(folder, monkeypatch):
 def test_what_another_host_is_compiling_is_left_alone(folder, monkeypatch):
     """Its locks do not reach this one, and only time tells that its process was killed."""
     get(toy(7))
-    key = NVRTC.recipe(toy(), ARCH).key
+    key = NVRTC.spec(toy(), ARCH).key
     running, ended, ours = (folder / "sm_90a" / "build" / f"{key}-{name}-x" for name in ("a", "b", store._host()))
     for private in (running, ended, ours):
         private.mkdir()
@@ -837,19 +837,19 @@ def test_clear_removes_only_what_the_cache_made(folder, tmp_path):
     (folder / "notes.txt").write_text("mine")
     (folder / "sm_90a" / "mine").mkdir()
     (folder / "sm_90a" / ("0" * 64)).symlink_to(outside)
-    store = open_store()
-    assert {type(found) for _, found in store.entries()} == {Entry, BadEntry}
-    assert store.clear() == 2
+    cache = open_cache()
+    assert {type(found) for _, found in cache.entries()} == {Entry, BadEntry}
+    assert cache.clear() == 2
     assert not entry.folder.exists()
     assert (outside / "kept").exists()
     assert (folder / "notes.txt").exists()
     assert (folder / "sm_90a" / "mine").exists()
-    assert store.clear() == 0
+    assert cache.clear() == 0
 
 
 def test_clear_leaves_running_compiles_alone(folder):
     get(toy(7))
-    key = NVRTC.recipe(toy(), ARCH).key
+    key = NVRTC.spec(toy(), ARCH).key
     build = folder / "sm_90a" / "build"
     running, ended, elsewhere = (
         build / f"{name}-x" for name in (f"{key}-{store._host()}", f"{'f' * 64}-{store._host()}", f"{'e' * 64}-another")
@@ -857,10 +857,10 @@ def test_clear_leaves_running_compiles_alone(folder):
     for private in (running, ended, elsewhere):
         private.mkdir()
     with locked(folder / "sm_90a" / "locks" / f"{key}.lock", threading.Event()):
-        assert open_store().clear() == 1
+        assert open_cache().clear() == 1
         assert [private.exists() for private in (running, ended, elsewhere)] == [True, False, True]
     make_old(elsewhere)
-    open_store().clear()
+    open_cache().clear()
     assert [private.exists() for private in (running, elsewhere)] == [False, False]
 
 
@@ -873,7 +873,7 @@ def make_old(private: Path) -> None:
 def test_clear_where_no_lock_was_ever_made(folder):
     left = folder / "sm_90a" / "build" / f"{'f' * 64}-{store._host()}-x"
     left.mkdir(parents=True)
-    open_store().clear()
+    open_cache().clear()
     assert not left.exists()
 
 
@@ -884,10 +884,10 @@ def test_clear_of_a_cache_that_can_only_be_read(folder, forgotten):
         subprocess.run(["mount", "-o", "remount,ro", str(folder)], check=True)
         forgotten()
         with pytest.raises(CacheError, match=f"{folder} cannot be written to"):
-            open_store().clear()
+            open_cache().clear()
         subprocess.run(["mount", "-o", "remount,rw", str(folder)], check=True)
         forgotten()
-        assert open_store().clear() == 1
+        assert open_cache().clear() == 1
 
 
 @pytest.mark.parametrize("fails", [False, True])

@@ -18,7 +18,7 @@ from vsa_jit import cli, doctor, precompile
 from vsa_jit.backends.sm90 import support
 from vsa_jit.jit import engines, toolchain
 from vsa_jit.jit.archive import export_entries, import_entries
-from vsa_jit.jit.cache.location import open_store
+from vsa_jit.jit.cache.location import open_cache
 from vsa_jit.jit.cache.lookup import find
 from vsa_jit.jit.compile import entries_of
 from vsa_jit.jit.errors import CacheError, Unavailable
@@ -169,12 +169,12 @@ def test_a_wrong_engine_variable(no_gpu, monkeypatch, capsys):
 
 
 def test_list_shows_good_and_bad(entries, capsys, folder):
-    good, bad = sorted(entries, key=lambda entry: entry.recipe.key)
+    good, bad = sorted(entries, key=lambda entry: entry.spec.key)
     bad.artefact.write_bytes(b"")
     assert command("cache", "list") == 0
     first, second, count = capsys.readouterr().out.splitlines()
-    assert first.startswith(f"sm_90a  {good.recipe.key[:12]}  toy  NVRTC 13")
-    assert second == f"sm_90a  {bad.recipe.key[:12]}  BAD: kernel.cubin is not what was compiled"
+    assert first.startswith(f"sm_90a  {good.spec.key[:12]}  toy  NVRTC 13")
+    assert second == f"sm_90a  {bad.spec.key[:12]}  BAD: kernel.cubin is not what was compiled"
     assert count == f"2 kernels in {folder}"
 
 
@@ -185,7 +185,7 @@ def test_clear(entries, capsys, folder):
 
 
 def test_export_and_import(entries, capsys, folder, tmp_path):
-    contents = {entry.recipe.key: entry.artefact.read_bytes() for entry in entries}
+    contents = {entry.spec.key: entry.artefact.read_bytes() for entry in entries}
     archive = tmp_path / "kernels.tar.gz"
     assert command("cache", "export", str(archive)) == 0
     assert command("cache", "clear") == 0
@@ -198,15 +198,15 @@ def test_export_and_import(entries, capsys, folder, tmp_path):
         f"took 2 kernels into {folder}; 0 were there already",
         f"took 0 kernels into {folder}; 2 were there already",
     ]
-    found = {entry.recipe.key: entry.artefact.read_bytes() for _, entry in open_store().entries()}
+    found = {entry.spec.key: entry.artefact.read_bytes() for _, entry in open_cache().entries()}
     assert found == contents
-    assert [find(entry.recipe) for entry in entries] == entries
+    assert [find(entry.spec) for entry in entries] == entries
     assert stat.S_IMODE(archive.stat().st_mode) == 0o644
 
 
 def test_export_leaves_bad_entries_out(entries, tmp_path):
     entries[0].artefact.write_bytes(b"")
-    assert export_entries(open_store(), tmp_path / "kernels.tar.gz") == 1
+    assert export_entries(open_cache(), tmp_path / "kernels.tar.gz") == 1
 
 
 def test_an_export_that_fails_leaves_no_file(entries, tmp_path, monkeypatch, capsys):
@@ -214,7 +214,7 @@ def test_an_export_that_fails_leaves_no_file(entries, tmp_path, monkeypatch, cap
     target.parent.mkdir()
     monkeypatch.setattr(tarfile.TarFile, "addfile", lambda *args: 1 / 0)
     with pytest.raises(ZeroDivisionError):
-        export_entries(open_store(), target)
+        export_entries(open_cache(), target)
     assert list(target.parent.iterdir()) == []
     assert command("cache", "export", str(tmp_path / "nowhere" / "kernels.tar.gz")) == 1
     assert "nowhere" in capsys.readouterr().err
@@ -249,7 +249,7 @@ def packed(path: Path, members: dict[str, bytes | tarfile.TarInfo]) -> Path:
 
 
 def entry_files(entry) -> dict[str, bytes]:
-    prefix = f"{entry.recipe.arch}/{entry.recipe.key}"
+    prefix = f"{entry.spec.arch}/{entry.spec.key}"
     return {f"{prefix}/{path.name}": path.read_bytes() for path in entry.folder.iterdir()}
 
 
@@ -311,8 +311,8 @@ def test_import_takes_nothing_of_a_broken_archive(entries, tmp_path, folder, bro
     shutil.rmtree(folder)
     forget()
     with pytest.raises(CacheError, match=f"{archive}: expected an archive of `vsa-jit cache export`"):
-        import_entries(open_store(), archive)
-    assert list(open_store().entries()) == []
+        import_entries(open_cache(), archive)
+    assert list(open_cache().entries()) == []
     assert not (tmp_path / "outside").exists()
 
 
@@ -333,30 +333,30 @@ def test_import_refuses_a_member_twice(entries, tmp_path):
             member.size = len(content)
             written.addfile(member, io.BytesIO(content))
     with pytest.raises(CacheError, match="is in it twice"):
-        import_entries(open_store(), archive)
+        import_entries(open_cache(), archive)
 
 
 def test_import_refuses_what_would_fill_the_memory(entries, tmp_path, monkeypatch):
     archive = tmp_path / "kernels.tar.gz"
-    export_entries(open_store(), archive)
+    export_entries(open_cache(), archive)
     monkeypatch.setattr("vsa_jit.jit.archive.LARGEST_ARCHIVE", 1 << 10)
     with pytest.raises(CacheError, match="of at most"):
-        import_entries(open_store(), archive)
+        import_entries(open_cache(), archive)
 
 
 def test_import_into_a_folder_that_does_not_take_it(entries, tmp_path, folder):
     archive = tmp_path / "kernels.tar.gz"
-    export_entries(open_store(), archive)
+    export_entries(open_cache(), archive)
     shutil.rmtree(folder)
     (folder / "sm_90a").mkdir(parents=True)
     (folder / "sm_90a").chmod(0o777)
     with pytest.raises(CacheError, match=r"cannot be written to: .* can be written to by others"):
-        import_entries(open_store(), archive)
+        import_entries(open_cache(), archive)
 
 
 def test_import_where_nothing_is_kept(entries, tmp_path, capsys, lose_home):
     archive = tmp_path / "kernels.tar.gz"
-    export_entries(open_store(), archive)
+    export_entries(open_cache(), archive)
     lose_home()
     assert command("cache", "import", str(archive)) == 1
     assert "ends with this process" in capsys.readouterr().err
@@ -364,10 +364,10 @@ def test_import_where_nothing_is_kept(entries, tmp_path, capsys, lose_home):
 
 def test_import_refuses_half_an_archive(entries, tmp_path):
     archive = tmp_path / "kernels.tar.gz"
-    export_entries(open_store(), archive)
+    export_entries(open_cache(), archive)
     archive.write_bytes(archive.read_bytes()[: archive.stat().st_size // 2])
     with pytest.raises(CacheError, match="expected an archive"):
-        import_entries(open_store(), archive)
+        import_entries(open_cache(), archive)
 
 
 def test_a_folder_that_cannot_be_used(monkeypatch, capsys):

@@ -266,7 +266,7 @@ def test_ctrl_c_ends_a_compile_at_once(ninja_like):
 
 def test_ctrl_c_ends_the_wait_for_another_process(folder, monkeypatch):
     get(addend=7)
-    lock = folder / "sm_90a" / "locks" / f"{NVRTC.recipe(toy(), ARCH).key}.lock"
+    lock = folder / "sm_90a" / "locks" / f"{NVRTC.spec(toy(), ARCH).key}.lock"
     with locked(lock, threading.Event()):
         child = forked_get()
         time.sleep(1)
@@ -374,7 +374,7 @@ def test_a_cancelled_compile_is_no_failure(folder, monkeypatch, tmp_path):
         entries_of([toy(), toy(7, "seven")], ARCH, NVRTC, target="a test")
     assert time.monotonic() - start < 20
     kept = [path.name for path in (folder / "sm_90a" / "failed").iterdir()]
-    assert kept == [NVRTC.recipe(toy(7), ARCH).key]
+    assert kept == [NVRTC.spec(toy(7), ARCH).key]
     assert list((folder / "sm_90a" / "build").iterdir()) == []
 
 

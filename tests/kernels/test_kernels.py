@@ -60,13 +60,13 @@ def check_queries_stay(cubin: Path) -> None:
 @pytest.mark.parametrize("label", KERNELS)
 def test_nvrtc(label, tmp_path):
     kernel, engine = KERNELS[label], NvrtcEngine()
-    recipe = engine.recipe(kernel, ARCH)
-    engine.write_job(tmp_path, kernel, recipe)
-    run_worker(label, tmp_path, tmp_path / recipe.artefact, threading.Event())
-    assert (tmp_path / recipe.artefact).read_bytes().startswith(b"\x7fELF")
+    spec = engine.spec(kernel, ARCH)
+    engine.write_job(tmp_path, kernel, spec)
+    run_worker(label, tmp_path, tmp_path / spec.artefact, threading.Event())
+    assert (tmp_path / spec.artefact).read_bytes().startswith(b"\x7fELF")
     check_resources((tmp_path / "log.txt").read_text(), kernel)
     if kernel.entry == "attend_forward":
-        check_queries_stay(tmp_path / recipe.artefact)
+        check_queries_stay(tmp_path / spec.artefact)
 
 
 @pytest.mark.parametrize("label", KERNELS)
@@ -76,9 +76,9 @@ def test_nvcc(label, tmp_path):
     except toolchain.Unavailable as error:
         pytest.skip(f"needs a CUDA toolkit: {error}")
     kernel, engine = KERNELS[label], NvccEngine()
-    recipe = engine.recipe(kernel, ARCH)
-    engine.write_job(tmp_path, kernel, recipe)
-    options = [flag for flag in recipe.flags if flag not in LINK_OPTIONS]
+    spec = engine.spec(kernel, ARCH)
+    engine.write_job(tmp_path, kernel, spec)
+    options = [flag for flag in spec.flags if flag not in LINK_OPTIONS]
     sources = tmp_path / "src"
     command = [nvcc.path, *options, f"-I{sources}", "-c", "-o", tmp_path / "kernel.o", sources / "nvcc_entry.cu"]
     run = subprocess.run(command, capture_output=True, text=True)

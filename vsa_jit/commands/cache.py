@@ -7,7 +7,7 @@ from pathlib import Path
 
 from vsa_jit.jit.archive import export_entries, import_entries
 from vsa_jit.jit.cache.entry import BadEntry
-from vsa_jit.jit.cache.location import open_store
+from vsa_jit.jit.cache.location import open_cache
 from vsa_jit.text import counted
 
 SUMMARY = "list, clear, export or import compiled kernels"
@@ -22,24 +22,22 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    store = open_store()
+    cache = open_cache()
     if args.action == "list":
-        entries = list(store.entries())
+        entries = list(cache.entries())
         for folder, entry in entries:
             if isinstance(entry, BadEntry):
                 print(f"{folder.parent.name}  {folder.name[:12]}  BAD: {entry}")
             else:
-                recipe = entry.recipe
-                print(
-                    f"{recipe.arch}  {recipe.key[:12]}  {recipe.label}  {recipe.compiler}  {entry.size / 1024:.0f} KiB"
-                )
-        print(f"{counted(len(entries), 'kernel')} in {store.root}")
+                spec = entry.spec
+                print(f"{spec.arch}  {spec.key[:12]}  {spec.label}  {spec.compiler}  {entry.size / 1024:.0f} KiB")
+        print(f"{counted(len(entries), 'kernel')} in {cache.root}")
     elif args.action == "clear":
-        print(f"removed {counted(store.clear(), 'kernel')} from {store.root}")
+        print(f"removed {counted(cache.clear(), 'kernel')} from {cache.root}")
     elif args.action == "export":
-        print(f"wrote {counted(export_entries(store, args.file), 'kernel')} to {args.file}")
+        print(f"wrote {counted(export_entries(cache, args.file), 'kernel')} to {args.file}")
     else:
-        new, present = import_entries(store, args.file)
+        new, present = import_entries(cache, args.file)
         there = f"{present} {'was' if present == 1 else 'were'} there already"
-        print(f"took {counted(new, 'kernel')} into {store.root}; {there}")
+        print(f"took {counted(new, 'kernel')} into {cache.root}; {there}")
     return 0

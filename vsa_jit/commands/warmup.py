@@ -10,7 +10,7 @@ import vsa_jit
 from vsa_jit.bench import parse
 from vsa_jit.jit import engines
 from vsa_jit.jit.toolchain import ARCHS, arch_named
-from vsa_jit.precompile import check_kept
+from vsa_jit.precompile import check_persistent
 from vsa_jit.text import counted
 
 SUMMARY = "compile kernels ahead of time, on any machine"
@@ -53,7 +53,7 @@ def run(args: argparse.Namespace) -> int:
     except ValueError as error:
         raise argparse.ArgumentError(None, str(error)) from None
     if folders:
-        check_kept(folders)
+        check_persistent(folders)
     for folder in folders:
         print(folder)
     print(f"{counted(len(folders), 'kernel')} {'is' if len(folders) == 1 else 'are'} ready")

@@ -13,8 +13,8 @@ import zlib
 from functools import partial
 from pathlib import Path
 
-from vsa_jit.jit.cache.entry import MANIFEST, BadEntry, Entry, Recipe, check_entry
-from vsa_jit.jit.cache.store import Store
+from vsa_jit.jit.cache.entry import MANIFEST, BadEntry, CompileSpec, Entry, check_entry
+from vsa_jit.jit.cache.store import KernelCache
 from vsa_jit.jit.errors import CacheError
 from vsa_jit.jit.toolchain import ARCHS
 
@@ -22,8 +22,8 @@ LARGEST_ARCHIVE = 1 << 28
 _NAME = re.compile(r"(sm_[0-9a-z]+)/([0-9a-f]{64})/(manifest\.json|kernel\.cubin|kernel\.so)")
 
 
-def export_entries(store: Store, file: Path) -> int:
-    """Writes every good entry of a store to an archive, which appears whole or not at all; returns how many.
+def export_entries(cache: KernelCache, file: Path) -> int:
+    """Writes every good entry of a cache to an archive, which appears whole or not at all; returns how many.
 
     Raises:
         CacheError: the archive cannot be written.
@@ -32,20 +32,20 @@ def export_entries(store: Store, file: Path) -> int:
     if target.exists() and not target.is_file():
         raise CacheError(f"{file}: expected the name of a file, and it is something else")
     try:
-        return _export(store, target)
+        return _export(cache, target)
     except OSError as error:
         raise CacheError(f"{file}: cannot be written: {error.strerror}") from None
 
 
-def _export(store: Store, file: Path) -> int:
-    entries = [entry for _, entry in store.entries() if isinstance(entry, Entry)]
+def _export(cache: KernelCache, file: Path) -> int:
+    entries = [entry for _, entry in cache.entries() if isinstance(entry, Entry)]
     with tempfile.NamedTemporaryFile(dir=file.absolute().parent, prefix=f".{file.name}-", delete=False) as unfinished:
         try:
             with tarfile.open(fileobj=unfinished, mode="w:gz") as archive:
                 for entry in entries:
-                    for name in (MANIFEST, entry.recipe.artefact):
+                    for name in (MANIFEST, entry.spec.artefact):
                         content = (entry.folder / name).read_bytes()
-                        member = tarfile.TarInfo(f"{entry.recipe.arch}/{entry.recipe.key}/{name}")
+                        member = tarfile.TarInfo(f"{entry.spec.arch}/{entry.spec.key}/{name}")
                         member.size = len(content)
                         archive.addfile(member, io.BytesIO(content))
             os.chmod(unfinished.name, 0o644)
@@ -56,19 +56,19 @@ def _export(store: Store, file: Path) -> int:
     return len(entries)
 
 
-def import_entries(store: Store, file: Path) -> tuple[int, int]:
-    """Takes every entry of an archive into a store, or none of them if one is not what it should be.
+def import_entries(cache: KernelCache, file: Path) -> tuple[int, int]:
+    """Takes every entry of an archive into a cache, or none of them if one is not what it should be.
 
     Returns:
         How many were new, and how many were there already.
 
     Raises:
-        CacheError: the file is no archive, or an entry in it is bad, or the store cannot be written to.
+        CacheError: the file is no archive, or an entry in it is bad, or the cache cannot be written to.
     """
-    if not (store.writable and store.kept):
-        raise CacheError(f"{store.root} cannot be written to, or ends with this process")
+    if not (cache.writable and cache.persistent):
+        raise CacheError(f"{cache.root} cannot be written to, or ends with this process")
     new = present = 0
-    for recipe, artefact in _read(file):
+    for spec, artefact in _read(file):
         made = False
 
         def make(folder: Path, artefact: bytes = artefact) -> bytes:
@@ -77,14 +77,14 @@ def import_entries(store: Store, file: Path) -> tuple[int, int]:
             return artefact
 
         try:
-            store.build(recipe, make, threading.Event())
+            cache.build(spec, make, threading.Event())
         except OSError as error:
-            raise CacheError(f"{store.root} cannot be written to: {error.strerror}") from None
+            raise CacheError(f"{cache.root} cannot be written to: {error.strerror}") from None
         new, present = (new + 1, present) if made else (new, present + 1)
     return new, present
 
 
-def _read(file: Path) -> list[tuple[Recipe, bytes]]:
+def _read(file: Path) -> list[tuple[CompileSpec, bytes]]:
     """The checked contents of an archive. Nothing is unpacked: members are read by name."""
     expected = f"{file}: expected an archive of `vsa-jit cache export`"
     contents: dict[tuple[str, str], dict[str, bytes]] = {}
@@ -108,14 +108,14 @@ def _read(file: Path) -> list[tuple[Recipe, bytes]]:
     checked = []
     for (arch, key), files in contents.items():
         try:
-            recipe, _ = check_entry(key, files.get(MANIFEST, b""), partial(_named, files))
-            if recipe.arch != arch:
-                raise BadEntry(f"it is for {recipe.arch}")
-            if set(files) != {MANIFEST, recipe.artefact}:
+            spec, _ = check_entry(key, files.get(MANIFEST, b""), partial(_named, files))
+            if spec.arch != arch:
+                raise BadEntry(f"it is for {spec.arch}")
+            if set(files) != {MANIFEST, spec.artefact}:
                 raise BadEntry(f"it holds {', '.join(sorted(files))}")
         except BadEntry as error:
             raise CacheError(f"{expected}, and its entry {arch}/{key} is bad: {error}") from None
-        checked.append((recipe, files[recipe.artefact]))
+        checked.append((spec, files[spec.artefact]))
     return checked
 
 

@@ -14,8 +14,8 @@ from concurrent.futures import ThreadPoolExecutor, as_completed
 from pathlib import Path
 
 from vsa_jit.jit import progress
-from vsa_jit.jit.cache.entry import Entry, Recipe
-from vsa_jit.jit.cache.location import open_store
+from vsa_jit.jit.cache.entry import CompileSpec, Entry
+from vsa_jit.jit.cache.location import open_cache
 from vsa_jit.jit.cache.lookup import find, find_or_build
 from vsa_jit.jit.engines.base import Engine
 from vsa_jit.jit.errors import CompileError, Unavailable
@@ -41,22 +41,21 @@ def entries_of(kernels: Sequence[Kernel], arch: str, engine: Engine, *, target: 
     Raises:
         CompileError: one does not compile.
     """
-    recipes = [engine.recipe(kernel, arch) for kernel in kernels]
-    found = {recipe: find(recipe) for recipe in recipes}
-    missing = {recipe: kernel for recipe, kernel in zip(recipes, kernels, strict=True) if found[recipe] is None}
+    specs = [engine.spec(kernel, arch) for kernel in kernels]
+    found = {spec: find(spec) for spec in specs}
+    missing = {spec: kernel for spec, kernel in zip(specs, kernels, strict=True) if found[spec] is None}
     if missing:
-        store = open_store()
-        where = store.root / ARCHS[arch] if store.kept and store.writable else None
+        cache = open_cache()
+        where = cache.root / ARCHS[arch] if cache.persistent and cache.writable else None
         cancelled = threading.Event()
-        labels = [recipe.label for recipe in missing]
+        labels = [spec.label for spec in missing]
         with (
             progress.Compiling(labels, f"{target} ({ARCHS[arch]})", engine.compiler(), engine.seconds, where) as shown,
             ThreadPoolExecutor(at_once(len(missing), engine.gigabytes)) as pool,
         ):
             try:
                 pending = {
-                    pool.submit(_entry_of, kernel, recipe, engine, cancelled): recipe
-                    for recipe, kernel in missing.items()
+                    pool.submit(_entry_of, kernel, spec, engine, cancelled): spec for spec, kernel in missing.items()
                 }
                 for done in as_completed(pending):
                     found[pending[done]] = done.result()
@@ -66,7 +65,7 @@ def entries_of(kernels: Sequence[Kernel], arch: str, engine: Engine, *, target: 
                 cancelled.set()
                 pool.shutdown(wait=False, cancel_futures=True)
                 raise
-    return [entry for recipe in recipes if (entry := found[recipe]) is not None]
+    return [entry for spec in specs if (entry := found[spec]) is not None]
 
 
 def at_once(wanted: int, gigabytes: float) -> int:
@@ -84,17 +83,17 @@ def available_gigabytes() -> float | None:
     return int(line[1]) / 2**20 if line else None
 
 
-def _entry_of(kernel: Kernel, recipe: Recipe, engine: Engine, cancelled: threading.Event) -> Entry:
+def _entry_of(kernel: Kernel, spec: CompileSpec, engine: Engine, cancelled: threading.Event) -> Entry:
     def make(folder: Path) -> bytes:
         try:
-            engine.write_job(folder, kernel, recipe)
+            engine.write_job(folder, kernel, spec)
         except Unavailable as error:
             raise CompileError(kernel.label, str(error)) from None
-        artefact = folder / recipe.artefact
+        artefact = folder / spec.artefact
         run_worker(kernel.label, folder, artefact, cancelled)
         return artefact.read_bytes()
 
-    return find_or_build(recipe, make, cancelled)
+    return find_or_build(spec, make, cancelled)
 
 
 def run_worker(label: str, folder: Path, artefact: Path, cancelled: threading.Event) -> None:

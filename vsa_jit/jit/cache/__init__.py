@@ -2,10 +2,9 @@
 
     <folder>/sm_90a/<key>/            an entry: the artefact and manifest.json
     <folder>/sm_90a/locks/<key>.lock  held by the process that compiles
-    <folder>/sm_90a/build/<key>-*/    its private files
-    <folder>/sm_90a/failed/<key>/     what is needed to see why a compile failed
+    <folder>/sm_90a/build/<key>-*/    its build folder, which no other process reads
+    <folder>/sm_90a/failed/<key>/     sources and log of a failed compile
 
-An entry is made in the private folder, checked and moved to its place by one rename. The lock is the operating
-system's and dies with its process. What a killed process leaves in ``build`` nobody reads, and the next compile of the
-key removes it.
+An entry is written in the build folder, checked and moved to its place by one rename. The operating system drops the
+lock when its process ends, however it ends. The next compile of a key removes what a killed process left in ``build``.
 """

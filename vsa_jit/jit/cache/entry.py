@@ -15,8 +15,8 @@ FORMAT = 1
 
 
 @dataclass(frozen=True)
-class Recipe:
-    """All that determines an artefact, and nothing else: no path, no time."""
+class CompileSpec:
+    """All that determines the compiled code, so that its hash is the key. No path and no time is part of it."""
 
     label: str
     engine: str
@@ -35,37 +35,41 @@ class Recipe:
 
 @dataclass(frozen=True)
 class Entry:
-    """A checked entry."""
+    """An entry on disk that passed its check."""
 
     folder: Path
-    recipe: Recipe
+    spec: CompileSpec
     size: int
 
     @property
     def artefact(self) -> Path:
-        return self.folder / self.recipe.artefact
+        return self.folder / self.spec.artefact
 
 
 class BadEntry(Exception):
-    """What is wrong with an entry."""
+    """An entry fails its check; the message says how."""
 
 
-def manifest_of(recipe: Recipe, artefact: bytes) -> str:
+def manifest_of(spec: CompileSpec, artefact: bytes) -> str:
     record = {
         "format": FORMAT,
-        "key": recipe.key,
-        "recipe": dataclasses.asdict(recipe),
+        "key": spec.key,
+        # On disk a spec is called a recipe.
+        "recipe": dataclasses.asdict(spec),
         "size": len(artefact),
         "sha256": hashlib.sha256(artefact).hexdigest(),
     }
     return json.dumps(record, indent=1)
 
 
-def check_entry(key: str, manifest: bytes, artefact_of: Callable[[str], bytes]) -> tuple[Recipe, int]:
-    """Checks an entry's contents: that they are whole, and those of this key.
+def check_entry(key: str, manifest: bytes, artefact_of: Callable[[str], bytes]) -> tuple[CompileSpec, int]:
+    """Checks that an entry's files are complete and belong to this key.
 
     Args:
         artefact_of: reads the artefact by its name.
+
+    Returns:
+        The spec and the artefact's size in bytes.
 
     Raises:
         BadEntry: they are not.
@@ -75,7 +79,7 @@ def check_entry(key: str, manifest: bytes, artefact_of: Callable[[str], bytes]) 
         fields = record["recipe"]
         flags = tuple(fields["flags"])
         texts = [*flags, *(value for name, value in fields.items() if name != "flags")]
-        recipe = Recipe(**{**fields, "flags": flags})
+        spec = CompileSpec(**{**fields, "flags": flags})
         size, digest = record["size"], record["sha256"]
         said_format, said_key = record["format"], record["key"]
     except (ValueError, TypeError, KeyError, AttributeError, RecursionError):
@@ -84,13 +88,13 @@ def check_entry(key: str, manifest: bytes, artefact_of: Callable[[str], bytes]) 
         raise BadEntry("its recipe is not of printable text")
     if said_format != FORMAT:
         raise BadEntry(f"its format is {said_format!r}, not {FORMAT}")
-    if not (said_key == key == recipe.key):
+    if not (said_key == key == spec.key):
         raise BadEntry("it belongs to another key")
-    if recipe.artefact not in ("kernel.cubin", "kernel.so"):
-        raise BadEntry(f"{recipe.artefact!r} is no artefact's name")
-    artefact = artefact_of(recipe.artefact)
+    if spec.artefact not in ("kernel.cubin", "kernel.so"):
+        raise BadEntry(f"{spec.artefact!r} is no artefact's name")
+    artefact = artefact_of(spec.artefact)
     if len(artefact) != size or hashlib.sha256(artefact).hexdigest() != digest:
-        raise BadEntry(f"{recipe.artefact} is not what was compiled")
+        raise BadEntry(f"{spec.artefact} is not what was compiled")
     if not artefact.startswith(b"\x7fELF"):
-        raise BadEntry(f"{recipe.artefact} is no compiled code")
-    return recipe, size
+        raise BadEntry(f"{spec.artefact} is no compiled code")
+    return spec, size

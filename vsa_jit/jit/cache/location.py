@@ -11,16 +11,17 @@ import tempfile
 from pathlib import Path
 
 from vsa_jit.jit.cache.permissions import exists, why_replaceable, why_unsafe
-from vsa_jit.jit.cache.store import Store, remove_tree
+from vsa_jit.jit.cache.store import KernelCache, remove_tree
 from vsa_jit.jit.errors import CacheError, SettingError
 
 ENVIRONMENT_VARIABLE = "VSA_JIT_CACHE_DIR"
-# A variable that names such a place was set wrong; any other failure is the machine's state, and no error.
+# These mean that the variable names no possible folder: an error of the user. Other errors (of a file server, say) are
+# the machine's state, and kernels are then kept in a private folder.
 _WRONG_PATH = (errno.ENOTDIR, errno.EEXIST, errno.ELOOP, errno.ENAMETOOLONG)
 
 _logger = logging.getLogger("vsa_jit")
-# By process: a forked child makes its own.
-_private_stores: dict[int, Store] = {}
+# By process id: a forked child makes its own folder, because that of its parent ends with the parent.
+_private_caches: dict[int, KernelCache] = {}
 
 
 class _NoHomeError(Exception):
@@ -53,20 +54,20 @@ def user_folder() -> Path:
     return home / ".cache" / "vsa_jit"
 
 
-def open_store() -> Store:
-    """The user's store, or, where that cannot be used, a private one that ends with the process.
+def open_cache() -> KernelCache:
+    """The user's cache, or, where that cannot be used, a private one that ends with the process.
 
     Raises:
         SettingError: VSA_JIT_CACHE_DIR names what cannot be a folder, or one that somebody else could write to.
         CacheError: nowhere can anything be written.
     """
     variables = (ENVIRONMENT_VARIABLE, "XDG_CACHE_HOME", "HOME")
-    return _open_store(os.getpid(), *map(os.environ.get, variables))
+    return _open_cache(os.getpid(), *map(os.environ.get, variables))
 
 
-# All that the answer depends on is an argument, so that it is looked for again when that changes.
+# Everything that the answer depends on is an argument: a change of a variable, or a fork, makes it look again.
 @functools.cache
-def _open_store(pid: int, named: str | None, xdg: str | None, home: str | None) -> Store:
+def _open_cache(pid: int, named: str | None, xdg: str | None, home: str | None) -> KernelCache:
     try:
         folder = user_folder()
     except _NoHomeError as error:
@@ -85,21 +86,21 @@ def _open_store(pid: int, named: str | None, xdg: str | None, home: str | None) 
         if getattr(error, "errno", errno.ELOOP) not in _WRONG_PATH:
             return _fall_back(unsafe)
     if unsafe is None:
-        return Store(place, writable=os.access(existing, os.W_OK | os.X_OK), kept=True)
+        return KernelCache(place, writable=os.access(existing, os.W_OK | os.X_OK), persistent=True)
     if named:
         raise SettingError(f"{ENVIRONMENT_VARIABLE}: expected a folder that nobody else can write to, but {unsafe}")
     return _fall_back(unsafe)
 
 
-def private_store() -> Store:
-    """A store that ends with this process.
+def private_cache() -> KernelCache:
+    """A cache that ends with this process.
 
     Raises:
         CacheError: nowhere can anything be written.
     """
     pid = os.getpid()
-    if pid in _private_stores:
-        return _private_stores[pid]
+    if pid in _private_caches:
+        return _private_caches[pid]
     try:
         folder = Path(tempfile.mkdtemp(prefix="vsa_jit-"))
     except OSError as error:
@@ -111,24 +112,24 @@ def private_store() -> Store:
             remove_tree(folder)
 
     atexit.register(remove)
-    return _private_stores.setdefault(pid, Store(folder, writable=True, kept=False))
+    return _private_caches.setdefault(pid, KernelCache(folder, writable=True, persistent=False))
 
 
-def stores() -> list[Store]:
-    """Where compiled kernels are looked for: the user's store, and the private one if there is one."""
-    store = open_store()
-    # A private store is made only when something must be written to it.
-    private = _private_stores.get(os.getpid(), store)
-    return [store] if private is store else [store, private]
+def caches() -> list[KernelCache]:
+    """Where compiled kernels are looked for: the user's cache, and the private one if there is one."""
+    cache = open_cache()
+    # A private folder is made only when something must be written to it.
+    private = _private_caches.get(os.getpid(), cache)
+    return [cache] if private is cache else [cache, private]
 
 
-def _fall_back(reason: str) -> Store:
-    warn_not_kept(reason)
-    return private_store()
+def _fall_back(reason: str) -> KernelCache:
+    warn_not_persistent(reason)
+    return private_cache()
 
 
 @functools.cache
-def warn_not_kept(reason: str) -> None:
+def warn_not_persistent(reason: str) -> None:
     _logger.warning(
         "compiled kernels are not kept for the next process: %s (%s names a folder to keep them in)",
         reason,

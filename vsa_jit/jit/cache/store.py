@@ -1,4 +1,4 @@
-"""A folder of entries: looking them up, compiling them, clearing them."""
+"""One folder of entries: reading them checked, compiling them in private folders, clearing them."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-from vsa_jit.jit.cache.entry import MANIFEST, BadEntry, Entry, Recipe, check_entry, manifest_of
+from vsa_jit.jit.cache.entry import MANIFEST, BadEntry, CompileSpec, Entry, check_entry, manifest_of
 from vsa_jit.jit.cache.lock import LOCK_LIMIT_S, is_locked, locked
 from vsa_jit.jit.cache.permissions import make_folder, why_unsafe
 from vsa_jit.jit.errors import CacheError, CompileError
@@ -24,26 +24,26 @@ _KEY_LENGTH = 64
 _logger = logging.getLogger("vsa_jit")
 
 
-class Store:
+class KernelCache:
     """A folder of entries that only this user, or root, can write to.
 
     Attributes:
         writable: whether new entries can be made in it.
-        kept: whether it outlives the process.
+        persistent: whether it outlives the process.
     """
 
-    def __init__(self, root: Path, *, writable: bool, kept: bool) -> None:
+    def __init__(self, root: Path, *, writable: bool, persistent: bool) -> None:
         self.root = root
         self.writable = writable
-        self.kept = kept
+        self.persistent = persistent
 
-    def load(self, recipe: Recipe) -> Entry | None:
-        """The entry of a recipe, checked, or None where there is none.
+    def load(self, spec: CompileSpec) -> Entry | None:
+        """The checked entry of a spec, or None where there is none.
 
         Raises:
-            BadEntry: there is one, and it is not what it should be.
+            BadEntry: there is one, and it fails its check.
         """
-        folder = self.root / recipe.arch / recipe.key
+        folder = self.root / spec.arch / spec.key
         if not os.path.lexists(folder):
             return None
         return self._check(folder)
@@ -55,12 +55,12 @@ class Store:
                 if unsafe is not None:
                     raise BadEntry(unsafe)
             manifest = (folder / MANIFEST).read_bytes()
-            recipe, size = check_entry(folder.name, manifest, lambda name: (folder / name).read_bytes())
+            spec, size = check_entry(folder.name, manifest, lambda name: (folder / name).read_bytes())
         except OSError as error:
             raise BadEntry(f"{error.strerror}: {error.filename}") from None
-        if recipe.arch != folder.parent.name:
-            raise BadEntry(f"it is for {recipe.arch}")
-        return Entry(folder, recipe, size)
+        if spec.arch != folder.parent.name:
+            raise BadEntry(f"it is for {spec.arch}")
+        return Entry(folder, spec, size)
 
     def entries(self) -> Iterator[tuple[Path, Entry | BadEntry]]:
         """Every entry, or what is wrong with it."""
@@ -71,83 +71,83 @@ class Store:
                 except BadEntry as error:
                     yield folder, error
 
-    def build(self, recipe: Recipe, make: Callable[[Path], bytes], cancelled: threading.Event) -> Entry:
+    def build(self, spec: CompileSpec, make: Callable[[Path], bytes], cancelled: threading.Event) -> Entry:
         """Compiles an entry, unless another process has done so meanwhile.
 
         Args:
-            make: compiles in the private folder that it is given, and returns the artefact.
+            make: compiles in the build folder that it is given, and returns the artefact.
             cancelled: ends the wait for another process.
 
         Raises:
             CompileError: ``make`` raised it; its files are kept in the folder ``failed``.
             OSError: this folder cannot be written.
         """
-        arch = self.root / recipe.arch
-        for folder in (self.root, arch, arch / "locks", arch / "build"):
+        arch_folder = self.root / spec.arch
+        for folder in (self.root, arch_folder, arch_folder / "locks", arch_folder / "build"):
             make_folder(folder)
-        with locked(arch / "locks" / f"{recipe.key}.lock", cancelled):
+        with locked(arch_folder / "locks" / f"{spec.key}.lock", cancelled):
             try:
-                entry = self.load(recipe)
+                entry = self.load(spec)
             except BadEntry as bad:
-                self._drop(arch / recipe.key, bad)
+                self._drop(arch_folder / spec.key, bad)
                 entry = None
-            return entry or self._compile(recipe, make)
+            return entry or self._compile(spec, make)
 
-    def _compile(self, recipe: Recipe, make: Callable[[Path], bytes]) -> Entry:
-        arch = self.root / recipe.arch
-        for private in (arch / "build").glob(f"{recipe.key}-*"):
-            if _is_left(private):
-                remove_tree(private)
-        private = _make_private(arch, recipe.key)
+    def _compile(self, spec: CompileSpec, make: Callable[[Path], bytes]) -> Entry:
+        arch_folder = self.root / spec.arch
+        for abandoned in (arch_folder / "build").glob(f"{spec.key}-*"):
+            if _is_abandoned(abandoned):
+                remove_tree(abandoned)
+        build_folder = _make_build_folder(arch_folder, spec.key)
         try:
-            artefact = make(private)
-            return self.publish(recipe, manifest_of(recipe, artefact).encode(), artefact, private)
+            artefact = make(build_folder)
+            return self.publish(spec, manifest_of(spec, artefact).encode(), artefact, build_folder)
         except CompileError as error:
             if error.folder is None:
                 raise
-            make_folder(arch / "failed")
-            kept = arch / "failed" / recipe.key
-            remove_tree(kept)
-            os.rename(private, kept)
-            raise error.moved_to(kept) from None
+            make_folder(arch_folder / "failed")
+            failed = arch_folder / "failed" / spec.key
+            remove_tree(failed)
+            os.rename(build_folder, failed)
+            raise error.moved_to(failed) from None
         finally:
-            remove_tree(private)
+            remove_tree(build_folder)
 
-    def publish(self, recipe: Recipe, manifest: bytes, artefact: bytes, private: Path) -> Entry:
-        """Writes an entry in a private folder, checks it and moves it to its place.
+    def publish(self, spec: CompileSpec, manifest: bytes, artefact: bytes, build_folder: Path) -> Entry:
+        """Writes an entry in a build folder, checks it and moves it to its place by one rename.
 
         Raises:
             CompileError: what was written is not what should be.
             OSError: this folder cannot be written.
         """
-        made = private / "entry"
+        made = build_folder / "entry"
         made.mkdir(mode=0o755)
-        for name, content in ((recipe.artefact, artefact), (MANIFEST, manifest)):
+        for name, content in ((spec.artefact, artefact), (MANIFEST, manifest)):
             with open(os.open(made / name, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o644), "wb") as file:
                 file.write(content)
         try:
-            check_entry(recipe.key, (made / MANIFEST).read_bytes(), lambda name: (made / name).read_bytes())
+            check_entry(spec.key, (made / MANIFEST).read_bytes(), lambda name: (made / name).read_bytes())
         except BadEntry as bad:
-            raise CompileError(recipe.label, str(bad)) from None
-        place = self.root / recipe.arch / recipe.key
+            raise CompileError(spec.label, str(bad)) from None
+        place = self.root / spec.arch / spec.key
         try:
             os.rename(made, place)
         except OSError as error:
-            # Locks do not reach every host that shares a folder: another one was first.
-            entry = self.load(recipe) if error.errno in (errno.ENOTEMPTY, errno.EEXIST) else None
+            # A lock may not be visible to other hosts that share the folder: one of them was first.
+            entry = self.load(spec) if error.errno in (errno.ENOTEMPTY, errno.EEXIST) else None
             if entry is None:
                 raise
             return entry
-        return Entry(place, recipe, len(artefact))
+        return Entry(place, spec, len(artefact))
 
     def _drop(self, folder: Path, bad: BadEntry) -> None:
         """Removes a bad entry, with a warning."""
         _logger.warning("dropped the compiled kernel at %s: %s", folder, bad)
-        grave = _make_private(folder.parent, folder.name)
+        build_folder = _make_build_folder(folder.parent, folder.name)
         try:
-            os.rename(folder, grave / "dropped")
+            os.rename(folder, build_folder / "dropped")
         finally:
-            remove_tree(grave)
+            remove_tree(build_folder)
 
     def clear(self) -> int:
         """Removes every entry and what failed or ended compiles left; returns how many entries there were.
@@ -158,41 +158,43 @@ class Store:
         if not self.writable:
             raise CacheError(f"{self.root} cannot be written to")
         count = 0
-        for arch in self.root.glob("sm_*"):
-            if arch.is_symlink() or not arch.is_dir():
+        for arch_folder in self.root.glob("sm_*"):
+            if arch_folder.is_symlink() or not arch_folder.is_dir():
                 continue
-            for folder in (*arch.iterdir(), *_children(arch / "failed"), *_children(arch / "build")):
+            failed, builds = _children(arch_folder / "failed"), _children(arch_folder / "build")
+            for folder in (*arch_folder.iterdir(), *failed, *builds):
                 key = folder.name[:_KEY_LENGTH]
                 if not _is_key(key):
                     continue
-                is_build = folder.parent.name == "build"
-                if is_build and (not _is_left(folder) or is_locked(arch / "locks" / f"{key}.lock")):
+                lock = arch_folder / "locks" / f"{key}.lock"
+                if folder.parent.name == "build" and (not _is_abandoned(folder) or is_locked(lock)):
                     continue
                 remove_tree(folder)
-                count += folder.parent == arch and not os.path.lexists(folder)
+                count += folder.parent == arch_folder and not os.path.lexists(folder)
         return count
 
 
-def _make_private(arch: Path, key: str) -> Path:
-    """A folder for the files of one compile on this host."""
-    return Path(tempfile.mkdtemp(prefix=f"{key}-{_host()}-", dir=arch / "build"))
+def _make_build_folder(arch_folder: Path, key: str) -> Path:
+    """Makes a private folder for the files of one compile; its name says the key and this host."""
+    return Path(tempfile.mkdtemp(prefix=f"{key}-{_host()}-", dir=arch_folder / "build"))
 
 
-def _is_left(private: Path) -> bool:
-    """Whether whoever holds the lock of its key may remove a private folder.
+def _is_abandoned(build_folder: Path) -> bool:
+    """Whether the holder of its key's lock may remove a build folder.
 
-    Locks do not reach every host that shares a cache: what another one made may be in use as long as a compile lasts.
+    On this host the lock tells that nobody uses it. The lock may not be visible to other hosts that share the cache:
+    their folders count as in use for as long as a compile may take.
     """
-    if private.name[_KEY_LENGTH:].startswith(f"-{_host()}-"):
+    if build_folder.name[_KEY_LENGTH:].startswith(f"-{_host()}-"):
         return True
     try:
-        return time.time() - private.lstat().st_mtime > LOCK_LIMIT_S
+        return time.time() - build_folder.lstat().st_mtime > LOCK_LIMIT_S
     except FileNotFoundError:
         return False
 
 
 def _host() -> str:
-    """This host's name as part of a file's."""
+    """A short hash of this host's name, for names of folders."""
     return hashlib.sha256(platform.node().encode()).hexdigest()[:8]
 
 
@@ -205,7 +207,7 @@ def _is_key(name: str) -> bool:
 
 
 def remove_tree(path: Path) -> None:
-    """Removes a folder of ours; a link is removed, not followed."""
+    """Removes a file, or a folder with its contents; a symbolic link is removed, not followed."""
     if path.is_symlink() or path.is_file():
         path.unlink()
     else:

@@ -49,7 +49,7 @@ def choose(kernels: Iterable[Kernel], arch: str, name: str = "auto") -> Engine:
         reason = why_not(engine)
         if reason is not None:
             reasons.append(Unavailable(f"{engine.name}: {reason.reason}", reason.mend))
-        elif all(find(engine.recipe(kernel, arch)) for kernel in kernels):
+        elif all(find(engine.spec(kernel, arch)) for kernel in kernels):
             return engine
         else:
             first = first or engine

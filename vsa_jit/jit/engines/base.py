@@ -8,7 +8,7 @@ import sys
 from pathlib import Path
 from typing import Any, Protocol
 
-from vsa_jit.jit.cache.entry import Entry, Recipe
+from vsa_jit.jit.cache.entry import CompileSpec, Entry
 from vsa_jit.jit.kernel import Kernel
 from vsa_jit.jit.source import Source, kernels_dir, read_source
 
@@ -31,10 +31,10 @@ class Engine(Protocol):
     def compiler(self) -> str:
         """The compiler's name and version, for people."""
 
-    def recipe(self, kernel: Kernel, arch: str) -> Recipe:
+    def spec(self, kernel: Kernel, arch: str) -> CompileSpec:
         """What determines the compiled kernel."""
 
-    def write_job(self, folder: Path, kernel: Kernel, recipe: Recipe) -> None:
+    def write_job(self, folder: Path, kernel: Kernel, spec: CompileSpec) -> None:
         """Writes sources and job for ``worker/compile.py``."""
 
     def function(self, entry: Entry, kernel: Kernel) -> int:

@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 
 from vsa_jit.jit import toolchain
-from vsa_jit.jit.cache.entry import Entry, Recipe
+from vsa_jit.jit.cache.entry import CompileSpec, Entry
 from vsa_jit.jit.engines.base import source_of, write_job
 from vsa_jit.jit.errors import Unavailable
 from vsa_jit.jit.kernel import Kernel
@@ -51,10 +51,10 @@ class NvccEngine:
     def compiler(self) -> str:
         return f"nvcc {find_nvcc().build}"
 
-    def recipe(self, kernel: Kernel, arch: str) -> Recipe:
+    def spec(self, kernel: Kernel, arch: str) -> CompileSpec:
         real = ARCHS[arch]
         virtual = real.replace("sm_", "compute_")
-        return Recipe(
+        return CompileSpec(
             label=kernel.label,
             engine=self.name,
             # PyTorch adds options of its own, and the artefact holds code for the host.
@@ -73,7 +73,7 @@ class NvccEngine:
             artefact="kernel.so",
         )
 
-    def write_job(self, folder: Path, kernel: Kernel, recipe: Recipe) -> None:
+    def write_job(self, folder: Path, kernel: Kernel, spec: CompileSpec) -> None:
         nvcc = find_nvcc()
         if set(str(folder)) & set(NOT_IN_PATHS):
             raise Unavailable(
@@ -84,9 +84,9 @@ class NvccEngine:
             "engine": self.name,
             "environment": {"CUDA_HOME": nvcc.home, "PATH": toolchain.tool_path()},
             "main": ENTRY_FILE.name,
-            "options": [flag for flag in recipe.flags if flag not in LINK_OPTIONS],
+            "options": [flag for flag in spec.flags if flag not in LINK_OPTIONS],
             "link_options": LINK_OPTIONS,
-            "artefact": recipe.artefact,
+            "artefact": spec.artefact,
         }
         write_job(folder, with_entry_file(source_of(kernel)).files, job)
 

@@ -7,8 +7,8 @@ from pathlib import Path
 from typing import Any
 
 from vsa_jit.jit import toolchain
-from vsa_jit.jit.cache.entry import Entry, Recipe
-from vsa_jit.jit.cache.location import private_store
+from vsa_jit.jit.cache.entry import CompileSpec, Entry
+from vsa_jit.jit.cache.location import private_cache
 from vsa_jit.jit.engines.base import source_of, write_job
 from vsa_jit.jit.errors import Unavailable
 from vsa_jit.jit.kernel import Kernel
@@ -23,7 +23,7 @@ def import_cupy() -> Any:
         try:
             os.makedirs(os.path.expanduser("~/.cupy/kernel_cache"), exist_ok=True)
         except OSError:
-            os.environ["CUPY_CACHE_DIR"] = str(private_store().root / "cupy")
+            os.environ["CUPY_CACHE_DIR"] = str(private_cache().root / "cupy")
     import cupy
 
     return cupy
@@ -46,9 +46,9 @@ class NvrtcEngine:
     def compiler(self) -> str:
         return f"NVRTC {toolchain.dotted(find_nvrtc().version)}"
 
-    def recipe(self, kernel: Kernel, arch: str) -> Recipe:
+    def spec(self, kernel: Kernel, arch: str) -> CompileSpec:
         source = source_of(kernel)
-        return Recipe(
+        return CompileSpec(
             label=kernel.label,
             engine=self.name,
             compiler=f"NVRTC {find_nvrtc().build}",
@@ -59,7 +59,7 @@ class NvrtcEngine:
             artefact="kernel.cubin",
         )
 
-    def write_job(self, folder: Path, kernel: Kernel, recipe: Recipe) -> None:
+    def write_job(self, folder: Path, kernel: Kernel, spec: CompileSpec) -> None:
         nvrtc, source = find_nvrtc(), source_of(kernel)
         include: list[str] = []
         if source.needs_cuda_headers:
@@ -74,8 +74,8 @@ class NvrtcEngine:
             "library": nvrtc.path,
             "version": nvrtc.version,
             "main": kernel.source,
-            "options": [*recipe.flags, *include],
-            "artefact": recipe.artefact,
+            "options": [*spec.flags, *include],
+            "artefact": spec.artefact,
         }
         write_job(folder, source.files, job)
 
