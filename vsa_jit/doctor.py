@@ -26,7 +26,7 @@ HEAD_DIM = 128
 
 
 def examine() -> dict[str, Any]:
-    """A record of nested dictionaries that JSON can hold; what is missing has ``missing``, and ``mend`` where known."""
+    """A record of nested dictionaries that JSON can hold; what is missing has ``missing``, and ``fix`` where known."""
     return {
         "vsa_jit": toolchain.package_version("vsa-jit") or "not installed",
         "python": platform.python_version(),
@@ -92,23 +92,23 @@ def _or_missing(look: Callable[[], dict[str, Any]]) -> dict[str, Any]:
     try:
         return look()
     except Unavailable as error:
-        return _missing(error.reason, error.mend)
+        return _missing(error.reason, error.fix)
     except JitError as error:
         return _missing(str(error), None)
 
 
-def _missing(reason: str, mend: str | None) -> dict[str, Any]:
-    return {"missing": reason, "mend": mend}
+def _missing(reason: str, fix: str | None) -> dict[str, Any]:
+    return {"missing": reason, "fix": fix}
 
 
-def _package(mend: str, *names: str) -> dict[str, Any]:
+def _package(fix: str, *names: str) -> dict[str, Any]:
     found = toolchain.package_version(*names)
-    return _missing(f"{names[0]} is not installed", mend) if found is None else {"version": found}
+    return _missing(f"{names[0]} is not installed", fix) if found is None else {"version": found}
 
 
-def _tool(name: str, mend: str) -> dict[str, Any]:
+def _tool(name: str, fix: str) -> dict[str, Any]:
     path = shutil.which(name, path=toolchain.tool_path())
-    return _missing(f"{name} is not on PATH", mend) if path is None else {"path": path}
+    return _missing(f"{name} is not on PATH", fix) if path is None else {"path": path}
 
 
 def _nvrtc() -> dict[str, Any]:
@@ -144,8 +144,8 @@ def _cache() -> dict[str, Any]:
 
 def _verdict(reason: Unavailable | None) -> dict[str, Any]:
     if reason is None:
-        return {"would_run": True, "reason": None, "mend": None}
-    return {"would_run": False, "reason": reason.reason, "mend": reason.mend}
+        return {"would_run": True, "reason": None, "fix": None}
+    return {"would_run": False, "reason": reason.reason, "fix": reason.fix}
 
 
 def _backends(device: torch.device) -> dict[str, Any]:

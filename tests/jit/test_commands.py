@@ -380,9 +380,9 @@ def test_a_folder_that_cannot_be_used(monkeypatch, capsys):
 def nothing(monkeypatch, no_gpu):
     """A machine with nothing but Python and PyTorch for the CPU."""
 
-    def missing(what, mend):
+    def missing(what, fix):
         def look(*args):
-            raise Unavailable(f"no {what}", mend)
+            raise Unavailable(f"no {what}", fix)
 
         return look
 
@@ -402,14 +402,14 @@ def test_doctor_on_a_machine_with_nothing(nothing, capsys):
     out = capsys.readouterr().out
     for line in (
         "GPU                   none that PyTorch sees",
-        "driver                missing: no driver\n                      mend: install a driver",
-        "nvrtc                 missing: no NVRTC\n                      mend: pip install nvrtc",
-        "nvcc                  missing: no nvcc\n                      mend: install nvcc",
-        "host compiler         missing: c++ is not on PATH\n                      mend: apt install g++, or set CXX",
-        "ninja                 missing: ninja is not on PATH\n                      mend: pip install ninja",
-        "triton                missing: triton is not installed\n                      mend: pip install triton",
-        "engine nvrtc          would not: no NVRTC\n                      mend: pip install nvrtc",
-        "engine nvcc           would not: no nvcc\n                      mend: install nvcc",
+        "driver                missing: no driver\n                      fix: install a driver",
+        "nvrtc                 missing: no NVRTC\n                      fix: pip install nvrtc",
+        "nvcc                  missing: no nvcc\n                      fix: install nvcc",
+        "host compiler         missing: c++ is not on PATH\n                      fix: apt install g++, or set CXX",
+        "ninja                 missing: ninja is not on PATH\n                      fix: pip install ninja",
+        "triton                missing: triton is not installed\n                      fix: pip install triton",
+        "engine nvrtc          would not: no NVRTC\n                      fix: pip install nvrtc",
+        "engine nvcc           would not: no nvcc\n                      fix: install nvcc",
         "torch on cpu          would run",
     ):
         assert line + "\n" in out
@@ -425,7 +425,7 @@ def test_doctor_as_json(entries, capsys, folder):
         "bytes": sum(entry.size for entry in entries),
     }  # fmt: skip
     assert report["settings"]["VSA_JIT_CACHE_DIR"] == {"value": str(folder), "wrong": None}
-    assert report["engines"]["nvrtc"] == {"would_run": True, "reason": None, "mend": None}
+    assert report["engines"]["nvrtc"] == {"would_run": True, "reason": None, "fix": None}
     if not torch.cuda.is_available():
         assert report["backends"]["cpu"]["torch"]["would_run"]
         assert not report["backends"]["cpu"]["sm90"]["would_run"]

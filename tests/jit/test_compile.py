@@ -126,8 +126,8 @@ def test_the_command_needs_no_terminal_and_makes_what_was_asked_for(folder, sour
     with pytest.raises(CompileError) as caught:
         get()
     kept = caught.value.log.parent
-    mended = kept / "src" / "toy.cu"
-    mended.write_text(MAIN)
+    fixed = kept / "src" / "toy.cu"
+    fixed.write_text(MAIN)
     assert compile_again(caught.value).returncode == 0
     assert (kept / "kernel.cubin").read_bytes().startswith(b"\x7fELF")
 

@@ -1,4 +1,4 @@
-"""What there is to compile with: found in every layout, of one version, new enough, or named with what mends it."""
+"""What there is to compile with: found in every layout, of one version, new enough, or named with what fixes it."""
 
 import json
 import os
@@ -178,7 +178,7 @@ def test_versions_of_nvrtc_and_driver(monkeypatch, tmp_path, nvrtc, driver, reas
     fake_driver(monkeypatch, driver)
     found = engines.why_not(NVRTC)
     assert (found and found.reason) == reason
-    assert reason is None or found.mend
+    assert reason is None or found.fix
 
 
 @pytest.mark.parametrize(("driver", "fits"), [((12, 3), False), ((12, 4), True), ((13, 0), True)])
@@ -196,7 +196,7 @@ def test_a_missing_package_is_named_with_its_cure(monkeypatch, package):
     monkeypatch.setattr(toolchain, "has_package", lambda name: name != package)
     monkeypatch.setattr(torch.version, "cuda", "12.8")
     error = engines.why_not(NVRTC)
-    assert (error.reason, error.mend) == (f"the package {package} is not installed", "pip install 'vsa-jit[cuda12]'")
+    assert (error.reason, error.fix) == (f"the package {package} is not installed", "pip install 'vsa-jit[cuda12]'")
 
 
 def test_nvrtc_that_is_nowhere(monkeypatch):
@@ -257,7 +257,7 @@ def test_a_named_toolkit_that_is_none(monkeypatch, tmp_path, runtime):
     monkeypatch.setenv("CUDA_HOME", str(root))
     error = engines.why_not(NVCC)
     reason = f"no CUDA toolkit (bin/nvcc and libcudart.so) in {tmp_path / ('cuda' if runtime else 'nothing')}"
-    assert (error.reason, error.mend) == (reason, "install a CUDA toolkit and set CUDA_HOME to it")
+    assert (error.reason, error.fix) == (reason, "install a CUDA toolkit and set CUDA_HOME to it")
 
 
 def test_no_toolkit_anywhere(monkeypatch, tmp_path):
@@ -283,7 +283,7 @@ def test_a_cxx_that_is_no_command_is_named(monkeypatch, tmp_path):
     monkeypatch.setenv("CXX", "g++ '-DX")
     reason = 'CXX: expected a command, got "g++ \'-DX" (No closing quotation)'
     assert engines.why_not(NVCC).reason == reason
-    assert doctor.examine()["host_compiler"] == {"missing": reason, "mend": "set CXX to a C++ compiler"}
+    assert doctor.examine()["host_compiler"] == {"missing": reason, "fix": "set CXX to a C++ compiler"}
 
 
 def test_an_nvcc_that_speaks_no_utf8(monkeypatch, tmp_path):
@@ -310,17 +310,17 @@ def test_a_module_of_the_user_named_cuda(monkeypatch, tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("present", "reason", "mend"),
+    ("present", "reason", "fix"),
     [
         (("ninja",), "no C++ compiler on PATH, which nvcc needs", "apt install g++, or set CXX"),
         (("c++",), "ninja is not installed", "pip install ninja"),
     ],
 )
-def test_what_nvcc_needs_beside_it(monkeypatch, tmp_path, present, reason, mend):
+def test_what_nvcc_needs_beside_it(monkeypatch, tmp_path, present, reason, fix):
     tools(monkeypatch, tmp_path, *present)
     monkeypatch.setenv("CUDA_HOME", str(toolkit(tmp_path / "cuda")))
     error = engines.why_not(NVCC)
-    assert (error.reason, error.mend) == (reason, mend)
+    assert (error.reason, error.fix) == (reason, fix)
 
 
 @pytest.mark.parametrize(

@@ -9,7 +9,7 @@ from typing import Any
 
 from vsa_jit.doctor import examine, is_well
 
-SUMMARY = "show what this machine has, which backends and engines would run, and what mends the others"
+SUMMARY = "show what this machine has, which backends and engines would run, and what fixes the others"
 DESCRIPTION = """\
 Backends are asked about a call in bf16 with head dimension 128. The exit code is 1 where a GPU lacks the backend that
 was made for it, or a setting is wrong.
@@ -43,8 +43,8 @@ def _lines(report: dict[str, Any]) -> Iterator[tuple[str, str]]:
         found = report[name]
         if "missing" in found:
             yield name.replace("_", " "), f"missing: {found['missing']}"
-            if found["mend"] is not None:
-                yield "", f"mend: {found['mend']}"
+            if found["fix"] is not None:
+                yield "", f"fix: {found['fix']}"
         else:
             yield name.replace("_", " "), ", ".join(f"{key} {value}" for key, value in found.items())
     for name, setting in report["settings"].items():
@@ -52,8 +52,8 @@ def _lines(report: dict[str, Any]) -> Iterator[tuple[str, str]]:
             yield name, setting["wrong"] or setting["value"]
     for name, verdict in report["engines"].items():
         yield f"engine {name}", "would run" if verdict["would_run"] else f"would not: {verdict['reason']}"
-        if not verdict["would_run"] and verdict["mend"] is not None:
-            yield "", f"mend: {verdict['mend']}"
+        if not verdict["would_run"] and verdict["fix"] is not None:
+            yield "", f"fix: {verdict['fix']}"
     for device, verdicts in report["backends"].items():
         for name, verdict in verdicts.items():
             yield f"{name} on {device}", "would run" if verdict["would_run"] else f"would not: {verdict['reason']}"

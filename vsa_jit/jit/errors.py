@@ -60,7 +60,7 @@ class CacheError(JitError):
 
 
 class SettingError(CacheError):
-    """An environment variable names a folder that cannot be used: a mistake to mend, never a reason to fall back."""
+    """An environment variable names a folder that cannot be used: a mistake to fix, never a reason to fall back."""
 
 
 class LoadError(JitError):
@@ -72,13 +72,13 @@ class Unavailable(JitError):
 
     Attributes:
         reason: what is wrong.
-        mend: the command or step that mends it, or None.
+        fix: the command or step that fixes it, or None.
     """
 
-    def __init__(self, reason: str, mend: str | None = None) -> None:
+    def __init__(self, reason: str, fix: str | None = None) -> None:
         self.reason = reason
-        self.mend = mend
-        super().__init__(reason if mend is None else f"{reason} ({mend})")
+        self.fix = fix
+        super().__init__(reason if fix is None else f"{reason} ({fix})")
 
 
 class NotWarmError(JitError):

@@ -249,14 +249,14 @@ def tool_path() -> str:
     return os.pathsep.join([sysconfig.get_path("scripts"), os.environ.get("PATH", os.defpath)])
 
 
-def check_version(what: str, version: Version, mend: str) -> None:
+def check_version(what: str, version: Version, fix: str) -> None:
     """Checks a CUDA version against the oldest that compiles and runs the kernels.
 
     Raises:
         Unavailable: it is older.
     """
     if version < OLDEST_CUDA:
-        raise Unavailable(f"{what} is of CUDA {dotted(version)}, older than {dotted(OLDEST_CUDA)}", mend)
+        raise Unavailable(f"{what} is of CUDA {dotted(version)}, older than {dotted(OLDEST_CUDA)}", fix)
 
 
 def check_driver() -> None:

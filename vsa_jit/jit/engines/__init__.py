@@ -48,7 +48,7 @@ def choose(kernels: Iterable[Kernel], arch: str, name: str = "auto") -> Engine:
             continue
         reason = why_not(engine)
         if reason is not None:
-            reasons.append(Unavailable(f"{engine.name}: {reason.reason}", reason.mend))
+            reasons.append(Unavailable(f"{engine.name}: {reason.reason}", reason.fix))
         elif all(find(engine.spec(kernel, arch)) for kernel in kernels):
             return engine
         else:

@@ -36,8 +36,8 @@ class NvccEngine:
 
     def check(self) -> None:
         nvcc = find_nvcc()
-        mend = "install a newer CUDA toolkit and set CUDA_HOME to it"
-        check_version("nvcc", nvcc.version, mend)
+        fix = "install a newer CUDA toolkit and set CUDA_HOME to it"
+        check_version("nvcc", nvcc.version, fix)
         check_runs("nvcc", nvcc.version)
         built_for = torch.version.cuda
         if built_for is None:
