@@ -11,7 +11,6 @@ from vsa_jit.jit.engines.nvcc import NvccEngine
 from vsa_jit.jit.engines.nvrtc import NvrtcEngine
 from vsa_jit.jit.errors import Unavailable
 from vsa_jit.jit.kernel import Kernel
-from vsa_jit.names import check_name
 
 ENVIRONMENT_VARIABLE = "VSA_JIT_ENGINE"
 ENGINES: tuple[Engine, ...] = (NvrtcEngine(), NvccEngine())
@@ -19,8 +18,15 @@ NAMES = ("auto", *(engine.name for engine in ENGINES))
 
 
 def requested() -> str:
-    """The engine that the environment asks for, or "auto"."""
-    return check_name(ENVIRONMENT_VARIABLE, os.environ.get(ENVIRONMENT_VARIABLE) or "auto", NAMES)
+    """The engine that the environment asks for, or "auto".
+
+    Raises:
+        ValueError: VSA_JIT_ENGINE names no engine; the message says what it may be.
+    """
+    name = os.environ.get(ENVIRONMENT_VARIABLE) or "auto"
+    if name not in NAMES:
+        raise ValueError(f"{ENVIRONMENT_VARIABLE}: expected one of {NAMES}, got {name!r}")
+    return name
 
 
 def why_not(engine: Engine) -> Unavailable | None:
