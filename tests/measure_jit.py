@@ -130,7 +130,8 @@ def measure_block_means() -> None:
         "raster, cut tiles": {"grid": BORDERED_VIDEO},
     }
     for head_dim, layout, name in itertools.product((128, 64), ("bhsd", "bshd"), orders):
-        module.load(support.kernels_of(torch.bfloat16, head_dim), 0)
+        kernels = support.kernels_of(torch.bfloat16, head_dim)
+        module.load(kernels, 0, engines.choose(kernels, support.ARCH).name)
         length = math.prod(orders[name].get("grid", (LENGTH,)))
         shape = (1, HEADS, length, head_dim) if layout == "bhsd" else (1, length, HEADS, head_dim)
         q, k, v = (torch.randn(shape, device=DEVICE).bfloat16() for _ in range(3))

@@ -4,6 +4,7 @@ import logging
 import os
 import subprocess
 import sys
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
@@ -22,6 +23,7 @@ from vsa_jit.backends.sm90 import backend, launches, specialise
 from vsa_jit.jit import engines, module
 from vsa_jit.jit.driver import encode_tensor_map, fill
 from vsa_jit.jit.errors import NotWarmError
+from vsa_jit.jit.kernel import Kernel
 from vsa_jit.problem import Problem, Side
 
 pytestmark = ON_HOPPER
@@ -50,9 +52,13 @@ CASES = [
 ]
 
 
+def load(kernels: Sequence[Kernel], device: int) -> None:
+    module.load(kernels, device, engines.choose(kernels, specialise.ARCH).name)
+
+
 def run_means(problem: Problem, inputs: Inputs, *, with_v: bool = True) -> tuple[Tensor, Tensor, Tensor | None]:
     kernels = specialise.kernels_of(inputs.dtype, problem.head_dim)
-    module.load(kernels, inputs.q.get_device())
+    load(kernels, inputs.q.get_device())
     q_sizes = inputs.given_q_sizes if inputs.given_q_sizes is not None else inputs.sizes
     sizes = q_sizes if problem.queries.length == problem.keys.length or inputs.given_q_sizes is not None else None
     v = inputs.v if with_v else None
@@ -99,7 +105,7 @@ def test_means_of_strided_views(strides):
     base.copy_(torch.as_strided(x, base.shape, (1,)))
     side = Side(heads, length, (4, 4, 4), (5, 6, 7), "bhsd")
     problem = Problem(batch, 64, side, side, 0.1)
-    module.load(specialise.kernels_of(torch.bfloat16, 64), on_gpu.get_device())
+    load(specialise.kernels_of(torch.bfloat16, 64), on_gpu.get_device())
     for result in backend.block_means(problem, on_gpu, on_gpu, on_gpu, None, None):
         expected = reference_means(side, on_gpu, None, torch.float64)
         torch.testing.assert_close(result.double(), expected, rtol=1e-5, atol=1e-6)
@@ -191,7 +197,7 @@ def test_launches_go_to_the_current_stream(inputs):
 def test_a_counter_is_the_number_of_blocks_when_the_kernel_starts(fresh, sources, monkeypatch):
     monkeypatch.setenv("VSA_JIT_CACHE_DIR", str(sources / "cache"))
     kernel = toy()
-    module.load([kernel], 0)
+    load([kernel], 0)
     launch = module.launcher(kernel, 0)
     memory = torch.full((33,), -1, dtype=torch.int32, device="cuda")
     # The kernel writes 42 into all but the last.
@@ -218,7 +224,7 @@ def test_launches_go_to_the_device_of_the_tensors(fresh):
 
 
 def test_a_thread_that_has_not_used_cuda(fresh, inputs):
-    module.load(specialise.kernels_of(inputs.dtype, 64), 0)
+    load(specialise.kernels_of(inputs.dtype, 64), 0)
     with ThreadPoolExecutor(1) as pool:
         result = pool.submit(call, inputs).result()
     torch.testing.assert_close(result, call(inputs), rtol=0, atol=0)
@@ -226,8 +232,8 @@ def test_a_thread_that_has_not_used_cuda(fresh, inputs):
 
 def test_threads_that_start_together_load_once(fresh, inputs, monkeypatch):
     loads = []
-    load = module._load
-    monkeypatch.setattr(module, "_load", lambda *arguments: (loads.append(arguments), load(*arguments)))
+    do_load = module._load
+    monkeypatch.setattr(module, "_load", lambda *arguments: (loads.append(arguments), do_load(*arguments)))
     with ThreadPoolExecutor(8) as pool:
         results = list(pool.map(call, [inputs] * 8))
     assert len(loads) == 1

@@ -583,7 +583,7 @@ def test_a_lock_that_pytorch_left_blocks_nothing(linkable, monkeypatch):
 def test_a_missing_kernel_in_a_capture_asks_for_a_warmup(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
     with pytest.raises(NotWarmError, match="toy: not loaded, and a CUDA graph is being captured; run warmup first"):
-        module.load([toy()], 0)
+        module.load([toy()], 0, "nvrtc")
 
 
 @pytest.mark.parametrize("broken", ["engine", "thread", "context", "cubin"])
@@ -597,7 +597,7 @@ def test_whatever_fails_while_loading_is_a_load_error(monkeypatch, broken):
     monkeypatch.setattr(torch.cuda, "device", lambda device: contextlib.nullcontext())
     monkeypatch.setattr(module, "make_context_current", fail if broken == "context" else lambda device: None)
     if broken == "engine":
-        monkeypatch.setattr(engines, "choose", fail)
+        monkeypatch.setattr(engines, "named", fail)
     if broken == "thread":
         monkeypatch.setattr(threading.Thread, "start", fail)
     monkeypatch.setattr(NVRTC.__class__, "function", fail)

@@ -23,14 +23,18 @@ def launcher(kernel: Kernel, device: int) -> Launcher:
     return _launchers[kernel, device]
 
 
-def load(kernels: Sequence[Kernel], device: int, engine: str = "auto") -> None:
+def load(kernels: Sequence[Kernel], device: int, engine: str) -> None:
     """Makes kernels ready to be launched on a device, compiling together those that the cache does not hold.
+
+    Args:
+        engine: the name that ``engines.choose`` gave. Another choice here could differ from it, because what the cache
+            holds by now decides too.
 
     Raises:
         CompileError: one does not compile.
         LoadError: one does not load, or the system has no thread or memory left to compile it.
         NotWarmError: one is not loaded, and a CUDA graph is being captured.
-        Unavailable: there is nothing to compile with.
+        Unavailable: the engine's compiler is missing.
     """
     if all((kernel, device) in _launchers for kernel in kernels):
         return
@@ -49,7 +53,7 @@ def _load(kernels: Sequence[Kernel], device: int, engine_name: str) -> None:
     arch = CAPABILITIES[torch.cuda.get_device_capability(device)]
     target = torch.cuda.get_device_name(device)
     try:
-        engine = engines.choose(kernels, arch, engine_name)
+        engine = engines.named(engine_name)
         entries = entries_of(kernels, arch, engine, target=target)
         if not all(entry.artefact.exists() for entry in entries):
             # Somebody cleared the cache this very moment.

@@ -18,7 +18,7 @@ from vsa_jit.problem import Problem, bhsd
 
 def prepare(problem: Problem, device: torch.device, dtype: torch.dtype) -> None:
     """Loads the kernels of a call on its device, compiling those that the cache does not hold."""
-    module.load(kernels_of(dtype, problem.head_dim), device.index)
+    module.load(kernels_of(dtype, problem.head_dim), device.index, engine_of(problem, dtype))
 
 
 def why_not(problem: Problem, dtype: torch.dtype, tensors: Sequence[Tensor]) -> str | None:

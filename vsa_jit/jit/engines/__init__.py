@@ -29,6 +29,11 @@ def requested() -> str:
     return name
 
 
+def named(name: str) -> Engine:
+    """The engine of a name that ``choose`` gave."""
+    return {engine.name: engine for engine in ENGINES}[name]
+
+
 def why_not(engine: Engine) -> Unavailable | None:
     """What keeps an engine from compiling. None: nothing does."""
     try:
