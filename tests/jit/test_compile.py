@@ -16,7 +16,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from support.caches import forget
 from support.processes import alive, pid_in, wait_until
 from support.toys import ARCH, HEADER, MAIN, NVRTC, toy, write_sources
 
@@ -34,16 +33,7 @@ ROOT = Path(__file__).parents[2]
 EM_CUDA = 190
 
 
-pytestmark = pytest.mark.usefixtures("sources")
-
-
-@pytest.fixture(autouse=True)
-def folder(tmp_path, monkeypatch) -> Path:
-    path = tmp_path / "cache"
-    monkeypatch.setenv("VSA_JIT_CACHE_DIR", str(path))
-    forget()
-    yield path
-    forget()
+pytestmark = pytest.mark.usefixtures("sources", "folder", "forgotten")
 
 
 def get(engine=NVRTC, **kwargs):
