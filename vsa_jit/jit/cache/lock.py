@@ -10,19 +10,20 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
-# Longer than a compile may take: who waits so long waits for a process that was stopped.
+# Longer than a compile may take, so that a longer wait means that the holder is suspended.
 LOCK_LIMIT_S = 360.0
 LOCK_POLL_S = 0.02
 
 
 @contextlib.contextmanager
 def locked(path: Path, cancelled: threading.Event) -> Iterator[None]:
-    """Holds a lock that the kernel drops when the process ends, however it ends. The file stays where it is.
+    """Holds an flock, which the operating system drops when the process ends. The file is never removed.
 
     Raises:
-        OSError: the file system has no locks, or whoever holds this one does not go on, or the wait was cancelled.
+        OSError: the file system has no locks, the lock is held for longer than ``LOCK_LIMIT_S``, or the wait was
+            cancelled.
     """
-    # Only where kernels are compiled: not every system that runs the other backends has it.
+    # Imported here, because the other backends also run on systems that have no fcntl.
     import fcntl
 
     file = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o644)
@@ -42,7 +43,7 @@ def locked(path: Path, cancelled: threading.Event) -> Iterator[None]:
         try:
             yield
         finally:
-            # Closing alone would leave it locked where another thread has forked meanwhile.
+            # Closing would not unlock it where a child that another thread forked meanwhile has the file open too.
             fcntl.flock(file, fcntl.LOCK_UN)
     finally:
         os.close(file)

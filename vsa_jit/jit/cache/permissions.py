@@ -1,4 +1,4 @@
-"""Who else could write to a file or a folder: code from there must not be run."""
+"""Checks that nobody else can write to a file or folder, because code from there is run."""
 
 from __future__ import annotations
 
