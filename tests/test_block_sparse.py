@@ -7,7 +7,7 @@ import sys
 
 if __name__ == "__main__":
     # Before the imports that only tests need: the benchmark runs without them.
-    from vsa_jit.cli import main
+    from vsa_jit.cli.main import main
 
     sys.exit(main(["bench", *sys.argv[1:]]))
 

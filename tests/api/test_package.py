@@ -79,7 +79,7 @@ def test_wheel_is_pure_python_and_carries_all(wheel):
     names = zipfile.ZipFile(wheel).namelist()
     sources = {f"vsa_jit/{path.relative_to(ROOT).as_posix()}" for path in (ROOT / "kernels_src").rglob("*.*")}
     assert sources <= set(names)
-    assert {"vsa_jit/py.typed", "vsa_jit/api.py", "vsa_jit/cli.py"} <= set(names)
+    assert {"vsa_jit/py.typed", "vsa_jit/api.py", "vsa_jit/cli/main.py"} <= set(names)
     assert {name.partition("/")[0].partition("-")[0] for name in names} == {"vsa_jit"}
 
 

@@ -16,13 +16,14 @@ import torch
 from support.problems import ON_HOPPER
 
 from vsa_jit.backends import torch as torch_backend
-from vsa_jit.bench import command, extras, stages
+from vsa_jit.bench import extras, stages
 from vsa_jit.bench.attention import all_blocks, flash_results, sparse
 from vsa_jit.bench.cases import DEFAULTS, DIRECTIONS, GATES, Case, Inputs, Selection, Shape
 from vsa_jit.bench.check import check, metrics
 from vsa_jit.bench.measure import times_ms
 from vsa_jit.bench.report import print_header
-from vsa_jit.cli import main
+from vsa_jit.cli import bench as command
+from vsa_jit.cli.main import main
 
 CPU = torch.device("cpu")
 TINY = ["--device", "cpu", "--backend", "torch", "--heads", "2", "--head-dim", "16", "--seconds", "0.001"]

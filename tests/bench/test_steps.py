@@ -18,7 +18,7 @@ import vsa_jit
 from vsa_jit.bench import steps
 from vsa_jit.bench.cases import Selection
 from vsa_jit.bench.steps import DENSE, ENABLED, LIMIT, MODELS, Bench, Model, Plan
-from vsa_jit.cli import main
+from vsa_jit.cli.main import main
 
 CPU = torch.device("cpu")
 CONFIG = {
@@ -195,7 +195,7 @@ def test_wrong_arguments_are_named(capsys, arguments, message):
 
 
 def test_without_diffusers(capsys, monkeypatch):
-    monkeypatch.setattr("vsa_jit.bench.step_command.has_diffusers", lambda: False)
+    monkeypatch.setattr("vsa_jit.cli.steps.has_diffusers", lambda: False)
     assert bench() == 2
     assert "expected diffusers to be installed: pip install 'vsa-jit[diffusers]'" in capsys.readouterr().err
 

@@ -1,31 +1,18 @@
-"""``vsa-jit bench --model``: its arguments, and what it prints and writes."""
+"""``vsa-jit bench --model``: its arguments, and what it does with them."""
 
 from __future__ import annotations
 
 import argparse
-import json
 import sys
-from collections.abc import Sequence
-from dataclasses import asdict
 from itertools import product
-from typing import Any, TextIO
 
 import torch
 
-from vsa_jit.bench import report
-from vsa_jit.bench.attention import SDPA_NAMES
-from vsa_jit.bench.cases import DEFAULTS, DIRECTIONS, Selection, format_size
+from vsa_jit.bench import report, step_report
+from vsa_jit.bench.cases import DEFAULTS, DIRECTIONS, Selection
 from vsa_jit.bench.extras import DIFFUSERS_INSTALL, has_diffusers
-from vsa_jit.bench.steps import MODELS, MODES, STEPS, Bench, Plan, StepCheck, StepRow, best_sdpa
-from vsa_jit.text import counted
+from vsa_jit.bench.steps import MODELS, MODES, Bench, Plan, StepCheck, StepRow, best_sdpa
 
-NOTES = """\
-ms: a whole step; inference is the transformer's forward, training its forward and backward with checkpointing.
-speed-up: over the dense model in the same step and mode. of limit: the same, as a share of what the model reaches
-whose self-attention is left out, and nothing else. MiB: peak memory above weights and inputs, gradients included.
-dense, left out: with diffusers' own processor. The others have that of enable_vsa, whose rotary embedding is faster in
-eager mode, so that one of them can pass the limit; its dense row shows by how much."""
-COLUMNS = ("step", "mode", "self-attention", "ms", "speed-up", "of limit", "MiB")
 # What a model says itself, or what is of kernels alone.
 OTHERS = ("seq_len", "shape", "recipe", "head_dim", "heads", "layout", "profile", "csv", "plot", "trace")
 DEFAULT_BLOCK_SIZES = ((4, 4, 4), (2, 8, 8))
@@ -66,10 +53,10 @@ def run(args: argparse.Namespace, device: torch.device) -> int:
             if all(check.ok for check in checks):
                 rows += bench.measure(direction, mode, sdpa[direction], seconds)
     progress.finish()
-    print_table(plan, sdpa, checks, rows, people)
+    step_report.print_table(plan, sdpa, checks, rows, people)
     if args.json is not None:
         with report.open_output(args.json) as file:
-            write_json(environment, plan, sdpa, checks, rows, file)
+            step_report.write_json(environment, plan, sdpa, checks, rows, file)
     return 0 if all(check.ok for check in checks) else 1
 
 
@@ -106,55 +93,3 @@ def plan_of(args: argparse.Namespace, device: torch.device) -> Plan:
         directions=DIRECTIONS if args.direction == "both" else (args.direction,),
         modes=MODES if args.mode in (None, "both") else (args.mode,),
     )
-
-
-def print_table(
-    plan: Plan, sdpa: dict[str, Any], checks: Sequence[StepCheck], rows: Sequence[StepRow], file: TextIO
-) -> None:
-    gate = "with gates" if plan.gate else "without gates"
-    print(
-        f"model: {MODELS[plan.model].about}, {counted(plan.layers, 'layer')}, {format_size(plan.grid)} tokens, "
-        f"batch {plan.batch}, {plan.dtype}, random weights, {gate}",
-        file=file,
-    )
-    print("dense attention:", ", ".join(f"{SDPA_NAMES[name]} ({STEPS[key]})" for key, name in sdpa.items()), file=file)
-    for check in checks:
-        print(
-            f"check of {check.block_size}, {check.step}, {check.mode}: {'ok' if check.ok else report.FAILED}, "
-            f"with all blocks selected {check.error:.2e} from dense, bound {check.bound:.2e}",
-            file=file,
-        )
-    if rows:
-        print(file=file)
-        report.print_table(COLUMNS, [_cells(row) for row in rows], file)
-        print(f"\n{NOTES}", file=file)
-
-
-def _cells(row: StepRow) -> list[str]:
-    numbers = [f"{row.ms:.1f}", f"{row.speedup:.2f}x", f"{row.share_of_limit:.2f}", report.memory(row.peak_mib)]
-    return [row.step, row.mode, row.attention, *numbers]
-
-
-def write_json(
-    environment: dict[str, Any],
-    plan: Plan,
-    sdpa: dict[str, Any],
-    checks: Sequence[StepCheck],
-    rows: Sequence[StepRow],
-    file: TextIO,
-) -> None:
-    content = {
-        "environment": environment,
-        "model": plan.model,
-        "layers": plan.layers,
-        "grid": format_size(plan.grid),
-        "batch": plan.batch,
-        "dtype": plan.dtype,
-        "gate": plan.gate,
-        "backend": plan.backend,
-        "dense_by": {STEPS[key]: SDPA_NAMES[name] for key, name in sdpa.items()},
-        "checks": [asdict(check) for check in checks],
-        "rows": [asdict(row) for row in rows],
-    }
-    json.dump(content, file, indent=2)
-    file.write("\n")

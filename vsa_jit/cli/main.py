@@ -7,8 +7,7 @@ import sys
 from collections.abc import Callable, Sequence
 from typing import NamedTuple, NoReturn
 
-from vsa_jit.bench import command as bench
-from vsa_jit.commands import cache, doctor, warmup
+from vsa_jit.cli import bench, cache, doctor, warmup
 from vsa_jit.jit.errors import JitError
 
 
@@ -57,3 +56,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except JitError as error:
         print(f"vsa-jit: error: {error}", file=sys.stderr)
         return 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -7,7 +7,7 @@ import argparse
 import torch
 
 import vsa_jit
-from vsa_jit.bench import parse
+from vsa_jit.cli import parse
 from vsa_jit.jit import engines
 from vsa_jit.jit.toolchain import ARCHS, arch_named
 from vsa_jit.precompile import check_persistent

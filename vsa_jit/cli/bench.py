@@ -13,7 +13,7 @@ from typing import Any
 import torch
 
 from vsa_jit.backends.choose import NAMES
-from vsa_jit.bench import parse, report, step_command
+from vsa_jit.bench import report
 from vsa_jit.bench.cases import (
     DEFAULTS,
     DIRECTIONS,
@@ -34,6 +34,7 @@ from vsa_jit.bench.stages import write_trace
 from vsa_jit.bench.steps import MODELS, MODES
 from vsa_jit.bench.sweep import OK, Row, sweep
 from vsa_jit.checks import LAYOUTS
+from vsa_jit.cli import parse, steps
 
 SUMMARY = "measure speed, memory and precision beside dense attention"
 DESCRIPTION = f"""\
@@ -131,7 +132,7 @@ def run(args: argparse.Namespace) -> int:
     device = args.device or torch.device("cuda" if torch.cuda.is_available() else "cpu")
     if args.model is not None:
         _check_outputs(args)
-        return step_command.run(args, device)
+        return steps.run(args, device)
     for name in ("layers", "mode"):
         if getattr(args, name) is not None:
             raise argparse.ArgumentError(None, f"argument --{name}: expected argument --model beside it")

@@ -14,8 +14,9 @@ from support.caches import forget
 from support.toys import ARCH, NVRTC, toy
 
 import vsa_jit
-from vsa_jit import cli, doctor, precompile
+from vsa_jit import doctor, precompile
 from vsa_jit.backends.sm90 import support
+from vsa_jit.cli.main import main
 from vsa_jit.jit import engines, toolchain
 from vsa_jit.jit.archive import export_entries, import_entries
 from vsa_jit.jit.cache.location import open_cache
@@ -47,7 +48,7 @@ def entries(sources):
 
 
 def command(*arguments: str) -> int:
-    return cli.main(arguments)
+    return main(arguments)
 
 
 def test_warmup_without_a_gpu(no_gpu, capsys, folder):

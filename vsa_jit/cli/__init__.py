@@ -1,0 +1,1 @@
+"""The command line: ``main`` holds the table of commands, and each command has a module."""

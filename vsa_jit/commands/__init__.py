@@ -1,1 +1,0 @@
-"""The commands around run-time compilation, one module each."""
