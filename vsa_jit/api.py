@@ -364,9 +364,9 @@ def warmup(
         RuntimeError: there is nothing to compile with, or the result is for another machine and there is no folder to
             keep it in; the message says why. Where the GPU is here, the kernels are ready for this process in any case.
     """
-    from vsa_jit import precompile
+    from vsa_jit.backends import warmup
 
-    return precompile.warmup(arch, dtype, head_dim, block_size, engine)
+    return warmup.warmup(arch, dtype, head_dim, block_size, engine)
 
 
 def _check(

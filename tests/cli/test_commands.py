@@ -14,7 +14,8 @@ from support.caches import forget
 from support.toys import ARCH, NVRTC, toy
 
 import vsa_jit
-from vsa_jit import doctor, precompile
+from vsa_jit import doctor
+from vsa_jit.backends import warmup
 from vsa_jit.backends.sm90 import support
 from vsa_jit.cli.main import main
 from vsa_jit.jit import engines, toolchain
@@ -152,9 +153,9 @@ def test_the_command_on_a_gpu_without_kernels_of_ours(monkeypatch, capsys, lose_
 
 def test_warmup_loads_on_the_gpu_that_is_here(monkeypatch):
     loaded = []
-    monkeypatch.setattr(precompile, "_arch_here", lambda: ARCH)
+    monkeypatch.setattr(warmup, "_arch_here", lambda: ARCH)
     monkeypatch.setattr(torch.cuda, "current_device", lambda: 3)
-    monkeypatch.setattr(precompile.module, "load", lambda *arguments: loaded.append(arguments))
+    monkeypatch.setattr(warmup.module, "load", lambda *arguments: loaded.append(arguments))
     vsa_jit.warmup(dtype=torch.float16, head_dim=64, block_size=[64, (2, 8, 8)])
     ((kernels, device, engine),) = loaded
     labels = [kernel.label for kernel in kernels]

@@ -7,10 +7,10 @@ import argparse
 import torch
 
 import vsa_jit
+from vsa_jit.backends.warmup import check_persistent
 from vsa_jit.cli import parse
 from vsa_jit.jit import engines
 from vsa_jit.jit.toolchain import ARCHS, arch_named
-from vsa_jit.precompile import check_persistent
 from vsa_jit.text import counted
 
 SUMMARY = "compile kernels ahead of time, on any machine"
