@@ -8,6 +8,7 @@ import os
 import statistics
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import matplotlib.image
@@ -20,7 +21,7 @@ from vsa_jit.bench import extras, stages
 from vsa_jit.bench.attention import all_blocks, flash_results, sparse
 from vsa_jit.bench.cases import DEFAULTS, DIRECTIONS, GATES, Case, Inputs, Selection, Shape
 from vsa_jit.bench.check import check, metrics
-from vsa_jit.bench.measure import times_ms
+from vsa_jit.bench.measure import HOST_ROUNDS, host_times_us, times_ms
 from vsa_jit.bench.report import print_header
 from vsa_jit.cli import bench as command
 from vsa_jit.cli.main import main
@@ -386,6 +387,19 @@ def test_times_of_several_calls_are_taken_in_turn():
     times = times_ms([lambda: made.append("a"), lambda: made.append("b")], torch.device("cpu"), 1e-6)
     assert [len(of_call) for of_call in times] == [len(made) // 2 - 1] * 2
     assert made == ["a", "b"] * (len(made) // 2)
+
+
+def test_host_times_are_of_one_call():
+    made = []
+
+    def call():
+        made.append(1)
+        time.sleep(1e-3)
+
+    rounds = host_times_us(call, CPU, 3)
+    assert len(rounds) == HOST_ROUNDS
+    assert len(made) == 3 * HOST_ROUNDS
+    assert all(us >= 1000 for us in rounds)
 
 
 @pytest.mark.parametrize(("count", "text"), [(1, "1 thread"), (2, "2 threads")])

@@ -14,6 +14,7 @@ L2_FLUSH_BYTES = 256 * MIB
 WARM_UP_SECONDS = 0.025
 MIN_REPEATS = 3
 MAX_REPEATS = 1000
+HOST_ROUNDS = 21
 
 
 def median_ms(call: Callable[[], object], device: torch.device, seconds: float) -> float:
@@ -73,6 +74,22 @@ def _cuda_times_ms(calls: Sequence[Callable[[], object]], device: torch.device, 
             return first
         measure(_repeats(WARM_UP_SECONDS * len(calls), estimate))
         return measure(_repeats(seconds * len(calls), estimate))
+
+
+def host_times_us(call: Callable[[], object], device: torch.device, calls: int) -> list[float]:
+    """What a call takes of the host's time in microseconds, on average over ``calls`` in each of several rounds.
+
+    A GPU is waited for between rounds only: its queue has to hold all calls of a round.
+    """
+    rounds = []
+    for _ in range(HOST_ROUNDS):
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+        start = time.perf_counter()
+        for _ in range(calls):
+            call()
+        rounds.append(1e6 * (time.perf_counter() - start) / calls)
+    return rounds
 
 
 def peak_mib(call: Callable[[], object], device: torch.device) -> float | None:

@@ -69,7 +69,7 @@ PRECISION_COLUMNS = (
 STAGE_COLUMNS = ("stage", "ms", "%", "TFLOP/s")
 
 
-def environment(device: torch.device, seed: int, seconds: float) -> dict[str, Any]:
+def environment(device: torch.device, seed: int, seconds: float | None) -> dict[str, Any]:
     """The machine, the versions and the settings that the rows hold for."""
     on_cuda = device.type == "cuda"
     cpu = f"{platform.machine()} CPU with {torch.backends.cpu.get_cpu_capability()}"
@@ -137,8 +137,12 @@ def _fields(prefix: str, source: object | None, names: Sequence[str]) -> dict[st
 
 
 def write_json(environment: dict[str, Any], rows: Sequence[Row], file: TextIO) -> None:
-    records = [{name: _finite(value) for name, value in record(row).items()} for row in rows]
-    json.dump({"environment": environment, "rows": records}, file, indent=2, allow_nan=False)
+    write_records(environment, map(record, rows), file)
+
+
+def write_records(environment: dict[str, Any], records: Iterable[dict[str, Any]], file: TextIO) -> None:
+    rows = [{name: _finite(value) for name, value in entry.items()} for entry in records]
+    json.dump({"environment": environment, "rows": rows}, file, indent=2, allow_nan=False)
     file.write("\n")
 
 

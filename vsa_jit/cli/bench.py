@@ -34,7 +34,7 @@ from vsa_jit.bench.stages import write_trace
 from vsa_jit.bench.steps import MODELS, MODES
 from vsa_jit.bench.sweep import OK, Row, sweep
 from vsa_jit.checks import LAYOUTS
-from vsa_jit.cli import parse, steps
+from vsa_jit.cli import kernels, parse, steps
 
 SUMMARY = "measure speed, memory and precision beside dense attention"
 DESCRIPTION = f"""\
@@ -82,15 +82,28 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="eager, compiled (compile_repeated_blocks, full graphs) or both (default)",
     )
 
+    hopper = parser.add_argument_group("the parts of a call on a Hopper GPU, instead")
+    hopper.add_argument(
+        "--kernels",
+        nargs="*",
+        metavar="NAME",
+        help="check and time the forward beside cuDNN's and Triton's, the block means beside a copy, and host times: "
+        "all, or those whose name has one of these parts, such as 'W1, random', small or 'block means'",
+    )
+    hopper.add_argument(
+        "--first-call",
+        action="store_true",
+        help="time the first calls of new processes with each engine, nothing cached (cold) and all of it (warm)",
+    )
+
     how = parser.add_argument_group("how to run it")
     how.add_argument(
         "--direction",
         type=parse.one_of((*DIRECTIONS, "both")),
-        default="both",
         help="forward, backward or both (default)",
     )
     how.add_argument("--heads", type=parse.positive_int, metavar="H", help="number of heads")
-    how.add_argument("--batch", type=parse.positive_int, default=1, metavar="B", help="batch size, default 1")
+    how.add_argument("--batch", type=parse.positive_int, metavar="B", help="batch size, default 1")
     how.add_argument("--layout", type=parse.one_of(LAYOUTS), help="bhsd (default) or bshd")
     how.add_argument(
         "--gate",
@@ -130,6 +143,9 @@ def run(args: argparse.Namespace) -> int:
         argparse.ArgumentError: the arguments do not go together, or the device cannot run them.
     """
     device = args.device or torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    if args.kernels is not None or args.first_call:
+        _check_outputs(args)
+        return kernels.run_first_call(args, device) if args.kernels is None else kernels.run_kernels(args, device)
     if args.model is not None:
         _check_outputs(args)
         return steps.run(args, device)
@@ -138,7 +154,7 @@ def run(args: argparse.Namespace) -> int:
             raise argparse.ArgumentError(None, f"argument --{name}: expected argument --model beside it")
     defaults = DEFAULTS[device.type]
     seconds = args.seconds or defaults.seconds
-    directions = DIRECTIONS if args.direction == "both" else (args.direction,)
+    directions = DIRECTIONS if args.direction in (None, "both") else (args.direction,)
     cases = plan(args, defaults)
     _check_runnable(cases, device)
     _check_outputs(args)
@@ -179,7 +195,9 @@ def plan(args: argparse.Namespace, defaults: Defaults) -> list[Case]:
     for seq_len, grid, preset in lengths:
         sizes = preset or defaults
         for head_dim, dtype in product(args.head_dim or [sizes.head_dim], args.dtype or [defaults.dtype]):
-            shape = Shape(seq_len, grid, args.batch, args.heads or sizes.heads, head_dim, dtype, args.layout or "bhsd")
+            shape = Shape(
+                seq_len, grid, args.batch or 1, args.heads or sizes.heads, head_dim, dtype, args.layout or "bhsd"
+            )
             choices = _selections(args, defaults, preset)
             for (block_size, selection), backend in product(choices, args.backend or ["auto"]):
                 cases.append(Case(shape, block_size, selection, args.gate or "tensor", backend))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import re
-from argparse import ArgumentTypeError
+from argparse import ArgumentError, ArgumentTypeError, Namespace
 from collections.abc import Callable, Collection
 
 import torch
@@ -115,3 +115,11 @@ def one_of(names: Collection[str]) -> Callable[[str], str]:
         return text
 
     return parse
+
+
+def refuse_beside(flag: str, args: Namespace, others: Collection[str]) -> None:
+    """Raises ``ArgumentError`` where an argument was given that has no meaning beside ``--flag``."""
+    for name in others:
+        if getattr(args, name) not in (None, False):
+            other = name.replace("_", "-")
+            raise ArgumentError(None, f"argument --{other}: not allowed with argument --{flag}")

@@ -12,6 +12,7 @@ from vsa_jit.bench import report, step_report
 from vsa_jit.bench.cases import DEFAULTS, DIRECTIONS, Selection
 from vsa_jit.bench.extras import DIFFUSERS_INSTALL, has_diffusers
 from vsa_jit.bench.steps import MODELS, MODES, Bench, Plan, StepCheck, StepRow, best_sdpa
+from vsa_jit.cli.parse import refuse_beside
 
 # What a model says itself, or what is of kernels alone.
 OTHERS = ("seq_len", "shape", "recipe", "head_dim", "heads", "layout", "profile", "csv", "plot", "trace")
@@ -62,10 +63,7 @@ def run(args: argparse.Namespace, device: torch.device) -> int:
 
 def plan_of(args: argparse.Namespace, device: torch.device) -> Plan:
     """What the arguments describe, with the model's own sizes where they are silent."""
-    for name in OTHERS:
-        if getattr(args, name):
-            flag = name.replace("_", "-")
-            raise argparse.ArgumentError(None, f"argument --{flag}: not allowed with argument --model")
+    refuse_beside("model", args, OTHERS)
     for name in ("grid", "backend", "dtype"):
         values = getattr(args, name) or ()
         if len(values) > 1:
@@ -85,11 +83,11 @@ def plan_of(args: argparse.Namespace, device: torch.device) -> Plan:
         model=args.model,
         layers=args.layers or model.config["num_layers"],
         grid=args.grid[0] if args.grid else model.grid,
-        batch=args.batch,
+        batch=args.batch or 1,
         dtype=args.dtype[0] if args.dtype else defaults.dtype,
         gate=args.gate == "tensor",
         backend=args.backend[0] if args.backend else "auto",
         variants=tuple(product(args.block_size or DEFAULT_BLOCK_SIZES, selections)),
-        directions=DIRECTIONS if args.direction == "both" else (args.direction,),
+        directions=DIRECTIONS if args.direction in (None, "both") else (args.direction,),
         modes=MODES if args.mode in (None, "both") else (args.mode,),
     )

@@ -1,0 +1,179 @@
+"""``vsa-jit bench --kernels``: its arguments, its works with small sizes on a CPU, and a run on a Hopper GPU."""
+
+import json
+from dataclasses import replace
+
+import pytest
+import torch
+from support.problems import ON_HOPPER
+from torch.nn.attention import SDPBackend
+
+from vsa_jit.backends import torch as torch_backend
+from vsa_jit.bench import kernels
+from vsa_jit.bench.cases import Case, Selection, Shape
+from vsa_jit.cli.main import main
+
+CPU = torch.device("cpu")
+SETTING = kernels.Setting(CPU, 1e-4, seed=1)
+HOST = ["host time of a call", "host time of a launch of the block means"]
+
+
+def bench(*arguments: str) -> int:
+    return main(["bench", "--kernels", *arguments])
+
+
+@pytest.fixture
+def on_cpu(monkeypatch):
+    """Plain PyTorch in place of both backends and of cuDNN."""
+    monkeypatch.setattr(kernels, "OURS", "torch")
+    monkeypatch.setattr(kernels, "THEIRS", "torch")
+    monkeypatch.setattr(kernels, "DENSE", SDPBackend.MATH)
+    monkeypatch.setattr(kernels, "W1_TOKENS", 256)
+    monkeypatch.setattr(kernels, "COPY_BYTES", 1 << 16)
+    monkeypatch.setattr(kernels, "check_device", lambda device: None)
+    works = (
+        kernels.Dense(32, SDPBackend.MATH),
+        kernels.Forward("small, random", case(2, 512, 3)),
+        kernels.Forward("small, neighbouring", case(2, 512, 3), (2, 2, 2)),
+        kernels.Copy(),
+        kernels.Means("block means, tiled", case(2, 512, 1), tiled=True),
+        kernels.Means("block means, raster", case(2, 4 * 5 * 6, 1, grid=(4, 5, 6), layout="bshd"), tiled=False),
+        kernels.HostCall(HOST[0], case(2, 256, 2), calls=2),
+        kernels.HostLaunch(HOST[1], case(2, 256, 1), calls=2),
+    )
+    monkeypatch.setattr(kernels, "works", lambda: works)
+    return works
+
+
+def case(heads: int, tokens: int, topk: int, grid=None, layout="bhsd") -> Case:
+    return Case(Shape(tokens, grid, 1, heads, 32, "bf16", layout), 64, Selection(topk=topk), "off", "torch")
+
+
+def test_works_have_the_sizes_that_their_names_say():
+    works = {work.name: work for work in kernels.works()}
+    assert len(works) == len(kernels.works()) == 4 + 11 + 1 + 16 + 2
+    for name, heads, tokens, head_dim, block, topk in (
+        ("W1, random", 12, 39_936, 128, 64, 64),
+        ("W1, D=64, neighbouring", 12, 39_936, 64, 64, 64),
+        ("W1, raster, bshd", 12, 24 * 32 * 52, 128, 64, 64),
+        ("W1, blocks of 192", 12, 39_936, 128, 192, 21),
+        ("W14, random", 40, 92_160, 128, 64, 144),
+        ("small, random", 8, 8192, 128, 64, 16),
+    ):
+        work = works[name].case
+        assert (work.problem.heads, work.problem.q_len, work.problem.head_dim) == (heads, tokens, head_dim)
+        assert (work.problem.block, work.topk) == (block, topk)
+        assert work.flops == 4 * heads * tokens * topk * block * head_dim
+    assert works["W1, raster, bshd"].case.shape.size == (1, 39_936, 12, 128)
+    assert works["block means, D=64, bhsd, raster, cut tiles"].case.problem.num_kv_blocks == 6 * 8 * 13
+    assert works["block means, D=128, bshd, raster, blocks of 256"].case.problem.tile == (4, 8, 8)
+
+
+def test_names_are_chosen_by_their_parts():
+    assert [work.name for work in kernels.named(["small", "copy"])] == ["small, random", "copy"]
+    assert kernels.named([]) == kernels.works()
+    assert kernels.named(["nothing"]) == ()
+
+
+def test_a_random_map_draws_other_blocks_for_each_row():
+    index = kernels.Forward("random", case(3, 640, 4)).index(SETTING)
+    assert index.shape == (1, 3, 10, 4)
+    assert index.dtype == torch.int32
+    rows = index.flatten(0, 2).sort(-1).values
+    assert rows.min() >= 0
+    assert rows.max() < 10
+    assert (rows.diff() > 0).all()
+    assert len(rows.unique(dim=0)) > 1
+
+
+def test_a_neighbouring_map_takes_blocks_that_are_near():
+    """A block is its own nearest; one that is beyond two more than others are cannot come before them."""
+    sides = (4, 5, 6)
+    work = kernels.Forward("neighbouring", case(2, 64 * 120, 8), sides)
+    index = work.index(SETTING)[0].long()
+    places = torch.cartesian_prod(*(torch.arange(side) for side in sides)).float()
+    distances = torch.cdist(places, places).expand(2, -1, -1)
+    taken = distances.gather(-1, index)
+    assert (taken.max(-1).values <= distances.sort(-1).values[..., 7] + 2).all()
+    random = distances.gather(-1, replace(work, neighbouring=None).index(SETTING)[0].long())
+    assert taken.mean() < 0.75 * random.mean()
+
+
+def test_all_works_on_a_cpu(on_cpu, capsys, tmp_path):
+    path = tmp_path / "kernels.json"
+    assert bench("--device", "cpu", "--seconds", "0.0001", "--json", str(path)) == 0
+    content = json.loads(path.read_text())
+    assert content["environment"]["seconds_per_measurement"] == 0.0001
+    rows = {row.pop("name"): row for row in content["rows"]}
+    assert list(rows) == [work.name for work in on_cpu]
+    lines = capsys.readouterr().out.splitlines()
+    for name, row in rows.items():
+        assert all(figure > 0 for figure in row.values())
+        assert any(line.startswith(f"{name}: ") for line in lines)
+    for name in ("small, random", "small, neighbouring"):
+        row = rows[name]
+        assert row["of_dense_min"] <= row["of_dense"] <= row["of_dense_max"]
+        assert row["tflops"] == pytest.approx(4 * 2 * 512 * 3 * 64 * 32 / row["ms"] * 1e-9)
+    assert rows["copy"]["tb_per_s"] == pytest.approx(2 * (1 << 16) / rows["copy"]["ms"] * 1e-9)
+    means = rows["block means, tiled"]
+    assert means["of_copy"] / means["triton_of_copy"] == pytest.approx(means["triton_ms"] / means["ms"])
+    rate = 3 * 2 * 512 * 32 * 2 / means["ms"] / (2 * (1 << 16) / rows["copy"]["ms"])
+    assert means["of_copy"] == pytest.approx(rate)
+    for name in HOST:
+        assert rows[name]["us_min"] <= rows[name]["us"] <= rows[name]["us_max"]
+
+
+@pytest.mark.parametrize("function", ["forward", "block_means"])
+def test_wrong_results_have_no_time(on_cpu, monkeypatch, capsys, tmp_path, function):
+    right, calls = getattr(torch_backend, function), []
+
+    def wrong(*arguments):
+        calls.append(1)
+        first, *others = right(*arguments)
+        return (first + 1 if len(calls) == 1 else first, *others)
+
+    monkeypatch.setattr(torch_backend, function, wrong)
+    path = tmp_path / "kernels.json"
+    name = "small, random" if function == "forward" else "block means, raster"
+    assert bench(name, "--device", "cpu", "--json", str(path)) == 1
+    assert json.loads(path.read_text())["rows"] == [{"name": name, "status": "FAILED"}]
+    assert f"{name}: FAILED, other results than Triton's kernels" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("--seq-len", "128"), "argument --seq-len: not allowed with argument --kernels"),
+        (("--batch", "1"), "argument --batch: not allowed with argument --kernels"),
+        (("--direction", "both"), "argument --direction: not allowed with argument --kernels"),
+        (("--profile",), "argument --profile: not allowed with argument --kernels"),
+        (("--model", "wan-1.3b"), "argument --model: not allowed with argument --kernels"),
+        (("--first-call",), "argument --first-call: not allowed with argument --kernels"),
+        (("--json", "/nowhere/kernels.json"), "argument --json: expected a file in a folder that can be written to"),
+        (("--device", "cpu"), "argument --kernels: expected a Hopper GPU: backend='sm90' cannot run this call"),
+    ],
+)
+def test_wrong_arguments_beside_kernels(capsys, arguments, message):
+    assert bench("small", *arguments) == 2
+    assert message in capsys.readouterr().err
+
+
+def test_a_name_of_no_work(capsys):
+    assert bench("small", "large") == 2
+    assert "argument --kernels: expected a part of a work's name, such as" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("name", [pytest.param("small", marks=ON_HOPPER)])
+def test_kernels_on_a_hopper_gpu(capsys, tmp_path, name):
+    path = tmp_path / "kernels.json"
+    names = [name, "D=128, bshd, raster, cut tiles", "host time"]
+    assert bench(*names, "--json", str(path)) == 0
+    lines = capsys.readouterr().out.splitlines()
+    rows = json.loads(path.read_text())["rows"]
+    assert [row["name"] for row in rows] == ["small, random", "block means, D=128, bshd, raster, cut tiles", *HOST]
+    for row in rows:
+        assert any(line.startswith(f"{row['name']}: ") for line in lines)
+        assert all(figure > 0 for figure in list(row.values())[1:])
+    forward, means = rows[:2]
+    assert forward["of_dense_min"] <= forward["of_dense"] <= forward["of_dense_max"] < 2
+    assert means["of_copy"] < 1.5

@@ -1,0 +1,401 @@
+"""The kernels of a Hopper GPU by themselves: the forward, the block means, and the host time of their calls.
+
+The forward and the block means are compared with Triton's kernels before they are timed. What is compared is timed in
+turn, round after round: such work runs at the GPU's limit of power, so that its clock changes from one second to the
+next.
+"""
+
+from __future__ import annotations
+
+import functools
+import itertools
+import math
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Collection, Iterator
+from dataclasses import dataclass, replace
+from statistics import median
+from typing import Protocol
+
+import torch
+from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+import vsa_jit
+from vsa_jit.backends.choose import backend_for
+from vsa_jit.bench.attention import SDPA_NAMES, dense
+from vsa_jit.bench.cases import BlockSize, Case, Inputs, Selection, Shape
+from vsa_jit.bench.measure import host_times_us, median_ms, times_ms
+from vsa_jit.problem import BackendName, Layout
+
+OURS: BackendName = "sm90"
+THEIRS: BackendName = "triton"
+DENSE = SDPBackend.CUDNN_ATTENTION
+# A forward is timed so often, and the least and most of its ratios say by how much these differ.
+RUNS = 6
+W1_TOKENS = 39_936
+W1_VIDEO, W1_BORDERED = (24, 32, 52), (21, 30, 52)
+W1_BLOCKS = (6, 8, 13)
+COPY_BYTES = 1 << 30
+
+
+@dataclass(frozen=True)
+class Result(ABC):
+    """What was measured under a name."""
+
+    name: str
+
+    def __str__(self) -> str:
+        return f"{self.name}: {self.figures()}"
+
+    @abstractmethod
+    def figures(self) -> str: ...
+
+
+@dataclass(frozen=True)
+class Failed(Result):
+    """No time: what was computed differs from what Triton's kernels compute."""
+
+    status: str = "FAILED"
+
+    def figures(self) -> str:
+        return f"{self.status}, other results than Triton's kernels"
+
+
+@dataclass(frozen=True)
+class DenseTime(Result):
+    ms: float
+    tflops: float
+
+    def figures(self) -> str:
+        return f"{self.ms:.3f} ms, {self.tflops:.0f} TFLOP/s"
+
+
+@dataclass(frozen=True)
+class ForwardTime(Result):
+    """``of_dense``: TFLOP/s as a share of those of W1's dense attention; the least and most are of single runs."""
+
+    ms: float
+    tflops: float
+    of_dense: float
+    of_dense_min: float
+    of_dense_max: float
+    times_triton: float
+
+    def figures(self) -> str:
+        return (
+            f"{self.ms:.3f} ms, {self.tflops:.0f} TFLOP/s, {self.of_dense:.3f} of dense "
+            f"({self.of_dense_min:.3f} to {self.of_dense_max:.3f}), {self.times_triton:.2f} times Triton"
+        )
+
+
+@dataclass(frozen=True)
+class CopyTime(Result):
+    ms: float
+    tb_per_s: float
+
+    def figures(self) -> str:
+        return f"{self.ms:.3f} ms, {self.tb_per_s:.2f} TB/s read and written"
+
+
+@dataclass(frozen=True)
+class MeansTime(Result):
+    """``of_copy``: bytes read for each second, as a share of those that a copy reads and writes."""
+
+    ms: float
+    of_copy: float
+    triton_ms: float
+    triton_of_copy: float
+
+    def figures(self) -> str:
+        return (
+            f"{self.ms:.3f} ms, {self.of_copy:.3f} of the copy rate "
+            f"(Triton {self.triton_ms:.3f} ms, {self.triton_of_copy:.3f} of the copy rate)"
+        )
+
+
+@dataclass(frozen=True)
+class HostTime(Result):
+    us: float
+    us_min: float
+    us_max: float
+
+    def figures(self) -> str:
+        return f"{self.us:.1f} us ({self.us_min:.1f} to {self.us_max:.1f})"
+
+
+@dataclass(frozen=True)
+class Setting:
+    """Where works are measured, and how long each call of one is."""
+
+    device: torch.device
+    seconds: float
+    seed: int
+
+    def inputs(self, shape: Shape) -> Inputs:
+        return Inputs.random(shape, self.device, self.seed)
+
+    def times_ms(self, *calls: Callable[[], object]) -> list[float]:
+        """The median of each call, which are timed in turn."""
+        return [median(times) for times in times_ms(calls, self.device, self.seconds)]
+
+    def host_time(self, name: str, call: Callable[[], object], calls: int) -> HostTime:
+        # What a first call compiles and loads is not its host time.
+        call()
+        rounds = host_times_us(call, self.device, calls)
+        return HostTime(name, median(rounds), min(rounds), max(rounds))
+
+    @functools.cached_property
+    def copy_ms(self) -> float:
+        source = torch.randn(COPY_BYTES // 2, device=self.device).bfloat16()
+        target = torch.empty_like(source)
+        return median_ms(lambda: target.copy_(source), self.device, self.seconds)
+
+    @property
+    def copy_rate(self) -> float:
+        """Bytes read and written for each second."""
+        return 2e3 * COPY_BYTES / self.copy_ms
+
+
+class Work(Protocol):
+    """Something to measure, under a name."""
+
+    @property
+    def name(self) -> str: ...
+
+    def measure(self, setting: Setting) -> Result: ...
+
+
+@dataclass(frozen=True)
+class Dense:
+    """PyTorch's dense attention of W1's size."""
+
+    head_dim: int
+    backend: SDPBackend
+
+    @property
+    def name(self) -> str:
+        return f"dense, D={self.head_dim}, {SDPA_NAMES[self.backend]}"
+
+    def measure(self, setting: Setting) -> DenseTime:
+        shape = _w1(self.head_dim).shape
+        (ms,) = setting.times_ms(dense_call(setting.inputs(shape), self.backend))
+        return DenseTime(self.name, ms, shape.dense_flops / ms * 1e-9)
+
+
+@dataclass(frozen=True)
+class Forward:
+    """The forward of the fine branch, on a map of which each row has the case's number of key blocks.
+
+    They are drawn uniformly, or are the nearest ones in a video of ``neighbouring`` blocks, by Euclidean distance less
+    twice a uniform number.
+    """
+
+    name: str
+    case: Case
+    neighbouring: tuple[int, int, int] | None = None
+
+    def measure(self, setting: Setting) -> ForwardTime | Failed:
+        case = self.case
+        inputs = setting.inputs(case.shape)
+        q2k_idx = self.index(setting)
+        ours, theirs = (attend_call(case, inputs, q2k_idx, backend) for backend in (OURS, THEIRS))
+        if not _agree(ours(), theirs(), (2e-2, 1e-5)):
+            return Failed(self.name)
+        shape = _w1(case.shape.head_dim).shape
+        calls = (ours, theirs, dense_call(setting.inputs(shape), DENSE))
+        runs = [setting.times_ms(*calls) for _ in range(RUNS)]
+        of_dense = [case.flops / ms / (shape.dense_flops / dense_ms) for ms, _, dense_ms in runs]
+        ms = median(ms for ms, _, _ in runs)
+        return ForwardTime(
+            self.name,
+            ms,
+            case.flops / ms * 1e-9,
+            median(of_dense),
+            min(of_dense),
+            max(of_dense),
+            median(triton_ms / ms for ms, triton_ms, _ in runs),
+        )
+
+    def index(self, setting: Setting) -> Tensor:
+        """The key blocks of each query block, int32 [1, H, n, topk]."""
+        device = setting.device
+        generator = torch.Generator(device).manual_seed(setting.seed)
+        blocks = self.case.problem.num_kv_blocks
+        scores = torch.rand((1, self.case.shape.heads, blocks, blocks), generator=generator, device=device)
+        if self.neighbouring is not None:
+            sides = (torch.arange(side, device=device).float() for side in self.neighbouring)
+            places = torch.cartesian_prod(*sides)
+            scores = 2 * scores - torch.cdist(places, places)
+        return scores.topk(self.case.topk, -1).indices.int()
+
+
+@dataclass(frozen=True)
+class Copy:
+    """What the block means are compared with: the rate at which the GPU copies."""
+
+    name: str = "copy"
+
+    def measure(self, setting: Setting) -> CopyTime:
+        return CopyTime(self.name, setting.copy_ms, setting.copy_rate * 1e-12)
+
+
+@dataclass(frozen=True)
+class Means:
+    """The block means of q, k and v. ``tiled``: tensors of block sizes say that all blocks are full."""
+
+    name: str
+    case: Case
+    tiled: bool
+
+    def measure(self, setting: Setting) -> MeansTime | Failed:
+        inputs = setting.inputs(self.case.shape)
+        ours, theirs = (means_call(self.case, inputs, backend, self.tiled) for backend in (OURS, THEIRS))
+        if not _agree(ours(), theirs(), (1e-5,) * 3):
+            return Failed(self.name)
+        ms, triton_ms = setting.times_ms(ours, theirs)
+        read_ms = 3e3 * inputs.q.nbytes / setting.copy_rate
+        return MeansTime(self.name, ms, read_ms / ms, triton_ms, read_ms / triton_ms)
+
+
+@dataclass(frozen=True)
+class HostCall:
+    """A call of ``block_sparse_attn_from_indices`` on a small shape."""
+
+    name: str
+    case: Case
+    # Fewer than the GPU's queue holds.
+    calls: int = 200
+
+    def measure(self, setting: Setting) -> HostTime:
+        q2k_idx = Forward(self.name, self.case).index(setting)
+        call = attend_call(self.case, setting.inputs(self.case.shape), q2k_idx, OURS)
+        return setting.host_time(self.name, call, self.calls)
+
+
+@dataclass(frozen=True)
+class HostLaunch:
+    """A launch of the block means on a small shape, with its three outputs."""
+
+    name: str
+    case: Case
+    calls: int = 1000
+
+    def measure(self, setting: Setting) -> HostTime:
+        call = means_call(self.case, setting.inputs(self.case.shape), OURS, tiled=False)
+        return setting.host_time(self.name, call, self.calls)
+
+
+def _case(
+    heads: int,
+    tokens: int,
+    head_dim: int,
+    block_size: BlockSize,
+    topk: int,
+    grid: tuple[int, int, int] | None = None,
+    layout: Layout = "bhsd",
+) -> Case:
+    return Case(Shape(tokens, grid, 1, heads, head_dim, "bf16", layout), block_size, Selection(topk=topk), "off", OURS)
+
+
+def _w1(
+    head_dim: int = 128,
+    block_size: BlockSize = 64,
+    topk: int = 64,
+    grid: tuple[int, int, int] | None = None,
+    layout: Layout = "bhsd",
+) -> Case:
+    return _case(12, W1_TOKENS if grid is None else math.prod(grid), head_dim, block_size, topk, grid, layout)
+
+
+def _block_means() -> Iterator[Means]:
+    orders: list[tuple[str, tuple[int, int, int] | None, int]] = [
+        ("tiled", None, 64),
+        ("raster", W1_VIDEO, 64),
+        ("raster, blocks of 256", W1_VIDEO, 256),
+        ("raster, cut tiles", W1_BORDERED, 64),
+    ]
+    layouts: tuple[Layout, ...] = ("bhsd", "bshd")
+    for head_dim, layout, (order, grid, block_size) in itertools.product((128, 64), layouts, orders):
+        case = _w1(head_dim, block_size, 1, grid, layout)
+        yield Means(f"block means, D={head_dim}, {layout}, {order}", case, tiled=order == "tiled")
+
+
+@functools.cache
+def works() -> tuple[Work, ...]:
+    return (
+        *(Dense(head_dim, backend) for head_dim in (128, 64) for backend in (DENSE, SDPBackend.FLASH_ATTENTION)),
+        Forward("W1, random", _w1()),
+        Forward("W1, neighbouring", _w1(), W1_BLOCKS),
+        Forward("W1, D=64, random", _w1(head_dim=64)),
+        Forward("W1, D=64, neighbouring", _w1(head_dim=64), W1_BLOCKS),
+        Forward("W1, raster, bhsd", _w1(block_size=(4, 4, 4), grid=W1_VIDEO)),
+        Forward("W1, raster, bshd", _w1(block_size=(4, 4, 4), grid=W1_VIDEO, layout="bshd")),
+        Forward("W1, blocks of 128", _w1(block_size=128, topk=32)),
+        Forward("W1, blocks of 192", _w1(block_size=192, topk=21)),
+        Forward("W1, blocks of 256", _w1(block_size=256, topk=16)),
+        Forward("W14, random", _case(40, 92_160, 128, 64, 144)),
+        Forward("small, random", _case(8, 8192, 128, 64, 16)),
+        Copy(),
+        *_block_means(),
+        HostCall("host time of a call", _case(2, 1024, 128, 64, 4)),
+        HostLaunch("host time of a launch of the block means", _case(2, 256, 128, 64, 1)),
+    )
+
+
+def named(parts: Collection[str]) -> tuple[Work, ...]:
+    """The works whose name has one of these parts; all where there are none."""
+    return tuple(work for work in works() if not parts or any(part in work.name for part in parts))
+
+
+def check_device(device: torch.device) -> None:
+    """Raises ``RuntimeError`` or ``ValueError`` where these kernels do not run; the message says why."""
+    _w1().choice(device)
+
+
+def dense_call(inputs: Inputs, backend: SDPBackend) -> Callable[[], object]:
+    run = dense(inputs)
+
+    def call() -> object:
+        with sdpa_kernel(backend):
+            return run.forward()
+
+    return call
+
+
+def attend_call(
+    case: Case, inputs: Inputs, q2k_idx: Tensor, backend: BackendName
+) -> Callable[[], tuple[Tensor, Tensor]]:
+    """The forward of the fine branch, which gives the output and its log-sum-exp."""
+    q2k_num = torch.full(q2k_idx.shape[:3], case.topk, dtype=torch.int32, device=inputs.device)
+    return functools.partial(
+        vsa_jit.block_sparse_attn_from_indices,
+        inputs.q,
+        inputs.k,
+        inputs.v,
+        q2k_idx,
+        q2k_num,
+        block_size=case.block_size,
+        grid=case.shape.grid,
+        layout=case.shape.layout,
+        backend=backend,
+    )
+
+
+def means_call(
+    case: Case, inputs: Inputs, backend: BackendName, tiled: bool
+) -> Callable[[], tuple[Tensor, Tensor, Tensor | None]]:
+    """A backend's own function for the block means of q, k and v."""
+    problem = replace(case, backend=backend).problem
+    q, k, v = inputs.q, inputs.k, inputs.v
+    sizes = None
+    if tiled:
+        sizes = torch.full((problem.num_kv_blocks,), problem.block, dtype=torch.int32, device=inputs.device)
+    return functools.partial(backend_for(problem, q, k, v).block_means, problem, q, k, v, sizes, sizes)
+
+
+def _agree(ours: tuple[Tensor | None, ...], theirs: tuple[Tensor | None, ...], tolerances: tuple[float, ...]) -> bool:
+    """Whether results are the same to within relative tolerances, and absolute ones of a tenth of these."""
+    return all(
+        x is not None and y is not None and torch.allclose(x, y, rtol=tolerance, atol=tolerance / 10)
+        for x, y, tolerance in zip(ours, theirs, tolerances, strict=True)
+    )
