@@ -12,7 +12,7 @@ import itertools
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Collection, Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from statistics import median
 from typing import Protocol
 
@@ -220,7 +220,7 @@ class Forward:
         """The key blocks of each query block, int32 [1, H, n, topk]."""
         device = setting.device
         generator = torch.Generator(device).manual_seed(setting.seed)
-        blocks = self.case.problem.num_kv_blocks
+        blocks = self.case.problem.keys.num_blocks
         scores = torch.rand((1, self.case.shape.heads, blocks, blocks), generator=generator, device=device)
         if self.neighbouring is not None:
             sides = (torch.arange(side, device=device).float() for side in self.neighbouring)
@@ -385,12 +385,12 @@ def means_call(
     case: Case, inputs: Inputs, backend: BackendName, tiled: bool
 ) -> Callable[[], tuple[Tensor, Tensor, Tensor | None]]:
     """A backend's own function for the block means of q, k and v."""
-    problem = replace(case, backend=backend).problem
+    problem = case.problem
     q, k, v = inputs.q, inputs.k, inputs.v
     sizes = None
     if tiled:
-        sizes = torch.full((problem.num_kv_blocks,), problem.block, dtype=torch.int32, device=inputs.device)
-    return functools.partial(backend_for(problem, q, k, v).block_means, problem, q, k, v, sizes, sizes)
+        sizes = torch.full((problem.keys.num_blocks,), problem.block, dtype=torch.int32, device=inputs.device)
+    return functools.partial(backend_for(problem, backend, q, k, v).block_means, problem, q, k, v, sizes, sizes)
 
 
 def _agree(ours: tuple[Tensor | None, ...], theirs: tuple[Tensor | None, ...], tolerances: tuple[float, ...]) -> bool:
