@@ -19,14 +19,13 @@ from vsa_jit.checks import (
     check_several_topk,
     check_topk,
 )
+from vsa_jit.fastpath import CallCache, can_bypass_dispatcher
 from vsa_jit.grid import block_tokens
-from vsa_jit.lookalikes import LookAlikes
 from vsa_jit.names import check_name
-from vsa_jit.operators import nobody_watches
 from vsa_jit.problem import BackendName, Layout, Operands, Problem
 
 # Of ``block_sparse_attn_from_indices``.
-_plain_calls: LookAlikes[ops.FastCall] = LookAlikes()
+_fast_calls: CallCache[ops.FastCall] = CallCache()
 
 
 def video_sparse_attn(
@@ -197,7 +196,7 @@ def block_sparse_attn_from_indices(
         tensors.append(variable_block_sizes)
     if not same_sizes and q_variable_block_sizes is not None:
         tensors.append(q_variable_block_sizes)
-    call = _plain_calls.find(settings, tensors) if nobody_watches() else None
+    call = _fast_calls.find(settings, tensors) if can_bypass_dispatcher() else None
     if call is not None:
         q_sizes, kv_sizes = _contiguous(q_variable_block_sizes), _contiguous(variable_block_sizes)
         return call.attend(Operands(q, k, v, q2k_idx, q2k_num, q_sizes, kv_sizes, None, None, 0.0))
@@ -217,7 +216,7 @@ def block_sparse_attn_from_indices(
     idx, num = check_indices(q2k_idx, q2k_num, problem, q.device)
     call = ops.FastCall.of(problem, backend, tensors) if idx is q2k_idx and num is q2k_num else None
     if call is not None:
-        _plain_calls.keep(settings, tensors, call)
+        _fast_calls.keep(settings, tensors, call)
     return _attend(problem, backend, q, k, v, idx, num, q_sizes, kv_sizes, None, 0.0)
 
 

@@ -11,10 +11,9 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils._python_dispatch import _get_current_dispatch_mode_stack
 
+from vsa_jit.fastpath import PLAIN_TYPES, dispatch_modes, num_dispatch_modes
 from vsa_jit.grid import block_tokens
-from vsa_jit.lookalikes import PLAIN
 from vsa_jit.problem import Problem
 
 # Products: scores and output; in a backward scores and their gradient, then dq, then dk and dv.
@@ -22,7 +21,7 @@ PRODUCTS_FORWARD, PRODUCTS_SHARED_BACKWARD, PRODUCTS_DQ, PRODUCTS_DKV, PRODUCTS_
 
 
 def tell_counters_at_work() -> None:
-    if torch._C._len_torch_dispatch_stack() > 0:
+    if num_dispatch_modes() > 0:
         tell_counters()
 
 
@@ -36,7 +35,7 @@ def tell_counters() -> None:
     if module is None:
         return
     formulas = {getattr(torch.ops.vsa_jit, name): formula for name, formula in FORMULAS.items()}
-    counters = [getattr(mode, "counter", None) for mode in _get_current_dispatch_mode_stack()]
+    counters = [getattr(mode, "counter", None) for mode in dispatch_modes()]
     registries = [counter.flop_registry for counter in counters if isinstance(counter, module.FlopCounterMode)]
     for registry in (module.flop_registry, *registries):
         for packet, formula in formulas.items():
@@ -83,7 +82,7 @@ def _is_known(x: Tensor | None) -> bool:
     if x is None:
         return True
     waits = x.is_cuda and torch.cuda.is_current_stream_capturing()
-    return type(x) in PLAIN and not x.is_meta and not waits
+    return type(x) in PLAIN_TYPES and not x.is_meta and not waits
 
 
 def _coarse_attend(q_c: Tensor, k_c: Tensor, v_c: Tensor | None, *args: Any, out_val: Any = None) -> int:

@@ -2,68 +2,32 @@
 
 from __future__ import annotations
 
-import functools
 import operator
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from collections.abc import Callable
+from contextlib import nullcontext
 from typing import Any
 
 import torch
 from torch import Tensor, library
-from torch._functorch.autograd_function import enable_single_level_autograd_function
-from torch.autograd import forward_ad, profiler
-from torch.autograd.function import _SingleLevelFunction
-from torch.utils._pytree import tree_map
 
 from vsa_jit import flops
-from vsa_jit.lookalikes import PLAIN
+from vsa_jit.fastpath import (
+    SingleLevelFunction,
+    allow_single_level_function,
+    are_plain,
+    are_transforms_active,
+    autocast_off,
+    can_bypass_dispatcher,
+    has_tangent,
+    recording_derivatives,
+    redispatch_below_autograd,
+    tree_map,
+    without_tangent,
+)
 
 _LIBRARY = library.Library("vsa_jit", "DEF")
 # Of every tensor that belongs to an element of the batch: the others are sizes of blocks, numbers, and empty.
 MIN_BATCHED_DIMS = 3
-
-
-def autocast_off(device: torch.device) -> AbstractContextManager:
-    """Where autocast is on for a device, turns it off."""
-    return torch.autocast(device.type, enabled=False) if is_autocast_on(device) else nullcontext()
-
-
-def is_autocast_on(device: torch.device) -> bool:
-    return device.type != "meta" and torch.is_autocast_enabled(device.type)
-
-
-def nobody_watches() -> bool:
-    """Whether nobody traces, transforms or watches what this thread does."""
-    return not (
-        torch.compiler.is_compiling()
-        or torch._C._len_torch_dispatch_stack() > 0
-        or torch._C._len_torch_function_stack() > 0
-        or torch._C._are_functorch_transforms_active()
-        or forward_ad._current_level >= 0
-        or profiler._is_profiler_enabled
-        or torch.autograd._profiler_enabled()
-        or torch.jit.is_tracing()
-    )
-
-
-def are_plain(args: Sequence[Any]) -> bool:
-    """Whether the tensors among arguments are what their memory holds, and no gradient is recorded for them."""
-    recorded, others = torch.is_grad_enabled(), _keys_of_others()
-    # A loop, which is quicker than a generator: this runs at every call.
-    for x in args:
-        if isinstance(x, Tensor) and (
-            type(x) not in PLAIN or torch._C._dispatch_keys(x).raw_repr() & others or (recorded and x.requires_grad)
-        ):
-            return False
-    return True
-
-
-@functools.cache
-def _keys_of_others() -> int:
-    """PyTorch's dispatch keys but those of a tensor whose values are what its memory holds."""
-    names = ("CPU", "CUDA", "ADInplaceOrView", "AutogradCPU", "AutogradCUDA", "AutocastCPU", "AutocastCUDA")
-    keys = (torch._C.DispatchKeySet(getattr(torch._C.DispatchKey, name)).raw_repr() for name in names)
-    return ~functools.reduce(operator.or_, keys)
 
 
 class Operator:
@@ -97,7 +61,7 @@ class Operator:
             return self._function(*args)
 
     def __call__(self, *args: Any) -> Any:
-        if nobody_watches() and are_plain(args):
+        if can_bypass_dispatcher() and are_plain(args):
             return self._run(*args)
         if not torch.compiler.is_compiling():
             flops.tell_counters_at_work()
@@ -157,16 +121,12 @@ class Operator:
         """
         overload, name = self.overload, self._function.__name__
 
-        def below_autograd(keyset: Any, args: tuple) -> Any:
-            with torch._C._AutoDispatchBelowAutograd():
-                return overload.redispatch(keyset & torch._C._after_autograd_keyset, *args)
-
         def forward(*args: Any) -> Any:
             inputs, keyset = args[:-1], args[-1]
             inputs = inputs if recorded is None else recorded(inputs)
             # An outer transform records derivatives too; for this level PyTorch has turned that off by now.
-            with _recording() if torch._C._are_functorch_transforms_active() else nullcontext():
-                return below_autograd(keyset, inputs)
+            with recording_derivatives() if are_transforms_active() else nullcontext():
+                return redispatch_below_autograd(overload, keyset, inputs)
 
         def setup(ctx: Any, inputs: tuple, output: Any) -> None:
             ctx.set_materialize_grads(False)
@@ -175,18 +135,18 @@ class Operator:
         def tangent(ctx: Any, *tangents: Any) -> Any:
             if jvp is None:
                 raise NotImplementedError(f"vsa_jit: forward-mode differentiation (jvp) does not go through {name}")
-            if not torch._C._are_functorch_transforms_active():
+            if not are_transforms_active():
                 return jvp(ctx, ctx.saved_tensors, *tangents[:-1])
             # For an outer transform, as in ``forward``; at this level a saved tensor still has its tangent.
-            saved = [None if x is None else torch._VF._unpack_dual(x, level=0)[0] for x in ctx.saved_tensors]
-            with _recording():
+            saved = [None if x is None else without_tangent(x) for x in ctx.saved_tensors]
+            with recording_derivatives():
                 return jvp(ctx, saved, *tangents[:-1])
 
         # The level of a function transform is one of autograd, and the dispatcher comes here once for each: what
         # ``torch.autograd.Function`` itself does about levels must not happen again.
         function: Any = type(
             f"vsa_jit_{name}",
-            (_SingleLevelFunction,),
+            (SingleLevelFunction,),
             {
                 "forward": staticmethod(forward),
                 "setup_context": staticmethod(setup),
@@ -197,10 +157,10 @@ class Operator:
 
         def run(keyset: Any, *args: Any) -> Any:
             flops.tell_counters_at_work()
-            if not (_needs_gradient(args) or _has_tangent(args)):
-                return below_autograd(keyset, args)
-            transformed = torch._C._are_functorch_transforms_active()
-            with enable_single_level_autograd_function() if transformed else nullcontext():
+            if not (_needs_gradient(args) or has_tangent(args)):
+                return redispatch_below_autograd(overload, keyset, args)
+            transformed = are_transforms_active()
+            with allow_single_level_function() if transformed else nullcontext():
                 return function.apply(*args, keyset)
 
         _LIBRARY.impl(name, run, "Autograd", with_keyset=True)
@@ -210,24 +170,9 @@ class Operator:
         self.differentiate(lambda ctx, inputs, output: None, _refuse_second_derivative)
 
 
-@contextmanager
-def _recording() -> Iterator[None]:
-    with torch.enable_grad(), forward_ad._set_fwd_grad_enabled(True):
-        yield
-
-
 def _refuse_second_derivative(ctx: Any, *grads: Tensor) -> tuple:
     raise NotImplementedError("vsa_jit: the gradients of sparse attention cannot be differentiated again")
 
 
 def _needs_gradient(args: tuple) -> bool:
     return torch.is_grad_enabled() and any(isinstance(x, Tensor) and x.requires_grad for x in args)
-
-
-def _has_tangent(args: tuple) -> bool:
-    if not torch._C._is_fwd_grad_enabled():
-        return False
-    # A compiled program opens levels of forward mode through function transforms alone.
-    if forward_ad._current_level < 0 and not torch._C._are_functorch_transforms_active():
-        return False
-    return any(isinstance(x, Tensor) and torch._VF._unpack_dual(x, level=0)[1] is not None for x in args)

@@ -14,7 +14,15 @@ from torch import Tensor
 from vsa_jit import flops
 from vsa_jit.backends.choose import Backend, backend_for, choose
 from vsa_jit.checks import warn_of_layout
-from vsa_jit.operators import Operator, are_plain, autocast_off, is_autocast_on, nobody_watches
+from vsa_jit.fastpath import (
+    are_plain,
+    autocast_off,
+    can_bypass_dispatcher,
+    is_autocast_on,
+    softmax_backward,
+    tracing_context,
+)
+from vsa_jit.operators import Operator
 from vsa_jit.problem import Operands, Problem, bhsd, empty_like
 
 # Scores of block means that are computed at a time, so that they need little memory however many blocks there are.
@@ -244,7 +252,7 @@ def coarse_attend_backward(
         p = _softmax(problem, _scores(problem, run, q_rows, k_rows, selection_dtype), kv_sizes, selection_dtype)
         run.matmul(p.mT, dout_rows, dv_rows)
         dp = run.matmul(dout_rows * problem.softmax_scale, v_rows.mT)
-        ds = torch._softmax_backward_data(dp, p, -1, torch.float32)
+        ds = softmax_backward(dp, p, -1, torch.float32)
         run.matmul(ds, k_rows, dq_rows)
         run.matmul(ds.mT, q_rows, dk_rows)
     return dq_c, dk_c, dv_c
@@ -411,7 +419,7 @@ class FastCall(NamedTuple):
     @classmethod
     def of(cls, problem: Problem, backend: str, tensors: Sequence[Tensor]) -> "FastCall | None":
         """None where somebody else has to see the call, or it computes nothing."""
-        if problem.batch == 0 or not (nobody_watches() and are_plain(tensors)):
+        if problem.batch == 0 or not (can_bypass_dispatcher() and are_plain(tensors)):
             return None
         return cls(problem, backend, is_autocast_on(tensors[0].device))
 
@@ -427,7 +435,7 @@ class FastCall(NamedTuple):
 def _(q, k, v, q2k_idx, q2k_num, q_sizes, kv_sizes, out_c, gate, gate_value, keep_out_s, *static):
     problem = Problem.of(q, k, *static[:-1])
     # A program that is being compiled cannot warn by itself.
-    if torch._guards.TracingContext.try_get() is not None:
+    if tracing_context() is not None:
         warn_of_layout(problem, stacklevel=2)
     lse = q.new_empty((problem.batch, problem.queries.heads, problem.queries.length), dtype=torch.float32)
     return empty_like(q), lse, empty_like(q) if keep_out_s else q.new_empty(0)

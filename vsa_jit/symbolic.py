@@ -11,6 +11,8 @@ from typing import cast
 import torch
 from torch import Tensor
 
+from vsa_jit.fastpath import assume, reading_symbolic_ints
+
 
 def is_symbolic(number: float) -> bool:
     """Whether a program is being traced that is to run with other values of this number."""
@@ -28,8 +30,8 @@ def as_tensor(number: float) -> Tensor:
 
 def as_int(number: Tensor, least: int, most: int) -> int:
     """A tensor of no dimensions as an integer, which is clamped to ``least`` … ``most``."""
-    with torch._dynamo.patch_dynamo_config(capture_scalar_outputs=True):
+    with reading_symbolic_ints():
         value = cast(int, number.to(torch.int64).clamp(least, most).item())
-    torch._check(value >= least)
-    torch._check(value <= most)
+    assume(value >= least)
+    assume(value <= most)
     return value

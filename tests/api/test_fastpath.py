@@ -1,9 +1,13 @@
 """A call that looks like an earlier one takes a shorter way, and gives the same; one that looks different does not."""
 
+import ast
 import gc
 import itertools
+import pkgutil
+import re
 import weakref
 from collections.abc import Sequence
+from pathlib import Path
 
 import pytest
 import torch
@@ -13,8 +17,8 @@ from support.watches import WATCHES
 from support.wrong_arguments import WRONG_CALLS, WRONG_INDICES, indices, qkv
 
 import vsa_jit
-from vsa_jit import api, lookalikes
-from vsa_jit.lookalikes import LookAlikes
+from vsa_jit import api, fastpath
+from vsa_jit.fastpath import CallCache
 
 call = vsa_jit.block_sparse_attn_from_indices
 
@@ -33,7 +37,7 @@ class Raises:
 
 @pytest.fixture(autouse=True)
 def fresh(monkeypatch):
-    monkeypatch.setattr(api, "_plain_calls", LookAlikes())
+    monkeypatch.setattr(api, "_fast_calls", CallCache())
 
 
 @pytest.fixture
@@ -251,8 +255,8 @@ def test_no_tensor_is_kept():
 
 @pytest.mark.parametrize("bound", ["_MOST_KEPT", "_MOST_OF_A_KIND"])
 def test_what_is_kept_is_bounded(monkeypatch, bound):
-    monkeypatch.setattr(lookalikes, bound, 3)
-    known = LookAlikes()
+    monkeypatch.setattr(fastpath, bound, 3)
+    known = CallCache()
     shape = {"_MOST_KEPT": lambda i: torch.empty(i), "_MOST_OF_A_KIND": lambda i: torch.empty(9 * i)[::i][:9]}[bound]
     for i in range(1, 9):
         known.keep((), [shape(i)], i)
@@ -262,9 +266,9 @@ def test_what_is_kept_is_bounded(monkeypatch, bound):
 
 
 def test_without_pytorchs_guards_nothing_is_kept(monkeypatch):
-    assert lookalikes._tensor_guards() is not None
-    monkeypatch.setattr(lookalikes, "_tensor_guards", lambda: None)
-    known = LookAlikes()
+    assert fastpath._tensor_guards() is not None
+    monkeypatch.setattr(fastpath, "_tensor_guards", lambda: None)
+    known = CallCache()
     x = torch.empty(3)
     known.keep((), [x], 1)
     assert known.find((), [x]) is None
@@ -285,7 +289,7 @@ def test_looks():
         torch._neg_view(x),
         x.to_sparse(),
     ]
-    known = LookAlikes()
+    known = CallCache()
     for i, look in enumerate(looks[:-1]):
         known.keep((), [look], i)
     for i, look in enumerate(looks[:-1]):
@@ -296,3 +300,43 @@ def test_looks():
     pairs = list(itertools.permutations(looks[:2]))
     known.keep((), pairs[0], "pair")
     assert [known.find((), pair) for pair in pairs] == ["pair", None]
+
+
+def private_names(path: Path) -> set[str]:
+    """The names that PyTorch keeps private and a module uses, in full."""
+    nodes = list(ast.walk(ast.parse(path.read_text())))
+    # What the module calls them that it imports.
+    imported = {"torch": "torch"}
+    for node in nodes:
+        if isinstance(node, ast.Import):
+            imported |= {name.asname: name.name for name in node.names if name.asname}
+        elif isinstance(node, ast.ImportFrom):
+            imported |= {name.asname or name.name: f"{node.module}.{name.name}" for name in node.names}
+    names = {*imported.values(), *(name.name for node in nodes if isinstance(node, ast.Import) for name in node.names)}
+    for node in nodes:
+        if isinstance(node, ast.Attribute):
+            first, *rest = ast.unparse(node).split(".")
+            names.add(".".join([imported.get(first, first), *rest]))
+    return {name for name in names if re.fullmatch(r"torch(\.\w+)*\._(?!_)\w+(\.\w+)*", name)}
+
+
+def test_pytorch_has_every_private_name():
+    """Where one is gone, ``fastpath`` says what it was for. Those of CUDA are in a PyTorch for CUDA alone."""
+    names = private_names(Path(fastpath.__file__))
+    assert {"torch._C._dispatch_keys", "torch.autograd.forward_ad._current_level"} <= names
+    assert {"torch._C._dynamo.guards.TensorGuards", "torch._dynamo.patch_dynamo_config"} <= names
+    gone = []
+    for name in names:
+        if torch.backends.cuda.is_built() or not name.startswith("torch._C._cuda_"):
+            try:
+                pkgutil.resolve_name(name)
+            except (AttributeError, ImportError):
+                gone.append(name)
+    assert not gone
+
+
+def test_no_other_module_uses_a_private_name():
+    root = Path(vsa_jit.__file__).parent
+    used = {str(path.relative_to(root)): private_names(path) for path in root.rglob("*.py")}
+    assert used.pop("fastpath.py")
+    assert {path: names for path, names in used.items() if names} == {}

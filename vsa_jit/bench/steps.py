@@ -20,6 +20,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from vsa_jit.bench.attention import SDPA_NAMES, fastest_dense
 from vsa_jit.bench.cases import DTYPES, BlockSize, Inputs, Selection, Shape, format_size
 from vsa_jit.bench.measure import peak_mib, times_ms
+from vsa_jit.fastpath import compiling_at_most
 from vsa_jit.problem import BackendName
 
 STEPS = {"forward": "inference", "backward": "training"}
@@ -147,7 +148,7 @@ class Bench:
 
     def check(self, direction: str, mode: str, sdpa: SDPBackend) -> Iterator[StepCheck]:
         """Compares the models whose blocks are all selected with the dense one; in eager mode first."""
-        with only(sdpa), torch._dynamo.config.patch(recompile_limit=MOST_COMPILED):
+        with only(sdpa), compiling_at_most(MOST_COMPILED):
             values = {name: self._observe(model, direction) for name, model in self._checked.items()}
         wanted = values.pop(DENSE)
         if direction not in self._bounds:
@@ -185,7 +186,7 @@ class Bench:
     def measure(self, direction: str, mode: str, sdpa: SDPBackend, seconds: float) -> Iterator[StepRow]:
         """Times the step of every kind of attention, in turn."""
         calls = [self._call(model, direction) for model in self.models.values()]
-        with only(sdpa), torch._dynamo.config.patch(recompile_limit=MOST_COMPILED):
+        with only(sdpa), compiling_at_most(MOST_COMPILED):
             times = times_ms(calls, self.device, seconds)
             peaks = [peak_mib(call, self.device) for call in calls]
         ms = dict(zip(self.models, map(statistics.median, times), strict=True))

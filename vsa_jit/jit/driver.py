@@ -8,6 +8,7 @@ from collections.abc import Callable, Sequence
 
 import torch
 
+from vsa_jit import fastpath
 from vsa_jit.jit.toolchain import libcuda
 
 # Numbers of the driver's enumerations.
@@ -99,10 +100,10 @@ def encode_tensor_map(
 
 def fill(device: int, address: int, value: int) -> None:
     """Sets 32 bits on PyTorch's current stream of a device, and returns at once."""
-    if torch._C._cuda_getDevice() != device:
+    if fastpath.current_device() != device:
         with torch.cuda.device(device):
             return fill(device, address, value)
-    stream = ctypes.c_void_p(torch._C._cuda_getCurrentRawStream(device))
+    stream = ctypes.c_void_p(fastpath.current_raw_stream(device))
     memset = libcuda().cuMemsetD32Async
     call(device, "a fill of 32 bits", memset, ctypes.c_void_p(address), value, ctypes.c_size_t(1), stream)
 
@@ -139,11 +140,10 @@ class Launcher:
             blocks: thread blocks.
             params: the kernel's parameters, copied.
         """
-        # As PyTorch and Triton ask inside: the public ways see first whether CUDA has started, and make objects.
-        if torch._C._cuda_getDevice() != self._device:
+        if fastpath.current_device() != self._device:
             with torch.cuda.device(self._device):
                 return self(blocks, params)
-        stream = ctypes.c_void_p(torch._C._cuda_getCurrentRawStream(self._device))
+        stream = ctypes.c_void_p(fastpath.current_raw_stream(self._device))
         pointers = _OnePointer(ctypes.addressof(params))
         configuration = (self._function, blocks, 1, 1, self._threads, 1, 1, self._smem_bytes, stream)
         status = self._launch(*configuration, pointers, None)
