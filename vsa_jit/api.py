@@ -12,6 +12,7 @@ from vsa_jit import coarse, ops
 from vsa_jit.backends.choose import NAMES, Choice, choose
 from vsa_jit.checks import (
     check_block_map,
+    check_choice,
     check_gate,
     check_indices,
     check_problem,
@@ -21,7 +22,6 @@ from vsa_jit.checks import (
 )
 from vsa_jit.fastpath import CallCache, can_bypass_dispatcher
 from vsa_jit.grid import block_tokens
-from vsa_jit.names import check_name
 from vsa_jit.problem import BackendName, Layout, Operands, Problem
 
 # Of ``block_sparse_attn_from_indices``.
@@ -382,7 +382,7 @@ def _check(
     backend: str,
 ) -> tuple[Problem, Tensor | None, Tensor | None]:
     """The record of the call, and the sizes of its query and key blocks, contiguous."""
-    check_name("backend", backend, NAMES)
+    check_choice("backend", backend, NAMES)
     problem = check_problem(
         q,
         k,

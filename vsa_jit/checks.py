@@ -55,10 +55,7 @@ def check_problem(
         TypeError: an argument is of the wrong kind or dtype.
         ValueError: an argument has a wrong value, shape, layout or device.
     """
-    if not isinstance(layout, str):
-        raise TypeError(f"layout: expected a string, got {type(layout).__name__}")
-    if layout not in LAYOUTS:
-        raise ValueError(f"layout: expected one of {LAYOUTS}, got {layout!r}")
+    check_choice("layout", layout, LAYOUTS)
     for name, x in (("q", q), ("k", k), ("v", v)):
         _check_input(name, x, layout)
     for name, x in (("k", k), ("v", v)):
@@ -287,6 +284,22 @@ def hint_of_cube(side: int, cube: str = "({0}, {0}, {0})") -> str:
     """A question, where a number of tokens may have been meant as the side of a cube of them, which is written so."""
     is_side = 0 < side <= LONGEST_CUBE and side**3 % 64 == 0
     return f"; did you mean {cube.format(side)}?" if is_side else ""
+
+
+def check_choice(source: str, name: Any, allowed: Sequence[str]) -> str:
+    """The name, if it is one of those allowed.
+
+    Args:
+        source: the argument or environment variable that it came from.
+
+    Raises:
+        TypeError, ValueError: it is not; the message names the source, what was expected and what came.
+    """
+    if not isinstance(name, str):
+        raise TypeError(f"{source}: expected a string, got {type(name).__name__}")
+    if name not in allowed:
+        raise ValueError(f"{source}: expected one of {tuple(allowed)}, got {name!r}")
+    return name
 
 
 def check_int(name: str, value: Any, expected: str = "an int") -> int:

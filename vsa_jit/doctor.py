@@ -11,13 +11,13 @@ from typing import Any
 import torch
 
 from vsa_jit.backends import choose
+from vsa_jit.checks import check_choice
 from vsa_jit.jit import engines, toolchain
 from vsa_jit.jit.cache import location
 from vsa_jit.jit.cache.entry import BadEntry
 from vsa_jit.jit.cache.location import open_cache
 from vsa_jit.jit.errors import JitError, Unavailable
 from vsa_jit.jit.toolchain import dotted
-from vsa_jit.names import check_name
 from vsa_jit.problem import Problem, Side
 
 # The kind of call that the answer is for.
@@ -66,7 +66,7 @@ def _devices() -> list[torch.device]:
 
 
 def _one_of(names: Sequence[str]) -> Callable[[str, str], object]:
-    return lambda variable, value: check_name(variable, value, names)
+    return lambda variable, value: check_choice(variable, value, names)
 
 
 def _setting(name: str, check: Callable[[str, str], object]) -> dict[str, Any]:

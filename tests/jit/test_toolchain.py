@@ -12,11 +12,11 @@ import torch
 
 from vsa_jit import doctor
 from vsa_jit.backends.sm90.support import ARCH
+from vsa_jit.checks import check_choice
 from vsa_jit.jit import engines, toolchain
 from vsa_jit.jit.errors import Unavailable
 from vsa_jit.jit.source import kernels_dir, read_source
 from vsa_jit.jit.toolchain import Nvcc, Nvrtc
-from vsa_jit.names import check_name
 
 NVRTC, NVCC = engines.ENGINES
 ROOT = Path(__file__).parents[2]
@@ -413,7 +413,7 @@ def test_no_engine_gives_all_reasons(monkeypatch):
 
 def test_an_unknown_engine_is_named(monkeypatch):
     with pytest.raises(ValueError, match=r"engine: expected one of \('auto', 'nvrtc', 'nvcc'\), got 'ptx'"):
-        check_name("engine", "ptx", engines.NAMES)
+        check_choice("engine", "ptx", engines.NAMES)
     monkeypatch.setenv("VSA_JIT_ENGINE", "NVRTC")
     with pytest.raises(ValueError, match=r"VSA_JIT_ENGINE: expected one of .*, got 'NVRTC'"):
         engines.choose((), ARCH)

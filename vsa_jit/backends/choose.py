@@ -18,8 +18,8 @@ from typing import Protocol, cast
 import torch
 from torch import Tensor
 
+from vsa_jit.checks import check_choice
 from vsa_jit.jit.errors import JitError, NotWarmError, SettingError
-from vsa_jit.names import check_name
 from vsa_jit.problem import Gradients, Operands, Problem, Side
 
 ENVIRONMENT_VARIABLE = "VSA_JIT_BACKEND"
@@ -284,7 +284,8 @@ def _requested(backend: str) -> tuple[str, str]:
     """The backend asked for, or "auto", and where that was said."""
     if backend != "auto":
         return "backend", backend
-    return ENVIRONMENT_VARIABLE, check_name(ENVIRONMENT_VARIABLE, os.environ.get(ENVIRONMENT_VARIABLE) or "auto", NAMES)
+    name = os.environ.get(ENVIRONMENT_VARIABLE) or "auto"
+    return ENVIRONMENT_VARIABLE, check_choice(ENVIRONMENT_VARIABLE, name, NAMES)
 
 
 def _log_once(choice: Choice, backend: str, device: torch.device) -> None:

@@ -10,13 +10,12 @@ from typing import Any
 import torch
 
 from vsa_jit.backends.sm90.specialise import DTYPES, HEAD_DIMS, kernels_of
-from vsa_jit.checks import check_block_size, check_int
+from vsa_jit.checks import check_block_size, check_choice, check_int
 from vsa_jit.jit import engines, module
 from vsa_jit.jit.cache.location import open_cache
 from vsa_jit.jit.compile import entries_of
 from vsa_jit.jit.errors import CacheError
 from vsa_jit.jit.toolchain import ARCHS, CAPABILITIES, arch_named
-from vsa_jit.names import check_name
 from vsa_jit.problem import TILE_OF_TOKENS
 
 
@@ -28,13 +27,13 @@ def warmup(arch: str | None, dtype: Any, head_dim: Any, block_size: Any, engine:
             return []
         raise ValueError(f"arch: expected one of {tuple(ARCHS)} where there is no GPU, got None")
     asked = here if arch is None else arch
-    arch = check_name("arch", arch_named(asked) if isinstance(asked, str) else asked, tuple(ARCHS))
+    arch = check_choice("arch", arch_named(asked) if isinstance(asked, str) else asked, tuple(ARCHS))
     dtypes = _several("dtype", dtype, torch.dtype, tuple(DTYPES))
     head_dims = _several("head_dim", head_dim, int, HEAD_DIMS)
     # Blocks of every size run the same kernels.
     for size in _block_sizes(block_size):
         check_block_size(size, with_grid=False)
-    check_name("engine", engine, engines.NAMES)
+    check_choice("engine", engine, engines.NAMES)
 
     kernels = list(dict.fromkeys(kernel for kind in product(dtypes, head_dims) for kernel in kernels_of(*kind)))
     chosen = engines.choose(kernels, arch, engine)

@@ -9,12 +9,11 @@ import torch
 from torch import nn
 
 from vsa_jit.backends.choose import NAMES
-from vsa_jit.checks import check_block_size, check_int, check_selection_dtype, check_topk
+from vsa_jit.checks import check_block_size, check_choice, check_int, check_selection_dtype, check_topk
 from vsa_jit.integrations.diffusers import wan
 from vsa_jit.integrations.diffusers.checkpoint import Source, read_gates, split
 from vsa_jit.integrations.diffusers.models import find_transformers, is_in_parallel_wrapper
 from vsa_jit.integrations.diffusers.settings import DenseSteps, Settings
-from vsa_jit.names import check_name
 from vsa_jit.problem import BackendName
 
 
@@ -63,7 +62,7 @@ def enable_vsa(
     check_topk(topk, sparsity, 1)
     tile = check_block_size(block_size, with_grid=True)
     check_selection_dtype(selection_dtype)
-    check_name("backend", backend, NAMES)
+    check_choice("backend", backend, NAMES)
     steps = _check_steps(dense_steps, transformer_or_pipe)
     sources = None if gates is None else split("gates", gates, list(models))
     if gates is not None and is_in_parallel_wrapper(transformer_or_pipe):
