@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from vsa_jit import coarse, ops
+from vsa_jit import coarse
 from vsa_jit.backends.choose import NAMES, Choice, choose
 from vsa_jit.checks import (
     check_block_map,
@@ -22,10 +22,12 @@ from vsa_jit.checks import (
 )
 from vsa_jit.fastpath import CallCache, can_bypass_dispatcher
 from vsa_jit.grid import block_tokens
+from vsa_jit.ops.attention import FastCall, attend
+from vsa_jit.ops.selection import map_to_indices
 from vsa_jit.problem import BackendName, Layout, Operands, Problem
 
 # Of ``block_sparse_attn_from_indices``.
-_fast_calls: CallCache[ops.FastCall] = CallCache()
+_fast_calls: CallCache[FastCall] = CallCache()
 
 
 def video_sparse_attn(
@@ -156,7 +158,7 @@ def block_sparse_attn(
         backend=backend,
     )
     block_map = check_block_map(block_map, problem, q.device)
-    q2k_idx, q2k_num = ops.compact(block_map, q, k, *problem.static, backend)
+    q2k_idx, q2k_num = map_to_indices(block_map, backend)
     return _attend(problem, backend, q, k, v, q2k_idx, q2k_num, q_sizes, kv_sizes, None, 0.0)
 
 
@@ -214,7 +216,7 @@ def block_sparse_attn_from_indices(
         backend=backend,
     )
     idx, num = check_indices(q2k_idx, q2k_num, problem, q.device)
-    call = ops.FastCall.of(problem, backend, tensors) if idx is q2k_idx and num is q2k_num else None
+    call = FastCall.of(problem, backend, tensors) if idx is q2k_idx and num is q2k_num else None
     if call is not None:
         _fast_calls.keep(settings, tensors, call)
     return _attend(problem, backend, q, k, v, idx, num, q_sizes, kv_sizes, None, 0.0)
@@ -311,7 +313,9 @@ def explain(
     Takes the arguments of ``video_sparse_attn``; ``topk`` and ``sparsity`` may both be left out. Computes nothing.
 
     Returns:
-        A record with ``backend``, ``engine`` and ``reasons`` (name → why not); printed, it is a line for each.
+        A record with ``backend``, ``engine``, ``reasons`` (name → why not) and ``runners`` (operator → the backend that
+        runs it: a backend may leave some operators to another one). Printed, it is a line for what runs and one for
+        each reason, such as ``runs: sm90 (engine: nvrtc); selection: triton; backward: triton``.
     """
     problem, _, _ = _check(
         q,
@@ -423,7 +427,7 @@ def _attend(
     gate: Tensor | float,
 ) -> tuple[Tensor, Tensor]:
     gate_tensor, gate_value = (gate, 0.0) if isinstance(gate, Tensor) else (None, gate)
-    out, lse, _ = ops.attend(
+    out, lse, _ = attend(
         q, k, v, q2k_idx, q2k_num, q_sizes, kv_sizes, out_c, gate_tensor, gate_value, False, *problem.static, backend
     )
     return out, lse

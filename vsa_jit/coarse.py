@@ -5,7 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from vsa_jit import ops
+from vsa_jit.ops.pooling import block_means
+from vsa_jit.ops.selection import coarse_attend
 from vsa_jit.problem import Problem
 
 
@@ -29,8 +30,15 @@ def coarse_branch(
         softmax(q_c k_cᵀ · scale) v_c over the key blocks that have valid tokens, or None. With a narrower
         ``selection_dtype`` every step was rounded to it.
     """
-    q_c, k_c, v_c = ops.block_means(q, k, v if with_output else None, q_sizes, kv_sizes, *problem.static, backend)
-    out_c, q2k_idx, q2k_num = ops.coarse_attend(
-        q_c, k_c, v_c if with_output else None, q, k, kv_sizes, topk, selection_dtype, *problem.static, backend
+    q_c, k_c, v_c = block_means(q, k, v if with_output else None, q_sizes, kv_sizes, *problem.static, backend)
+    out_c, q2k_idx, q2k_num = coarse_attend(
+        q_c,
+        k_c,
+        v_c if with_output else None,
+        kv_sizes,
+        topk,
+        selection_dtype,
+        problem.softmax_scale,
+        backend,
     )
     return q2k_idx, q2k_num, out_c if with_output else None

@@ -152,12 +152,12 @@ def _backends(device: torch.device) -> dict[str, Any]:
     side = Side(heads=1, length=64, tile=(1, 1, 64), grid=None, layout="bhsd")
     problem = Problem(batch=1, head_dim=HEAD_DIM, queries=side, keys=side, softmax_scale=HEAD_DIM**-0.5)
     verdicts = {}
-    for entry in choose.ENTRIES:
+    for spec in choose.specs():
         try:
-            reason = entry.why_not(problem, device, DTYPE, ())
+            reason = spec.why_not_on(device) or spec.why_not(problem, DTYPE, ())
             if reason is None:
-                entry.engine(problem, DTYPE)
+                spec.engine_of(problem, DTYPE)
         except (ValueError, JitError, OSError) as error:
             reason = str(error)
-        verdicts[entry.name] = {"would_run": reason is None, "reason": reason, "made_for": entry.made_for(device)}
+        verdicts[spec.name] = {"would_run": reason is None, "reason": reason, "made_for": spec.is_native_on(device)}
     return verdicts

@@ -7,6 +7,7 @@ that were selected count: those of the indices where their values are known, els
 from __future__ import annotations
 
 import sys
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -18,6 +19,15 @@ from vsa_jit.problem import Problem
 
 # Products: scores and output; in a backward scores and their gradient, then dq, then dk and dv.
 PRODUCTS_FORWARD, PRODUCTS_SHARED_BACKWARD, PRODUCTS_DQ, PRODUCTS_DKV, PRODUCTS_TANGENT = 2, 2, 1, 2, 5
+
+
+_formulas: dict[Any, Callable[..., int]] = {}
+
+
+def register(operator: Any, formula: Callable[..., int]) -> None:
+    """Makes known what an operator, as ``torch.ops`` has it, counts."""
+    _formulas[operator] = formula
+    tell_counters()
 
 
 def tell_counters_at_work() -> None:
@@ -34,26 +44,25 @@ def tell_counters() -> None:
     module: Any = sys.modules.get("torch.utils.flop_counter")
     if module is None:
         return
-    formulas = {getattr(torch.ops.vsa_jit, name): formula for name, formula in FORMULAS.items()}
     counters = [getattr(mode, "counter", None) for mode in dispatch_modes()]
     registries = [counter.flop_registry for counter in counters if isinstance(counter, module.FlopCounterMode)]
     for registry in (module.flop_registry, *registries):
-        for packet, formula in formulas.items():
+        for packet, formula in _formulas.items():
             registry.setdefault(packet, formula)
 
 
-def _attend(q: Tensor, k: Tensor, v: Tensor, *args: Any, out_val: Any = None) -> int:
+def attend(q: Tensor, k: Tensor, v: Tensor, *args: Any, out_val: Any = None) -> int:
     return PRODUCTS_FORWARD * _product(q, k, args[:4], args[8:])
 
 
-def _attend_backward(q: Tensor, k: Tensor, v: Tensor, *args: Any, out_val: Any = None) -> int:
+def attend_backward(q: Tensor, k: Tensor, v: Tensor, *args: Any, out_val: Any = None) -> int:
     need_dq, need_dkv = args[11], args[12]
     products = PRODUCTS_DQ * need_dq + PRODUCTS_DKV * need_dkv
     products += PRODUCTS_SHARED_BACKWARD if products else 0
     return products * _product(q, k, args[:4], args[13:])
 
 
-def _attend_tangent(q: Tensor, k: Tensor, v: Tensor, *args: Any, out_val: Any = None) -> int:
+def attend_tangent(q: Tensor, k: Tensor, v: Tensor, *args: Any, out_val: Any = None) -> int:
     return PRODUCTS_TANGENT * _product(q, k, args[:4], args[12:])
 
 
@@ -85,27 +94,17 @@ def _is_known(x: Tensor | None) -> bool:
     return type(x) in PLAIN_TYPES and not x.is_meta and not waits
 
 
-def _coarse_attend(q_c: Tensor, k_c: Tensor, v_c: Tensor | None, *args: Any, out_val: Any = None) -> int:
+def coarse_attend(q_c: Tensor, k_c: Tensor, v_c: Tensor | None, *args: Any, out_val: Any = None) -> int:
     return (1 if v_c is None else PRODUCTS_FORWARD) * _coarse_product(q_c, k_c)
 
 
-def _coarse_attend_backward(q_c: Tensor, k_c: Tensor, *args: Any, out_val: Any = None) -> int:
+def coarse_attend_backward(q_c: Tensor, k_c: Tensor, *args: Any, out_val: Any = None) -> int:
     return (PRODUCTS_SHARED_BACKWARD + PRODUCTS_DQ + PRODUCTS_DKV) * _coarse_product(q_c, k_c)
 
 
-def _coarse_attend_tangent(q_c: Tensor, k_c: Tensor, *args: Any, out_val: Any = None) -> int:
+def coarse_attend_tangent(q_c: Tensor, k_c: Tensor, *args: Any, out_val: Any = None) -> int:
     return PRODUCTS_TANGENT * _coarse_product(q_c, k_c)
 
 
 def _coarse_product(q_c: Tensor, k_c: Tensor) -> int:
     return 2 * q_c.numel() * k_c.shape[2]
-
-
-FORMULAS = {
-    "attend": _attend,
-    "attend_backward": _attend_backward,
-    "attend_tangent": _attend_tangent,
-    "coarse_attend": _coarse_attend,
-    "coarse_attend_backward": _coarse_attend_backward,
-    "coarse_attend_tangent": _coarse_attend_tangent,
-}

@@ -100,6 +100,10 @@ class Operator:
         results = self.overload(*[x.flatten(0, 1) if of_call else x for of_call, x in zip(mapped, first, strict=True)])
         return tree_map(apart, results), tree_map(lambda x: 0 if x.dim() >= MIN_BATCHED_DIMS else None, results)
 
+    def count_flops(self, formula: Callable[..., int]) -> None:
+        """Takes a formula for the operator's floating-point operations, which PyTorch's counter then counts."""
+        flops.register(self.overload.overloadpacket, formula)
+
     def differentiate(
         self,
         setup_context: Callable[[Any, tuple, Any], None],
@@ -168,6 +172,20 @@ class Operator:
     def differentiate_once(self) -> None:
         """Makes every derivative of this operator, which computes one, an error."""
         self.differentiate(lambda ctx, inputs, output: None, _refuse_second_derivative)
+
+
+def save_tensors(ctx: Any, *tensors: Tensor | None) -> None:
+    """Of a ``setup_context``, for both kinds of derivatives."""
+    ctx.save_for_backward(*tensors)
+    ctx.save_for_forward(*tensors)
+
+
+def tangent_or_zeros(tangent: Tensor | None, x: Tensor | None) -> Tensor | None:
+    """The tangent of a tensor, if there is one, as an operator may take it."""
+    if x is None:
+        return None
+    # Kernels read a contiguous last dimension, which was checked of ``x`` alone.
+    return torch.zeros_like(x) if tangent is None else tangent.contiguous()
 
 
 def _refuse_second_derivative(ctx: Any, *grads: Tensor) -> tuple:

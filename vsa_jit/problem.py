@@ -129,10 +129,15 @@ def sizes_of(x: Tensor, layout: str) -> tuple[int, int, int, int]:
     return (batch, heads, length, head_dim) if layout == "bhsd" else (batch, length, heads, head_dim)
 
 
+def contiguous_like(x: Tensor) -> Tensor:
+    """Uninitialised and contiguous."""
+    return torch.empty_like(x, memory_format=torch.contiguous_format)
+
+
 def empty_like(x: Tensor) -> Tensor:
     """Uninitialised, in the memory order of ``x``, but always with a contiguous last dimension."""
     empty = torch.empty_like(x)
-    return empty if empty.stride(-1) == 1 else torch.empty_like(x, memory_format=torch.contiguous_format)
+    return empty if empty.stride(-1) == 1 else contiguous_like(x)
 
 
 def bhsd(x: Tensor, layout: str) -> Tensor:

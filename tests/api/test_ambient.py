@@ -9,8 +9,8 @@ from support.problems import BACKENDS, INTERPRETED, Case, Inputs
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 import vsa_jit
-from vsa_jit import ops
-from vsa_jit.backends import torch as torch_backend
+from vsa_jit.backends.torch import launches as torch_backend
+from vsa_jit.ops.selection import coarse_attend
 
 
 def sdpa(*backends):
@@ -166,29 +166,25 @@ def test_results_of_a_compiled_region(setting, compiled):
 def test_selection(run, setting):
     """Scores that TF32 and bf16 would tell apart in another order, and fp32 does not."""
     _, device = run
-    inputs = inputs_of(run, torch.float32 if run[0] != "sm90" else torch.float16)
-    static = [[1, 1, 64], None, "bhsd", 0.125, run[0]]
     near = torch.linspace(1, 1 + 2e-4, 10, device=device)[torch.randperm(10)]
     q_c = torch.randn(1, 4, 10, 64, device=device).abs()
     k_c = near[:, None].expand(1, 2, 10, 64) * torch.randn(1, 2, 1, 64, device=device).abs()
     expected = near.topk(3).indices.sort().values.int().cpu()
     with torch.no_grad(), setting(device):
-        _, idx, num = ops.coarse_attend(q_c, k_c, None, inputs.q, inputs.k, None, 3, torch.float32, *static)
+        _, idx, num = coarse_attend(q_c, k_c, None, None, 3, torch.float32, 0.125, run[0])
     assert (num == 3).all()
     assert torch.equal(idx.cpu(), expected.expand(1, 4, 10, 3))
 
 
 def test_selection_among_scores_that_are_equal_but_for_rounding(run, setting):
     """Sums of the same terms in two orders: which is larger depends on the arithmetic, and that on no setting."""
-    inputs = inputs_of(run, torch.float32 if run[0] != "sm90" else torch.float16)
-    static = [[1, 1, 64], None, "bhsd", 0.125, run[0]]
     k_c = torch.randn(1, 2, 5, 64, device=run[1])
     k_c = torch.cat([k_c, k_c.unflatten(-1, (32, 2)).flip(-1).flatten(-2)], 2)
     q_c = torch.randn(1, 4, 10, 32, device=run[1]).repeat_interleave(2, -1)
     selections = []
     for _ in range(2):
         with torch.no_grad(), setting(run[1]) if selections else nullcontext():
-            selections.append(ops.coarse_attend(q_c, k_c, None, inputs.q, inputs.k, None, 3, torch.float32, *static)[1])
+            selections.append(coarse_attend(q_c, k_c, None, None, 3, torch.float32, 0.125, run[0])[1])
     assert torch.equal(*selections)
 
 
@@ -200,7 +196,7 @@ by_product_run = pytest.mark.parametrize("product_run", [*BACKENDS, *INTERPRETED
 @pytest.mark.parametrize("magnitude", [1.0, 1e-12, 1e12])
 def test_products_are_as_exact_as_fp32(product_run, size, magnitude):
     """Operands of any strides, their values over many orders of magnitude."""
-    from vsa_jit.backends import triton as triton_backend
+    from vsa_jit.backends.triton import launches as triton_backend
 
     module = torch_backend if product_run[0] == "torch" else triton_backend
     rows, m, k, n = size
@@ -216,7 +212,7 @@ def test_products_are_as_exact_as_fp32(product_run, size, magnitude):
 
 @by_product_run
 def test_products_of_infinite_values(product_run):
-    from vsa_jit.backends import triton as triton_backend
+    from vsa_jit.backends.triton import launches as triton_backend
 
     module = torch_backend if product_run[0] == "torch" else triton_backend
     a = torch.randn(1, 4, 64, device=product_run[1]).abs()

@@ -11,7 +11,7 @@ from torch._dynamo.testing import CompileCounterWithBackend
 from torch._subclasses import FakeTensorMode
 
 import vsa_jit
-from vsa_jit import ops
+from vsa_jit.ops import attention, pooling, selection
 
 DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
 CASE_OF_ORDER = {
@@ -25,6 +25,12 @@ CASE_OF_ORDER = {
 
 def leaf(*shape, device, dtype=torch.float32):
     return torch.randn(shape, device=device, dtype=dtype, requires_grad=True)
+
+
+def no_backend_runs(monkeypatch):
+    for module in (attention, pooling):
+        monkeypatch.setattr(module, "backend_for", None)
+    monkeypatch.setattr(selection, "selection_backend_for", None)
 
 
 @pytest.mark.parametrize("device", DEVICES)
@@ -54,25 +60,25 @@ def test_opcheck_attend(device, layout, gate):
         0.2,
         "auto",
     )
-    library.opcheck(ops.attend.overload, arguments)
+    library.opcheck(attention.attend.overload, arguments)
 
 
 @pytest.mark.parametrize("device", DEVICES)
 def test_opcheck_coarse_branch_and_compact(device):
     q, k, v = leaf(1, 210, 4, 32, device=device), leaf(1, 210, 2, 32, device=device), leaf(1, 210, 2, 32, device=device)
     static = ([4, 4, 4], [5, 6, 7], "bshd", 0.2, "auto")
-    library.opcheck(ops.block_means.overload, (q, k, v, None, None, *static))
-    library.opcheck(ops.block_means.overload, (q, k, None, None, None, *static))
+    library.opcheck(pooling.block_means.overload, (q, k, v, None, None, *static))
+    library.opcheck(pooling.block_means.overload, (q, k, None, None, None, *static))
     means = leaf(1, 4, 8, 32, device=device), leaf(1, 2, 8, 32, device=device), leaf(1, 2, 8, 32, device=device)
     sizes = torch.tensor([64, 0, 3, 64, 64, 1, 9, 64], device=device)
-    library.opcheck(ops.coarse_attend.overload, (*means, q, k, sizes, 2, torch.float32, *static))
-    library.opcheck(ops.coarse_attend.overload, (*means[:2], None, q, k, None, 2, torch.bfloat16, *static))
+    library.opcheck(selection.coarse_attend.overload, (*means, sizes, 2, torch.float32, 0.2, "auto"))
+    library.opcheck(selection.coarse_attend.overload, (*means[:2], None, None, 2, torch.bfloat16, 0.2, "auto"))
     strided = [x.detach().transpose(1, 2).contiguous().transpose(1, 2).requires_grad_() for x in means]
-    library.opcheck(ops.coarse_attend.overload, (*strided, q, k, sizes, 99, torch.bfloat16, *static))
+    library.opcheck(selection.coarse_attend.overload, (*strided, sizes, 99, torch.bfloat16, 0.2, "auto"))
     block_map = torch.rand(1, 4, 8, 8, device=device) < 0.5
-    library.opcheck(ops.compact.overload, (block_map, q, k, *static))
+    library.opcheck(selection.map_to_indices.overload, (block_map, "auto"))
     means = torch.randn(1, 4, 8, 32, device=device)
-    library.opcheck(ops.block_mean_backward.overload, (means, q.detach(), None, *static))
+    library.opcheck(pooling.block_mean_backward.overload, (means, q.detach(), None, *static))
 
 
 @pytest.mark.parametrize("device", DEVICES)
@@ -330,7 +336,7 @@ def test_second_derivative_is_refused():
 
 def test_shapes_without_data(monkeypatch):
     """Whatever backend was asked for: none runs."""
-    monkeypatch.setattr(ops, "backend_for", None)
+    no_backend_runs(monkeypatch)
     q, k = torch.empty(2, 4, 300, 32, device="meta"), torch.empty(2, 2, 500, 32, device="meta")
     assert vsa_jit.video_sparse_attn(q, k, k, topk=2).shape == q.shape
     block_map = torch.empty(4, 5, 8, dtype=torch.bool, device="meta")
@@ -426,7 +432,7 @@ def test_who_watches_a_call_sees_its_operators(device, watch):
 def test_who_does_not_watch_does_not_wait_for_the_dispatcher(monkeypatch):
     inputs = Inputs(Case("unwatched", q_len=200), "cpu", torch.float32)
     expected = inputs.video_sparse_attn("torch")
-    for operator in (ops.block_means, ops.coarse_attend, ops.attend):
+    for operator in (pooling.block_means, selection.coarse_attend, attention.attend):
         monkeypatch.setattr(operator, "overload", None)
     with torch.no_grad():
         torch.testing.assert_close(inputs.video_sparse_attn("torch"), expected, rtol=0, atol=0)
@@ -457,7 +463,7 @@ def test_gradients_of_several_results_at_once():
 
 def test_fake_tensors_run_no_kernel(monkeypatch):
     """Under their mode, and after it."""
-    monkeypatch.setattr(ops, "backend_for", None)
+    no_backend_runs(monkeypatch)
     with FakeTensorMode():
         q = torch.empty(1, 2, 200, 32)
         inside = vsa_jit.video_sparse_attn(q, q, q, topk=2)

@@ -1,5 +1,5 @@
-"""Selection, compaction and inversion by themselves: ties, zeros of both signs, empty blocks, sizes of every kind; and
-the dtype in which is selected."""
+"""Selection, indices of maps and indices transposed by themselves: ties, zeros of both signs, empty blocks, sizes of
+every kind; and the dtype in which is selected."""
 
 import os
 from dataclasses import replace
@@ -11,10 +11,9 @@ from support.problems import BACKENDS as RUNS
 from support.problems import HALF, INTERPRETED, Case, Inputs
 
 import vsa_jit
-from vsa_jit import ops
-from vsa_jit.backends import torch as torch_backend
-from vsa_jit.backends import triton as triton_backend
-from vsa_jit.problem import Problem, Side
+from vsa_jit.backends.torch import launches as torch_backend
+from vsa_jit.backends.triton import launches as triton_backend
+from vsa_jit.ops.selection import coarse_attend
 
 TRITON_DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 BACKENDS = {"torch": (torch_backend, "cpu"), "triton": (triton_backend, TRITON_DEVICE)}
@@ -27,9 +26,7 @@ def backend(request):
 
 def run_select(backend, scores, topk, sizes=None):
     module, device = backend
-    idx = torch.full((*scores.shape[:-1], topk), -9, dtype=torch.int32, device=device)
-    num = torch.full(scores.shape[:-1], -9, dtype=torch.int32, device=device)
-    module.select(scores.to(device), None if sizes is None else sizes.to(device), topk, idx, num)
+    idx, num = module.select(scores.to(device), None if sizes is None else sizes.to(device), topk)
     return idx.cpu(), num.cpu()
 
 
@@ -98,9 +95,8 @@ def test_empty_blocks_are_never_selected(backend):
 def test_compact(backend, columns):
     module, device = backend
     block_map = torch.rand(2, 3, 11, columns) < torch.rand(2, 3, 11, 1)
-    idx = torch.full(block_map.shape, -9, dtype=torch.int32, device=device)
-    num = torch.full(block_map.shape[:3], -9, dtype=torch.int32, device=device)
-    module.compact(block_map.to(device), idx, num)
+    idx, num = module.map_to_indices(block_map.to(device))
+    assert (idx.dtype, num.dtype, num.shape) == (torch.int32, torch.int32, block_map.shape[:3])
     for row_map, row_idx, row_num in zip(
         block_map.flatten(0, 2), idx.cpu().flatten(0, 2), num.cpu().flatten(), strict=True
     ):
@@ -133,9 +129,9 @@ def test_invert(num_q_blocks, num_kv_blocks, width):
         idx[1, -1, 1] = num_kv_blocks
         idx[1, -1, 0] = -1
     num = torch.randint(-1, width + 3, (heads, num_q_blocks), dtype=torch.int32)
-    queries, keys = (Side(heads, 64 * blocks, (1, 1, 64), None, "bhsd") for blocks in (num_q_blocks, num_kv_blocks))
-    problem = Problem(batch=1, head_dim=32, queries=queries, keys=keys, softmax_scale=1.0)
-    ends, k2q_idx, chunks = triton_backend.invert(problem, idx.to(TRITON_DEVICE)[None], num.to(TRITON_DEVICE)[None])
+    ends, k2q_idx, chunks = triton_backend.transpose_index(
+        idx.to(TRITON_DEVICE)[None], num.to(TRITON_DEVICE)[None], num_kv_blocks
+    )
     last = ends.view(heads * num_kv_blocks, chunks)[:, -1].cpu()
     begins = torch.cat([torch.zeros(1, dtype=torch.int64), last[:-1]])
     lists = [k2q_idx[begin:end].tolist() for begin, end in zip(begins, last, strict=True)]
@@ -145,7 +141,7 @@ def test_invert(num_q_blocks, num_kv_blocks, width):
 def test_selection_in_parts_is_the_same(monkeypatch):
     q, k, v = (torch.randn(2, 4, 300, 32) for _ in range(3))
     whole = vsa_jit.video_sparse_attn(q, k, v, topk=2)
-    monkeypatch.setattr("vsa_jit.ops.SCORES_AT_A_TIME", 60)
+    monkeypatch.setattr("vsa_jit.ops.selection.SCORES_AT_A_TIME", 60)
     torch.testing.assert_close(vsa_jit.video_sparse_attn(q, k, v, topk=2), whole)
 
 
@@ -194,15 +190,13 @@ def rounded_coarse(q_c, k_c, v_c, scale, nonempty, dtype):
 def test_selection_in_a_narrower_dtype(run, dtype, scale):
     backend, device = run
     blocks, topk = 64, 9
-    q = torch.empty(1, 2, 64 * blocks, 128, dtype=torch.float16, device=device)
     # Too near to the quarters for a narrower dtype, so that the means round to them.
     q_c, k_c = (x * (1 + 1e-5 * torch.rand(x.shape)) for x in near_ties(1, 2, blocks, 128))
     v_c = torch.randn(1, 2, blocks, 128)
     sizes = torch.full((blocks,), 64)
     sizes[torch.randperm(blocks)[:3]] = 0
-    static = [[1, 1, 64], None, "bhsd", scale, backend]
     means = [x.to(device) for x in (q_c, k_c, v_c)]
-    out_c, idx, num = ops.coarse_attend(*means, q, q, sizes.to(device), topk, dtype, *static)
+    out_c, idx, num = coarse_attend(*means, sizes.to(device), topk, dtype, scale, backend)
     expected, expected_num = expected_indices(rounded_scores(q_c, k_c, scale, dtype), topk, sizes > 0)
     assert torch.equal(idx.cpu(), expected)
     assert torch.equal(num.cpu(), expected_num)
@@ -285,11 +279,9 @@ def test_derivatives_are_those_at_the_rounded_values(dtype):
     dout = torch.randn(q_c.shape)
     sizes = torch.full((blocks,), 64)
     sizes[4] = 0
-    q, k = (torch.empty(1, x.shape[1], 64 * blocks, 64) for x in rounded[:2])
-    static = [[1, 1, 64], None, "bhsd", scale, "torch"]
 
     def coarse(*means):
-        return ops.coarse_attend(*means, q, k, sizes, 3, dtype, *static)[0]
+        return coarse_attend(*means, sizes, 3, dtype, scale, "torch")[0]
 
     leaves = [x.clone().requires_grad_() for x in means]
     grads = torch.autograd.grad(coarse(*leaves), leaves, dout)

@@ -9,7 +9,7 @@ from torch.fx.experimental.proxy_tensor import make_fx
 from torch.utils.checkpoint import checkpoint
 
 import vsa_jit
-from vsa_jit import ops
+from vsa_jit.ops import attention
 
 CALLS = 3
 GATES = [None, 0.5, 0.0, "full"]
@@ -243,13 +243,13 @@ def test_gradients_through_an_outer_call(run):
 def test_inference_keeps_nothing(run, monkeypatch):
     """The output of the fine branch is kept where the backward needs it, and nowhere else."""
     kept = []
-    forward = ops._forward
+    attend = attention._attend
 
     def spy(problem, backend, operands, keep_out_s):
         kept.append(keep_out_s)
-        return forward(problem, backend, operands, keep_out_s)
+        return attend(problem, backend, operands, keep_out_s)
 
-    monkeypatch.setattr(ops, "_forward", spy)
+    monkeypatch.setattr(attention, "_attend", spy)
     calls = Calls(run, 0.5)
     kept.clear()
     calls.call(*calls.of_one)

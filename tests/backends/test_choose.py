@@ -2,14 +2,19 @@
 
 import logging
 import re
+from dataclasses import replace
 
 import pytest
 import torch
 
 import vsa_jit
 from vsa_jit.backends import choose as chooser
-from vsa_jit.backends.choose import Entry, choose
+from vsa_jit.backends.base import OPERATORS, BackendSpec
+from vsa_jit.backends.choose import choose
+from vsa_jit.backends.sm90 import launches as sm90_launches
 from vsa_jit.backends.sm90 import support
+from vsa_jit.backends.triton import launches as triton_launches
+from vsa_jit.backends.triton import support as triton_support
 from vsa_jit.jit import engines, toolchain
 from vsa_jit.jit.cache.location import open_cache
 from vsa_jit.jit.errors import CacheError, CompileError, JitError, LoadError, Unavailable
@@ -80,10 +85,24 @@ def test_cuda_runs_triton(monkeypatch, capability):
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("head_dim", [64, 128])
-def test_hopper_runs_sm90(hopper, dtype, head_dim):
+def test_hopper_runs_sm90(hopper, monkeypatch, dtype, head_dim):
     choice = choose(problem(head_dim=head_dim), "auto", CUDA, dtype)
     assert (choice.backend, choice.engine) == ("sm90", "nvrtc")
     assert choice.reasons == {"triton": "slower than sm90", "torch": "slower than sm90"}
+    by_sm90 = {operator for operator, runner in choice.runners.items() if runner == "sm90"}
+    assert by_sm90 == {"block_means", "attend"}
+    assert set(OPERATORS) - set(choice.runners) == {"attend_tangent"}
+    assert str(choice).splitlines()[0] == "runs: sm90 (engine: nvrtc); selection: triton; backward: triton"
+
+    loaded = []
+    monkeypatch.setattr(support.module, "load", lambda kernels, device, engine: loaded.append((device, engine)))
+    run = chooser._choose_and_prepare(problem(head_dim=head_dim), "auto", CUDA, dtype, ())
+    # What is explained is what runs.
+    assert loaded == [(0, choice.engine)]
+    functions = {"sm90": sm90_launches, "triton": triton_launches}
+    assert run == {operator: functions[runner] for operator, runner in choice.runners.items()}
+    for name in ("auto", "sm90", "triton"):
+        assert chooser.selection_backend_for("coarse_attend", name, CUDA) is triton_launches
 
 
 @pytest.mark.parametrize(
@@ -155,18 +174,20 @@ ERRORS = {
 def broken_entry(request, monkeypatch):
     """A backend made for the CPU, whose kernels do not compile or load."""
 
-    def fail(problem, device, dtype):
+    def fail(problem, device, dtype, engine):
         raise ERRORS[request.param]
 
-    broken = Entry(
-        "sm90",
-        "vsa_jit.backends.torch",
-        lambda problem, dtype: "nvrtc",
-        lambda device: True,
-        lambda problem, device, dtype, tensors: None,
-        fail,
+    broken = BackendSpec(
+        name="sm90",
+        is_native_on=lambda device: True,
+        why_not_on=lambda device: None,
+        why_not=lambda problem, dtype, tensors: None,
+        engine_of=lambda problem, dtype: "nvrtc",
+        runners=dict.fromkeys(OPERATORS, "torch"),
+        prepare=fail,
     )
-    monkeypatch.setattr(chooser, "ENTRIES", (broken, *chooser.ENTRIES[1:]))
+    specs = broken, *chooser.specs()[1:]
+    monkeypatch.setattr(chooser, "specs", lambda: specs)
     return str(ERRORS[request.param])
 
 
@@ -221,7 +242,8 @@ def test_what_keeps_the_engine_from_being_chosen_is_a_reason(hopper, monkeypatch
 
 def test_a_wrong_cache_variable_is_no_reason_to_fall_back(hopper, monkeypatch):
     monkeypatch.setattr(engines, "choose", lambda kernels, arch, name="auto": engines.ENGINES[0])
-    monkeypatch.setattr(support, "engine_of", lambda problem, dtype: open_cache())
+    spec = replace(support.SPEC, engine_of=lambda problem, dtype: open_cache())
+    monkeypatch.setattr(chooser, "specs", lambda: (spec,))
     monkeypatch.setenv("VSA_JIT_CACHE_DIR", "relative")
     with pytest.raises(CacheError, match="VSA_JIT_CACHE_DIR: expected an absolute path"):
         choose(problem(head_dim=64), "auto", CUDA, torch.float16)
@@ -238,7 +260,7 @@ MISSING_TRITON = "the package triton is not installed (pip install triton)"
 
 
 def test_without_triton(monkeypatch, hopper):
-    monkeypatch.setattr(chooser, "_installed", lambda package: False)
+    monkeypatch.setattr(triton_support, "_is_installed", lambda: False)
     assert choose(problem(), "auto", CUDA, torch.float16).reasons["triton"] == MISSING_TRITON
 
 
@@ -247,6 +269,8 @@ def test_a_backend_asked_for_by_name_runs_or_raises():
     q, k, v = qkv()
     with pytest.raises(RuntimeError, match="backend='triton' cannot run this call: Triton needs a CUDA device"):
         vsa_jit.video_sparse_attn(q, k, v, topk=1, backend="triton")
+    with pytest.raises(RuntimeError, match="backend='sm90' cannot run this call: the kernels are for Hopper GPUs"):
+        chooser.selection_backend_for("map_to_indices", "sm90", CPU)
 
 
 def test_environment_variable(monkeypatch):

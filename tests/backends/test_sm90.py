@@ -18,8 +18,8 @@ from torch import Tensor
 
 import vsa_jit
 from vsa_jit.backends import choose as chooser
-from vsa_jit.backends import triton
-from vsa_jit.backends.sm90 import backend, launches, specialise
+from vsa_jit.backends.sm90 import launches, specialise
+from vsa_jit.backends.triton import launches as triton
 from vsa_jit.jit import engines, module
 from vsa_jit.jit.driver import encode_tensor_map, fill
 from vsa_jit.jit.errors import NotWarmError
@@ -62,7 +62,7 @@ def run_means(problem: Problem, inputs: Inputs, *, with_v: bool = True) -> tuple
     q_sizes = inputs.given_q_sizes if inputs.given_q_sizes is not None else inputs.sizes
     sizes = q_sizes if problem.queries.length == problem.keys.length or inputs.given_q_sizes is not None else None
     v = inputs.v if with_v else None
-    return backend.block_means(problem, inputs.q, inputs.k, v, sizes, inputs.sizes)
+    return launches.block_means(problem, inputs.q, inputs.k, v, sizes, inputs.sizes)
 
 
 def case_of(case: Case, head_dim: int) -> Case:
@@ -106,7 +106,7 @@ def test_means_of_strided_views(strides):
     side = Side(heads, length, (4, 4, 4), (5, 6, 7), "bhsd")
     problem = Problem(batch, 64, side, side, 0.1)
     load(specialise.kernels_of(torch.bfloat16, 64), on_gpu.get_device())
-    for result in backend.block_means(problem, on_gpu, on_gpu, on_gpu, None, None):
+    for result in launches.block_means(problem, on_gpu, on_gpu, on_gpu, None, None):
         expected = reference_means(side, on_gpu, None, torch.float64)
         torch.testing.assert_close(result.double(), expected, rtol=1e-5, atol=1e-6)
 

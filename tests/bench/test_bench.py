@@ -16,7 +16,7 @@ import pytest
 import torch
 from support.problems import ON_HOPPER
 
-from vsa_jit.backends import torch as torch_backend
+from vsa_jit.backends.torch import launches as torch_backend
 from vsa_jit.bench import extras, stages
 from vsa_jit.bench.attention import all_blocks, flash_results, sparse
 from vsa_jit.bench.cases import DEFAULTS, DIRECTIONS, GATES, Case, Inputs, Selection, Shape
@@ -258,7 +258,7 @@ def wrong_backward(original):
 
 def wrong_select(original):
     def select(scores, *arguments):
-        original(-scores, *arguments)
+        return original(-scores, *arguments)
 
     return select
 
@@ -275,9 +275,9 @@ def nan_forward(original):
     ("name", "wrong", "direction", "checked"),
     [
         ("forward", wrong_forward, "forward", "out"),
-        ("forward", nan_forward, "forward", "out"),
+        ("attend", nan_forward, "forward", "out"),
         ("select", wrong_select, "forward", "selection"),
-        ("backward", wrong_backward, "backward", "dk"),
+        ("attend_backward", wrong_backward, "backward", "dk"),
     ],
     ids=["wrong tokens", "nan", "selection", "gradient"],
 )

@@ -22,7 +22,7 @@ from vsa_jit.backends.triton.backward import (
 from vsa_jit.backends.triton.forward import attend_forward_kernel
 from vsa_jit.backends.triton.means import block_mean_backward_kernel, block_means_kernel
 from vsa_jit.backends.triton.product import matmul_kernel
-from vsa_jit.backends.triton.select import compact_kernel, invert_kernel, select_kernel
+from vsa_jit.backends.triton.select import map_to_indices_kernel, select_kernel, transpose_index_kernel
 
 # Shared memory that a thread block may use, in bytes, from NVIDIA's table of compute capabilities.
 ARCHITECTURES = {
@@ -111,9 +111,9 @@ def selection_kernels():
     for columns, warps in ((64, 1), (1024, 1), (4096, 2)):
         shape = {"COLUMNS": columns, "WIDTH_PAD": 64, "num_warps": warps}
         yield select_kernel, shape | {"HAS_SIZES": True}
-        yield compact_kernel, shape
+        yield map_to_indices_kernel, shape
         for place in (False, True):
-            yield invert_kernel, shape | {"PLACE": place}
+            yield transpose_index_kernel, shape | {"PLACE": place}
 
 
 def product_kernels():

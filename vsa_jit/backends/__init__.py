@@ -1,1 +1,1 @@
-"""One module for each backend, named after it, and ``choose``, which picks one for a call."""
+"""A package for each backend, of the shape that ``base`` describes, and ``choose``, which picks one for a call."""

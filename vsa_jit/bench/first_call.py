@@ -28,8 +28,8 @@ CASE = Case(Shape(4096, None, 1, 2, 128, "bf16", "bhsd"), 64, Selection(topk=8),
 COLD_RUNS, WARM_RUNS = 3, 5
 # What a call imports is no part of its time.
 MODULES = {
-    "nvrtc": ("vsa_jit.backends.sm90.backend", "triton", "cupy"),
-    "nvcc": ("vsa_jit.backends.sm90.backend", "triton"),
+    "nvrtc": ("vsa_jit.backends.sm90.launches", "triton", "cupy"),
+    "nvcc": ("vsa_jit.backends.sm90.launches", "triton"),
 }
 PROGRAM = "import sys; from vsa_jit.bench.first_call import run_here; run_here(*sys.argv[1:])"
 
@@ -105,7 +105,7 @@ def run_here(device_name: str, *modules: str) -> None:
     problem, topk = CASE.problem, CASE.topk
     _wait(device)
     start = time.perf_counter()
-    backend_for(problem, "sm90", q, k, v).block_means(problem, q, k, v, None, None)
+    backend_for("block_means", problem, "sm90", q, k, v).block_means(problem, q, k, v, None, None)
     _wait(device)
     kernels = time.perf_counter() - start
     vsa_jit.video_sparse_attn(q, k, v, topk=topk, backend=CASE.backend)

@@ -12,12 +12,14 @@ import torch
 from torch import Tensor
 from torch.profiler import ProfilerActivity
 
-from vsa_jit import ops
+from vsa_jit.backends.base import Backend
 from vsa_jit.backends.choose import backend_for
 from vsa_jit.bench.attention import sparse
 from vsa_jit.bench.cases import Case, Inputs, flops_factor
 from vsa_jit.bench.measure import times_ms
 from vsa_jit.coarse import coarse_branch
+from vsa_jit.ops.pooling import block_means
+from vsa_jit.ops.selection import coarse_attend, coarse_attend_backward
 from vsa_jit.problem import Operands
 
 # A time is told from noise where it is so many times the standard error of its median.
@@ -99,31 +101,31 @@ class _Stages:
     def __init__(self, case: Case, inputs: Inputs) -> None:
         self._case, self._inputs = case, inputs
         self._problem = case.problem
-        self._run = backend_for(case.problem, case.backend, inputs.q, inputs.k, inputs.v)
         self._with_coarse = case.gate != "off"
         self._gate = inputs.gate if case.gate == "tensor" else None
         self._gate_value = 1.0 if case.gate == "one" else 0.0
 
+    def _runner_of(self, operator: str) -> Backend:
+        inputs = self._inputs
+        return backend_for(operator, self._problem, self._case.backend, inputs.q, inputs.k, inputs.v)
+
     def forward(self) -> Iterator[_Part]:
-        problem, run, case = self._problem, self._run, self._case
+        problem, case = self._problem, self._case
+        pooling, selection, attention = map(self._runner_of, ("block_means", "coarse_attend", "attend"))
         q, k, v = self._inputs.q, self._inputs.k, self._inputs.v
         v_or_none = v if self._with_coarse else None
-        yield _Part("pooling", lambda: run.block_means(problem, q, k, v_or_none, None, None))
+        yield _Part("pooling", lambda: pooling.block_means(problem, q, k, v_or_none, None, None))
 
-        means = ops.block_means(q, k, v_or_none, None, None, *problem.static, self._case.backend)
+        means = block_means(q, k, v_or_none, None, None, *problem.static, self._case.backend)
         q_c, k_c, v_c = means[0], means[1], means[2] if self._with_coarse else None
         q_rows, k_rows = q_c.flatten(0, 1), k_c.flatten(0, 1)
-        yield _Part("scores", lambda: run.matmul(q_rows, k_rows.mT))
+        yield _Part("scores", lambda: selection.matmul(q_rows, k_rows.mT))
 
-        scores = run.matmul(q_rows, k_rows.mT)
-        q2k_idx = q.new_empty((*scores.shape[:2], case.topk), dtype=torch.int32)
-        q2k_num = q.new_empty(scores.shape[:2], dtype=torch.int32)
-        yield _Part("top-k", lambda: run.select(scores, None, case.topk, q2k_idx, q2k_num))
+        scores = selection.matmul(q_rows, k_rows.mT)
+        yield _Part("top-k", lambda: selection.select(scores, None, case.topk))
 
         def coarse(v_c: Tensor | None) -> object:
-            return ops.coarse_attend(
-                q_c, k_c, v_c, q, k, None, case.topk, torch.float32, *problem.static, self._case.backend
-            )
+            return coarse_attend(q_c, k_c, v_c, None, case.topk, torch.float32, problem.softmax_scale, case.backend)
 
         if v_c is not None:
             yield _Part("coarse attention", lambda: coarse(v_c), (lambda: coarse(None),))
@@ -133,7 +135,7 @@ class _Stages:
         def fine(out_c: Tensor | None) -> object:
             gate = None if out_c is None else self._gate
             operands = Operands(q, k, v, index, count, None, None, out_c, gate, self._gate_value)
-            return run.forward(problem, operands, False)
+            return attention.attend(problem, operands, False)
 
         def alone() -> object:
             return fine(None)
@@ -143,17 +145,18 @@ class _Stages:
             yield _Part("combine (fused)", lambda: fine(out_c), (alone,))
 
     def backward(self) -> Iterator[_Part]:
-        problem, run = self._problem, self._run
+        problem = self._problem
+        attention, run = map(self._runner_of, ("attend", "attend_backward"))
         q, k, v, dout = self._inputs.q, self._inputs.k, self._inputs.v, self._inputs.dout
         index, count, out_c = self._selection()
         operands = Operands(q, k, v, index, count, None, None, out_c, self._gate, self._gate_value)
-        out_s, lse, _ = run.forward(problem, operands._replace(out_c=None, gate=None), False)
+        out_s, lse, _ = attention.attend(problem, operands._replace(out_c=None, gate=None), False)
 
         def fine(need_dq: bool, need_dkv: bool) -> Callable[[], object]:
-            return lambda: run.backward(problem, operands, out_s, lse, dout, None, need_dq, need_dkv)
+            return lambda: run.attend_backward(problem, operands, out_s, lse, dout, None, need_dq, need_dkv)
 
-        invert = run.invert
-        if invert is None:
+        transpose_index = run.transpose_index
+        if transpose_index is None:
             # Such a backend computes all gradients in one pass over the map.
             yield _Part("fine attention", fine(True, True), share=1.0)
         else:
@@ -161,7 +164,7 @@ class _Stages:
             yield _Part("preparation", preparation)
 
             def inversion() -> object:
-                return invert(problem, index, count)
+                return transpose_index(index, count, problem.keys.num_blocks)
 
             yield _Part("inversion", inversion)
             # By itself dq takes three of a backward's five matrix products, dk with dv four: both need the scores.
@@ -170,18 +173,20 @@ class _Stages:
         if out_c is None:
             return
 
-        means = ops.block_means(q, k, v, None, None, *problem.static, self._case.backend)
+        means = block_means(q, k, v, None, None, *problem.static, self._case.backend)
         yield _Part(
             "coarse attention",
-            lambda: ops.coarse_attend_backward(
-                *means, q, k, None, out_c, torch.float32, *problem.static, self._case.backend
+            lambda: coarse_attend_backward(
+                *means, None, out_c, torch.float32, problem.softmax_scale, self._case.backend
             ),
         )
+
+        pooling = self._runner_of("block_mean_backward")
 
         def spread() -> None:
             sides = (problem.queries, problem.keys, problem.keys)
             for mean, x, side in zip(means, (q, k, v), sides, strict=True):
-                run.block_mean_backward(side, mean, x, None)
+                pooling.block_mean_backward(side, mean, x, None)
 
         yield _Part("means", spread)
 

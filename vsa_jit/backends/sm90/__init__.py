@@ -1,1 +1,1 @@
-"""Hopper GPUs: ``backend`` runs the CUDA kernels of ``kernels_src``, ``support`` says what they cover."""
+"""Hopper GPUs: ``launches`` runs the CUDA kernels of ``kernels_src``, ``support`` says what they cover."""

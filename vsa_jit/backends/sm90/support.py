@@ -8,17 +8,43 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from vsa_jit.backends.base import BackendSpec
 from vsa_jit.backends.sm90.schedule import why_too_many_blocks
 from vsa_jit.backends.sm90.specialise import ARCH, DTYPES, HEAD_DIMS, kernels_of
 from vsa_jit.backends.sm90.tma import why_not_tma
+from vsa_jit.backends.triton import support as triton
 from vsa_jit.jit import engines, module, toolchain
 from vsa_jit.jit.errors import Unavailable
+from vsa_jit.jit.toolchain import dotted
 from vsa_jit.problem import Problem, bhsd
 
+CAPABILITY = (9, 0)
+# What has no CUDA kernel yet, Triton's kernels do.
+RUNNERS = {**triton.RUNNERS, "block_means": "sm90", "attend": "sm90"}
 
-def prepare(problem: Problem, device: torch.device, dtype: torch.dtype) -> None:
+
+def prepare(problem: Problem, device: torch.device, dtype: torch.dtype, engine: str) -> None:
     """Loads the kernels of a call on its device, compiling those that the cache does not hold."""
-    module.load(kernels_of(dtype, problem.head_dim), device.index, engine_of(problem, dtype))
+    module.load(kernels_of(dtype, problem.head_dim), device.index, engine)
+
+
+def is_native_on(device: torch.device) -> bool:
+    if device.type != "cuda" or torch.version.hip is not None:
+        return False
+    return torch.cuda.get_device_capability(device) == CAPABILITY
+
+
+def why_not_on(device: torch.device) -> str | None:
+    if device.type != "cuda":
+        return f"the kernels are for Hopper GPUs, and the tensors are on {device.type}"
+    if torch.version.hip is not None:
+        return "the kernels are for NVIDIA GPUs, and this PyTorch is for AMD's"
+    capability = torch.cuda.get_device_capability(device)
+    if capability != CAPABILITY:
+        needed = dotted(CAPABILITY)
+        return f"the kernels are for compute capability {needed}, and {device} has {dotted(capability)}"
+    reason = triton.why_not_on(device)
+    return None if reason is None else f"Triton runs what has no Hopper kernel yet, and {reason}"
 
 
 def why_not(problem: Problem, dtype: torch.dtype, tensors: Sequence[Tensor]) -> str | None:
@@ -53,3 +79,14 @@ def why_no_engine(name: str) -> str | None:
 def engine_of(problem: Problem, dtype: torch.dtype) -> str:
     """The engine whose kernels run a call."""
     return engines.choose(kernels_of(dtype, problem.head_dim), ARCH).name
+
+
+SPEC = BackendSpec(
+    name="sm90",
+    is_native_on=is_native_on,
+    why_not_on=why_not_on,
+    why_not=why_not,
+    engine_of=engine_of,
+    runners=RUNNERS,
+    prepare=prepare,
+)

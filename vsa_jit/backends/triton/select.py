@@ -1,4 +1,4 @@
-"""Which key blocks each query block attends: top-k of scores, compaction of a map, and the inverse of a map."""
+"""Which key blocks each query block attends: top-k of scores, the indices of a map, and indices transposed."""
 
 import triton
 import triton.language as tl
@@ -65,7 +65,7 @@ def select_kernel(
 
 
 @triton.jit
-def compact_kernel(BlockMap, Q2kIdx, Q2kNum, num_kv_blocks, COLUMNS: tl.constexpr):
+def map_to_indices_kernel(BlockMap, Q2kIdx, Q2kNum, num_kv_blocks, COLUMNS: tl.constexpr):
     row = tl.program_id(0).to(tl.int64)
     column = tl.arange(0, COLUMNS)
     in_map = column < num_kv_blocks
@@ -74,7 +74,7 @@ def compact_kernel(BlockMap, Q2kIdx, Q2kNum, num_kv_blocks, COLUMNS: tl.constexp
 
 
 @triton.jit
-def invert_kernel(
+def transpose_index_kernel(
     Q2kIdx,
     Q2kNum,
     Counts,

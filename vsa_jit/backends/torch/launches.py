@@ -1,4 +1,4 @@
-"""Plain PyTorch, on any device: gathers the selected blocks of a few query blocks at a time.
+"""The backend's functions in plain PyTorch: they gather the selected blocks of a few query blocks at a time.
 
 Memory is O(selected) for one chunk of query blocks, never a matrix of all queries by all keys. All arithmetic is fp32
 or fp64, whatever precision PyTorch is allowed for its own products.
@@ -6,44 +6,19 @@ or fp64, whatever precision PyTorch is allowed for its own products.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from dataclasses import dataclass
-
 import torch
 from torch import Tensor
 
+from vsa_jit.backends.torch.chunks import chunks, exact_product, product, put, softmax, take
 from vsa_jit.grid import block_tokens
-from vsa_jit.problem import Gradients, Operands, Problem, Side, bhsd, empty_like
-
-# Elements of one gathered chunk of keys, and of one chunk of scores.
-CHUNK_ELEMENTS = 1 << 20
-
+from vsa_jit.problem import Gradients, Operands, Problem, Side, bhsd, contiguous_like, empty_like
 
 # One pass over the map gives all gradients.
-invert = None
+transpose_index = None
 
 
-# Devices that compute in fp64.
-_FP64_DEVICES = ("cpu", "cuda")
-
-
-def matmul(a: Tensor, b: Tensor, out: Tensor | None = None) -> Tensor:
-    # Always in fp64, so that scores have the same bits, and with them the same order, whatever PyTorch is allowed.
-    result = _in_fp64(a, b) if a.device.type in _FP64_DEVICES else a @ b
-    return result if out is None else out.copy_(result)
-
-
-def product(a: Tensor, b: Tensor) -> Tensor:
-    """a · b in fp32. PyTorch may be allowed TF32 or bf16 inside of such products, and that by settings of the whole
-    process, which are not ours to change: then in fp64."""
-    if a.device.type not in _FP64_DEVICES:
-        return a @ b
-    settings = torch.backends.cuda if a.is_cuda else torch.backends.mkldnn
-    return a @ b if settings.matmul.fp32_precision in ("none", "ieee") else _in_fp64(a, b)
-
-
-def _in_fp64(a: Tensor, b: Tensor) -> Tensor:
-    return (a.double() @ b.double()).float()
+def matmul(a: Tensor, b: Tensor) -> Tensor:
+    return exact_product(a, b)
 
 
 def block_means(
@@ -73,86 +48,28 @@ def block_mean_backward(side: Side, dmean: Tensor, x: Tensor, sizes: Tensor | No
     return dx
 
 
-def select(scores: Tensor, kv_sizes: Tensor | None, topk: int, q2k_idx: Tensor, q2k_num: Tensor) -> None:
+def select(scores: Tensor, kv_sizes: Tensor | None, topk: int) -> tuple[Tensor, Tensor]:
     # Stable sorts keep the lower index first among equal scores.
     order = scores.sort(dim=-1, descending=True, stable=True).indices
-    num = torch.full_like(q2k_num, topk)
+    num = scores.new_full(scores.shape[:-1], topk, dtype=torch.int32)
     if kv_sizes is not None:
         empty = kv_sizes < 1
         order = order.gather(-1, empty[order].sort(dim=-1, stable=True).indices)
-        num = num.minimum((~empty).sum())
+        num = num.minimum((~empty).sum(dtype=torch.int32))
     kept = torch.arange(topk, device=scores.device) < num[..., None]
     idx = torch.where(kept, order[..., :topk], scores.shape[-1]).sort(dim=-1).values
-    q2k_idx.copy_(torch.where(kept, idx, 0))
-    q2k_num.copy_(num)
+    return torch.where(kept, idx, 0).int(), num
 
 
-def compact(block_map: Tensor, q2k_idx: Tensor, q2k_num: Tensor) -> None:
-    q2k_num.copy_(block_map.sum(-1))
+def map_to_indices(block_map: Tensor) -> tuple[Tensor, Tensor]:
+    block_map = block_map.contiguous()
+    num = block_map.sum(-1, dtype=torch.int32)
     order = block_map.sort(dim=-1, descending=True, stable=True).indices
-    kept = torch.arange(block_map.shape[-1], device=block_map.device) < q2k_num[..., None]
-    q2k_idx.copy_(torch.where(kept, order, 0))
+    kept = torch.arange(block_map.shape[-1], device=block_map.device) < num[..., None]
+    return torch.where(kept, order, 0).int(), num
 
 
-@dataclass(frozen=True)
-class Chunk:
-    """Some query blocks of one head, the keys that they selected and their scores."""
-
-    b: int
-    h: int
-    h_kv: int
-    rows: slice
-    q: Tensor  # [c, block, D]
-    k: Tensor  # [c, m·block, D]
-    v: Tensor  # [c, m·block, D]
-    kv_tokens: Tensor  # [c, m·block]
-    scores: Tensor  # [c, block, m·block], scaled, -inf where the key is not valid
-    poisoned: Tensor  # [c, 1, 1]: the map names a block that does not exist
-
-
-def chunks(
-    problem: Problem,
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    q2k_idx: Tensor,
-    q2k_num: Tensor,
-    q_tokens: Tensor,
-    kv_tokens: Tensor,
-) -> Iterator[Chunk]:
-    width = q2k_idx.shape[-1]
-    if q2k_num.device.type == "cpu":
-        width = min(width, max(int(q2k_num.max()), 0))
-    per_block = max(width, 1) * problem.block * max(problem.head_dim, problem.block)
-    step = max(1, CHUNK_ELEMENTS // per_block)
-    slot = torch.arange(width, device=q.device)
-    for b in range(problem.batch):
-        for h in range(problem.queries.heads):
-            h_kv = h // problem.group
-            for start in range(0, problem.queries.num_blocks, step):
-                rows = slice(start, min(start + step, problem.queries.num_blocks))
-                named = q2k_idx[b, h, rows, :width].long()
-                used = slot < q2k_num[b, h, rows, None]
-                exists = (named >= 0) & (named < problem.keys.num_blocks)
-                tokens = kv_tokens[named.clamp(0, problem.keys.num_blocks - 1)]
-                tokens = torch.where((used & exists)[..., None], tokens, -1).flatten(1)
-                q_rows = take(q[b, h], q_tokens[rows])
-                k_rows = take(k[b, h_kv], tokens)
-                v_rows = take(v[b, h_kv], tokens)
-                scores = product(q_rows, k_rows.mT).mul_(problem.softmax_scale)
-                scores.masked_fill_((tokens < 0)[:, None, :], float("-inf"))
-                poisoned = (used & ~exists).any(-1)[:, None, None]
-                yield Chunk(b, h, h_kv, rows, q_rows, k_rows, v_rows, tokens, scores, poisoned)
-
-
-def softmax(scores: Tensor) -> tuple[Tensor, Tensor]:
-    """Probabilities over the last dimension, and the log-sum-exp."""
-    lse = scores.logsumexp(-1, keepdim=True)
-    # A row without keys has -inf everywhere: its probabilities are 0, not NaN.
-    return torch.exp(scores - lse.masked_fill(lse == float("-inf"), 0.0)), lse
-
-
-def forward(problem: Problem, operands: Operands, keep_out_s: bool) -> tuple[Tensor, Tensor, Tensor | None]:
+def attend(problem: Problem, operands: Operands, keep_out_s: bool) -> tuple[Tensor, Tensor, Tensor | None]:
     q, k, v, q2k_idx, q2k_num, q_sizes, kv_sizes, out_c, gate, gate_value = operands
     out = empty_like(q)
     out_s = empty_like(q) if keep_out_s else None
@@ -180,7 +97,7 @@ def forward(problem: Problem, operands: Operands, keep_out_s: bool) -> tuple[Ten
     return out, lse, out_s
 
 
-def backward(
+def attend_backward(
     problem: Problem,
     operands: Operands,
     out_s: Tensor,
@@ -197,8 +114,8 @@ def backward(
     dout, out_s = bhsd(dout, layout), bhsd(out_s, layout)
     dgate = dout_c = None
     if out_c is not None:
-        dgate = None if gate is None else torch.empty_like(gate, memory_format=torch.contiguous_format)
-        dout_c = torch.empty_like(out_c, memory_format=torch.contiguous_format)
+        dgate = None if gate is None else contiguous_like(gate)
+        dout_c = contiguous_like(out_c)
         for b in range(problem.batch):
             for h in range(problem.queries.heads):
                 dout_rows = take(dout[b, h], q_tokens)
@@ -242,16 +159,40 @@ def backward(
     return Gradients(dq, dk, dv, dgate, dout_c)
 
 
-def take(x: Tensor, tokens: Tensor, fill: float = 0.0) -> Tensor:
-    """Rows of ``x`` [S, C] by token, in fp32; ``fill`` where the token is -1."""
-    rows = x[tokens.clamp(min=0)].float()
-    return rows.masked_fill((tokens < 0)[..., None], fill)
-
-
-def put(x: Tensor, tokens: Tensor, rows: Tensor, fill: float = 0.0) -> None:
-    """Writes rows [n, block, C] to their tokens in ``x`` [S, C]; a token of ``x`` that no slot holds gets ``fill``."""
-    # One spare row takes what belongs to no token.
-    spare = x.shape[0]
-    target = rows.new_full((spare + 1, x.shape[1]), fill)
-    target[torch.where(tokens >= 0, tokens, spare)] = rows.float()
-    x.copy_(target[:spare])
+def attend_tangent(
+    problem: Problem,
+    operands: Operands,
+    q_t: Tensor,
+    k_t: Tensor,
+    v_t: Tensor,
+    out_c_t: Tensor | None,
+    gate_t: Tensor | None,
+) -> tuple[Tensor, Tensor]:
+    # With scores s and p = softmax(s) over the keys: lse_t = Σ p·s_t and out_t = (p·(s_t - lse_t)) v + p v_t.
+    q, k, v, q2k_idx, q2k_num, q_sizes, kv_sizes, out_c, gate, gate_value = operands
+    out_t = empty_like(q)
+    lse_t = q.new_empty((problem.batch, problem.queries.heads, problem.queries.length), dtype=torch.float32)
+    q, k, v, q_t, k_t, v_t, out_view = (bhsd(x, problem.queries.layout) for x in (q, k, v, q_t, k_t, v_t, out_t))
+    q_tokens = block_tokens(problem.queries, q_sizes, q.device)
+    kv_tokens = block_tokens(problem.keys, kv_sizes, q.device)
+    rows = q.new_empty((problem.queries.num_blocks, problem.block, problem.head_dim + 1), dtype=torch.float32)
+    for chunk in chunks(problem, q, k, v, q2k_idx, q2k_num, q_tokens, kv_tokens):
+        b, h, h_kv = chunk.b, chunk.h, chunk.h_kv
+        p, _ = softmax(chunk.scores)
+        q_rows_t = take(q_t[b, h], q_tokens[chunk.rows])
+        k_rows_t, v_rows_t = take(k_t[b, h_kv], chunk.kv_tokens), take(v_t[b, h_kv], chunk.kv_tokens)
+        scores_t = (product(q_rows_t, chunk.k.mT) + product(chunk.q, k_rows_t.mT)) * problem.softmax_scale
+        rows_lse_t = (p * scores_t).sum(-1, keepdim=True)
+        rows_out_t = product(p * (scores_t - rows_lse_t), chunk.v) + product(p, v_rows_t)
+        rows[chunk.rows] = torch.cat([rows_out_t, rows_lse_t], -1).masked_fill(chunk.poisoned, float("nan"))
+        if chunk.rows.stop < problem.queries.num_blocks:
+            continue
+        put(lse_t[b, h, :, None], q_tokens, rows[..., -1:])
+        fine_t = rows[..., :-1]
+        if out_c is not None and out_c_t is not None:
+            weight = gate_value if gate is None else take(bhsd(gate, problem.queries.layout)[b, h], q_tokens)
+            fine_t = fine_t + weight * out_c_t[b, h, :, None, :]
+            if gate_t is not None:
+                fine_t = fine_t + take(bhsd(gate_t, problem.queries.layout)[b, h], q_tokens) * out_c[b, h, :, None, :]
+        put(out_view[b, h], q_tokens, fine_t)
+    return out_t, lse_t

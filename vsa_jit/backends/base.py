@@ -1,0 +1,178 @@
+"""What a backend is: the facts by which one is chosen for a call, and the functions that run operators.
+
+A backend is a package with two rooms of the same names: ``support``, whose ``SPEC`` is imported wherever a backend is
+chosen, on machines without what the backend needs too, and ``launches``, which has the functions of ``Backend`` that it
+runs and is imported when a call first runs on it.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from vsa_jit.problem import Gradients, Operands, Problem, Side
+
+# The operators of ``vsa_jit.ops``, by the part of a call that they are; and those of forward mode.
+STAGES = {
+    "pooling": ("block_means",),
+    "selection": ("coarse_attend", "map_to_indices"),
+    "attention": ("attend",),
+    "backward": ("block_mean_backward", "coarse_attend_backward", "attend_backward"),
+}
+TANGENTS = ("coarse_attend_tangent", "attend_tangent")
+OPERATORS = (*itertools.chain(*STAGES.values()), *TANGENTS)
+
+
+@dataclass(frozen=True)
+class BackendSpec:
+    """What is known of a backend before anything of it runs.
+
+    Attributes:
+        is_native_on: whether it was made for a device; on another it runs only when asked for by name.
+        why_not_on: why it runs nothing on a device, or None.
+        why_not: why it cannot run a call on a device where it runs others, or None; the tensors are those of q, k and v
+            that are at hand, in the call's layout.
+        engine_of: what compiles its kernels for a call that it can run, None where nothing does.
+        runners: the backend that runs each operator of a call for which this one was chosen. An operator that is not
+            here cannot run.
+        prepare: makes its kernels ready for a call, compiled by the engine of that name; None where there is nothing to
+            make ready.
+    """
+
+    name: str
+    is_native_on: Callable[[torch.device], bool]
+    why_not_on: Callable[[torch.device], str | None]
+    why_not: Callable[[Problem, torch.dtype, Sequence[Tensor]], str | None]
+    engine_of: Callable[[Problem, torch.dtype], str | None]
+    runners: Mapping[str, str]
+    prepare: Callable[[Problem, torch.device, torch.dtype, str], None] | None = None
+
+
+class Backend(Protocol):
+    """The functions of a backend's ``launches``; it has those of the operators that it runs.
+
+    Sizes are B (batch), H and H_kv (heads of queries and of keys), S_q and S_k (tokens), n_q and n_k (blocks), D (head
+    dimension). q, k, v and tensors like them are in the layout of their ``Side``, bf16, fp16 or fp32, with a contiguous
+    last dimension and other dimensions of any stride. ``q_sizes`` and ``kv_sizes`` are int32 or int64 [n_q] and [n_k],
+    contiguous: the valid tokens of each block, which are clamped to 0 … block; None where all are valid. Functions
+    return new tensors, contiguous or in the memory order of the tensor that they are like.
+    """
+
+    def block_means(
+        self, problem: Problem, q: Tensor, k: Tensor, v: Tensor | None, q_sizes: Tensor | None, kv_sizes: Tensor | None
+    ) -> tuple[Tensor, Tensor, Tensor | None]:
+        """Means of the valid tokens of each block, for the operator of that name.
+
+        Args:
+            v: None where its means are not needed.
+
+        Returns:
+            ``(q_c, k_c, v_c)``: fp32 [B, H, n_q, D] and [B, H_kv, n_k, D], 0 for an empty block; v_c None without v.
+        """
+        ...
+
+    def block_mean_backward(self, side: Side, dmean: Tensor, x: Tensor, sizes: Tensor | None) -> Tensor:
+        """Gradient of block means in what they are the means of, for the operator of that name.
+
+        Args:
+            side: of ``x``.
+            dmean: fp32 [B, heads, blocks, D], of any strides.
+
+        Returns:
+            Like x: the share of each valid token in its block's gradient, 0 for the others.
+        """
+        ...
+
+    def matmul(self, a: Tensor, b: Tensor) -> Tensor:
+        """a · b for the operators ``coarse_attend*``, as exact as fp32 arithmetic, whatever PyTorch is allowed.
+
+        Args:
+            a, b: fp32 [R, M, K] and [R, K, N], of any strides.
+
+        Returns:
+            fp32 [R, M, N], contiguous.
+        """
+        ...
+
+    def select(self, scores: Tensor, kv_sizes: Tensor | None, topk: int) -> tuple[Tensor, Tensor]:
+        """The key blocks of highest score, for ``coarse_attend``.
+
+        Args:
+            scores: fp32 [R, M, n_k], contiguous. Ties go to the lower block, and 0 equals -0.
+            topk: 1 … n_k; a block without valid tokens is never selected.
+
+        Returns:
+            ``(q2k_idx, q2k_num)``: int32 [R, M, topk], ascending, 0 past the number selected; int32 [R, M], that
+            number.
+        """
+        ...
+
+    def map_to_indices(self, block_map: Tensor) -> tuple[Tensor, Tensor]:
+        """The set columns of each row of a bool map [B, H, n_q, n_k] of any strides, for the operator of that name.
+
+        Returns:
+            ``(q2k_idx, q2k_num)``: int32 [B, H, n_q, n_k], ascending, 0 past the number set; int32 [B, H, n_q], that
+            number.
+        """
+        ...
+
+    def attend(self, problem: Problem, operands: Operands, keep_out_s: bool) -> tuple[Tensor, Tensor, Tensor | None]:
+        """The fine branch and the coarse output added to it, for the operator of that name, which says what it is of.
+
+        Args:
+            operands: its gate is of q's shape and any strides, or None where the number ``gate_value`` counts.
+
+        Returns:
+            ``(out, lse, out_s)``: like q; fp32 [B, H, S_q]; like q, the output before the coarse one was added, or None
+            where it is not kept.
+        """
+        ...
+
+    def attend_backward(
+        self,
+        problem: Problem,
+        operands: Operands,
+        out_s: Tensor,
+        lse: Tensor,
+        dout: Tensor,
+        dlse: Tensor | None,
+        need_dq: bool,
+        need_dkv: bool,
+    ) -> Gradients:
+        """Gradients of ``attend``, for the operator of that name.
+
+        Args:
+            out_s, lse: results of ``attend``.
+            dout: like q, of any strides.
+            dlse: fp32 [B, H, S_q], of any strides, or None for 0.
+
+        Returns:
+            dq, dk and dv like q, k and v where they are needed; where there is a coarse output, also its gradient and
+            that of the gate, each of its tensor's shape, contiguous.
+        """
+        ...
+
+    def attend_tangent(
+        self,
+        problem: Problem,
+        operands: Operands,
+        q_t: Tensor,
+        k_t: Tensor,
+        v_t: Tensor,
+        out_c_t: Tensor | None,
+        gate_t: Tensor | None,
+    ) -> tuple[Tensor, Tensor]:
+        """Tangents of ``attend``'s out and lse along those of q, k, v, the coarse output and the gate, each of its
+        tensor's shape; for the operator of that name."""
+        ...
+
+    @property
+    def transpose_index(self) -> Callable[[Tensor, Tensor, int], object] | None:
+        """The query blocks of each key block, which ``attend_backward`` makes for dk and dv from ``(q2k_idx, q2k_num,
+        n_k)``; None where it takes all gradients in one pass over the map. The benchmark times it by itself."""
+        ...
