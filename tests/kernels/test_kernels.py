@@ -1,9 +1,11 @@
 """Every CUDA kernel, as it is shipped, compiles for Hopper with NVRTC and with nvcc: no spill, no local memory, and no
 more shared memory than a thread block can have."""
 
+import ctypes
 import re
 import subprocess
 import threading
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -15,6 +17,7 @@ from vsa_jit.jit import toolchain
 from vsa_jit.jit.compile import run_worker
 from vsa_jit.jit.engines.nvcc import LINK_OPTIONS, NvccEngine
 from vsa_jit.jit.engines.nvrtc import NvrtcEngine
+from vsa_jit.jit.errors import CompileError
 
 # Of a thread block on sm_90, from the CUDA programming guide's table of compute capabilities.
 MOST_SHARED_MEMORY = 227 * 1024
@@ -84,6 +87,28 @@ def test_nvcc(label, tmp_path):
     run = subprocess.run(command, capture_output=True, text=True)
     assert run.returncode == 0, run.stderr
     check_resources(run.stdout + run.stderr, kernel)
+
+
+def with_fields_in_another_order(structure: type[ctypes.Structure], *names: str) -> type[ctypes.Structure]:
+    """A structure of the same size in which two fields of one type have changed places."""
+    others = dict(zip(names, reversed(names), strict=True))
+    fields = [(others.get(name, name), kind) for name, kind in structure._fields_]
+    return type(structure.__name__, (ctypes.Structure,), {"_fields_": fields})
+
+
+@pytest.mark.parametrize(
+    ("label", "names"), [("forward bf16 D=64", ("out", "out_s")), ("forward bf16 D=64", ("queries", "keys"))], ids=str
+)
+def test_a_field_that_the_host_has_elsewhere_does_not_compile(label, names, tmp_path):
+    kernel, engine = KERNELS[label], NvrtcEngine()
+    other = with_fields_in_another_order(kernel.params, *names)
+    assert ctypes.sizeof(other) == ctypes.sizeof(kernel.params)
+    kernel = replace(kernel, params=other)
+    spec = engine.spec(kernel, ARCH)
+    engine.write_job(tmp_path, kernel, spec)
+    with pytest.raises(CompileError):
+        run_worker(label, tmp_path, tmp_path / spec.artefact, threading.Event())
+    assert f"the host has Params::{names[0]}" in (tmp_path / "log.txt").read_text()
 
 
 def test_every_dtype_and_head_dim_is_here():

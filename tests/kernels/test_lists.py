@@ -52,9 +52,12 @@ class Group:
 
 
 def groups_of(
-    monkeypatch, inputs: Inputs, idx: Tensor, num: Tensor, processors: int = 2
+    monkeypatch, inputs: Inputs, idx: Tensor, num: Tensor, processors: int = 2, *, csr: bool = False
 ) -> tuple[list[Group], AttendForwardParams]:
-    """All items of work of a call on a GPU with so many multiprocessors, and the parameters of its launch."""
+    """All work tiles of a call on a GPU with so many multiprocessors, and the parameters of its launch.
+
+    ``csr``: the scheduler is given the same rows in compressed sparse form.
+    """
     emulate.emulate(monkeypatch, processors)
     groups, launched = [], []
     case = inputs.case
@@ -74,6 +77,12 @@ def groups_of(
             of_groups.lse, of_groups.lists.tiles = items.data_ptr(), tiles.data_ptr()
             # Nobody takes work tiles.
             of_groups.schedule.next = None
+            if csr:
+                used = torch.arange(idx.shape[-1]) < num[..., None]
+                entries, offsets = idx[used].contiguous(), torch.zeros(num.numel() + 1, dtype=torch.int64)
+                offsets[1:] = used.sum(-1).flatten().cumsum(0)
+                of_groups.schedule.rows.idx, of_groups.schedule.rows.num = entries.data_ptr(), None
+                of_groups.coarse.out_c = offsets.data_ptr()
             run(1, of_groups)
             for item, tiles_of_item in zip(items.tolist(), tiles.tolist(), strict=True):
                 num_tiles, poisoned = item[9:11]
@@ -192,6 +201,16 @@ def test_uneven_rows(monkeypatch, case):
     inputs = Inputs(replace(case, head_dim=64), "cpu", torch.bfloat16)
     idx, num, _ = inputs.uneven_indices()
     check(inputs, idx, num, *groups_of(monkeypatch, inputs, idx, num))
+
+
+@pytest.mark.parametrize("case", [CASES[0], CASES[2], CASES[-1]], ids=lambda case: case.name)
+def test_compressed_sparse_rows(monkeypatch, case):
+    """What the inverse of a map is: the same rows have the same lists."""
+    inputs = Inputs(replace(case, head_dim=64), "cpu", torch.bfloat16)
+    idx, num, _ = inputs.uneven_indices()
+    groups, params = groups_of(monkeypatch, inputs, idx, num, csr=True)
+    check(inputs, idx, num, groups, params)
+    assert groups == groups_of(monkeypatch, inputs, idx, num)[0]
 
 
 @pytest.mark.parametrize(("case", "processors"), CUT_TWICE, ids=[case.name for case, _ in CUT_TWICE])

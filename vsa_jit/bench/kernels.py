@@ -390,7 +390,9 @@ def means_call(
     sizes = None
     if tiled:
         sizes = torch.full((problem.keys.num_blocks,), problem.block, dtype=torch.int32, device=inputs.device)
-    return functools.partial(backend_for("block_means", problem, backend, q, k, v).block_means, problem, q, k, v, sizes, sizes)
+    return functools.partial(
+        backend_for("block_means", problem, backend, q, k, v).block_means, problem, q, k, v, sizes, sizes
+    )
 
 
 def _agree(ours: tuple[Tensor | None, ...], theirs: tuple[Tensor | None, ...], tolerances: tuple[float, ...]) -> bool:
