@@ -156,7 +156,7 @@ def _backends(device: torch.device) -> dict[str, Any]:
         try:
             reason = spec.why_not_on(device) or spec.why_not(problem, DTYPE, ())
             if reason is None:
-                spec.engine_of(problem, DTYPE)
+                spec.engine_of(problem, device, DTYPE)
         except (ValueError, JitError, OSError) as error:
             reason = str(error)
         verdicts[spec.name] = {"would_run": reason is None, "reason": reason, "made_for": spec.is_native_on(device)}

@@ -182,7 +182,7 @@ def broken_entry(request, monkeypatch):
         is_native_on=lambda device: True,
         why_not_on=lambda device: None,
         why_not=lambda problem, dtype, tensors: None,
-        engine_of=lambda problem, dtype: "nvrtc",
+        engine_of=lambda problem, device, dtype: "nvrtc",
         runners=dict.fromkeys(OPERATORS, "torch"),
         prepare=fail,
     )
@@ -242,7 +242,7 @@ def test_what_keeps_the_engine_from_being_chosen_is_a_reason(hopper, monkeypatch
 
 def test_a_wrong_cache_variable_is_no_reason_to_fall_back(hopper, monkeypatch):
     monkeypatch.setattr(engines, "choose", lambda kernels, arch, name="auto": engines.ENGINES[0])
-    spec = replace(support.SPEC, engine_of=lambda problem, dtype: open_cache())
+    spec = replace(support.SPEC, engine_of=lambda problem, device, dtype: open_cache())
     monkeypatch.setattr(chooser, "specs", lambda: (spec,))
     monkeypatch.setenv("VSA_JIT_CACHE_DIR", "relative")
     with pytest.raises(CacheError, match="VSA_JIT_CACHE_DIR: expected an absolute path"):

@@ -125,7 +125,7 @@ def test_means_are_the_same_bits_every_time_and_whatever_was_there():
 @pytest.fixture
 def fresh(monkeypatch):
     """Nothing is loaded yet, and nothing chosen."""
-    monkeypatch.setattr(module, "_launchers", {})
+    monkeypatch.setattr(module, "_loaded", {})
     for name, empty in (("_failed", {}), ("_chosen", {}), ("_logged", set())):
         monkeypatch.setattr(chooser, name, empty)
     for remembered in (launches._block_means_launch, encode_tensor_map):
@@ -149,7 +149,7 @@ def test_engines_give_the_same_bits(fresh, inputs):
     problem = problem_of(inputs)
     results = []
     for engine in ("nvrtc", "nvcc"):
-        module._launchers.clear()
+        module._loaded.clear()
         launches._block_means_launch.cache_clear()
         module.load(specialise.kernels_of(inputs.dtype, 64), 0, engine)
         results.append(run_means(problem, inputs))

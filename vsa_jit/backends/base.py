@@ -48,7 +48,7 @@ class BackendSpec:
     is_native_on: Callable[[torch.device], bool]
     why_not_on: Callable[[torch.device], str | None]
     why_not: Callable[[Problem, torch.dtype, Sequence[Tensor]], str | None]
-    engine_of: Callable[[Problem, torch.dtype], str | None]
+    engine_of: Callable[[Problem, torch.device, torch.dtype], str | None]
     runners: Mapping[str, str]
     prepare: Callable[[Problem, torch.device, torch.dtype, str], None] | None = None
 

@@ -93,7 +93,7 @@ def choose(
             reasons[spec.name] = f"slower than {chosen.name}"
         elif name in ("auto", spec.name):
             try:
-                engine = spec.engine_of(problem, dtype)
+                engine = spec.engine_of(problem, device, dtype)
                 chosen = spec
             except SettingError:
                 raise

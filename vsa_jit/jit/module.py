@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import torch
 
@@ -14,13 +15,25 @@ from vsa_jit.jit.errors import JitError, LoadError, NotWarmError
 from vsa_jit.jit.kernel import Kernel
 from vsa_jit.jit.toolchain import CAPABILITIES
 
-_launchers: dict[tuple[Kernel, int], Launcher] = {}
+
+class _Loaded(NamedTuple):
+    launcher: Launcher
+    engine: str
+
+
+_loaded: dict[tuple[Kernel, int], _Loaded] = {}
 _loading = threading.Lock()
 
 
 def launcher(kernel: Kernel, device: int) -> Launcher:
     """The launcher of a kernel that ``load`` has loaded."""
-    return _launchers[kernel, device]
+    return _loaded[kernel, device].launcher
+
+
+def engine_of(kernels: Sequence[Kernel], device: int) -> str | None:
+    """The engine whose code of these kernels is loaded; it stays until the process ends. None: some are not loaded."""
+    engines_of = [_loaded[kernel, device].engine for kernel in kernels if (kernel, device) in _loaded]
+    return engines_of[0] if engines_of and len(engines_of) == len(kernels) else None
 
 
 def load(kernels: Sequence[Kernel], device: int, engine: str) -> None:
@@ -36,10 +49,10 @@ def load(kernels: Sequence[Kernel], device: int, engine: str) -> None:
         NotWarmError: one is not loaded, and a CUDA graph is being captured.
         Unavailable: the engine's compiler is missing.
     """
-    if all((kernel, device) in _launchers for kernel in kernels):
+    if all((kernel, device) in _loaded for kernel in kernels):
         return
     with _loading:
-        missing = [kernel for kernel in kernels if (kernel, device) not in _launchers]
+        missing = [kernel for kernel in kernels if (kernel, device) not in _loaded]
         if missing and torch.cuda.is_current_stream_capturing():
             raise NotWarmError(
                 f"{', '.join(kernel.label for kernel in missing)}: not loaded, and a CUDA graph is being captured; run "
@@ -63,7 +76,7 @@ def _load(kernels: Sequence[Kernel], device: int, engine_name: str) -> None:
             for kernel, entry in zip(kernels, entries, strict=True):
                 function = engine.function(entry, kernel)
                 launcher = Launcher(kernel.label, function, device, kernel.threads, kernel.smem_bytes)
-                _launchers[kernel, device] = launcher
+                _loaded[kernel, device] = _Loaded(launcher, engine_name)
     except JitError:
         raise
     except Exception as error:  # of CuPy, of the system's loader, of the driver, of a system without threads

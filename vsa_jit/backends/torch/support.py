@@ -9,6 +9,6 @@ SPEC = BackendSpec(
     is_native_on=lambda device: True,
     why_not_on=lambda device: None,
     why_not=lambda problem, dtype, tensors: None,
-    engine_of=lambda problem, dtype: None,
+    engine_of=lambda problem, device, dtype: None,
     runners=dict.fromkeys(OPERATORS, "torch"),
 )

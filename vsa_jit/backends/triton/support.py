@@ -45,6 +45,6 @@ SPEC = BackendSpec(
     is_native_on=is_native_on,
     why_not_on=why_not_on,
     why_not=lambda problem, dtype, tensors: None,
-    engine_of=lambda problem, dtype: "triton",
+    engine_of=lambda problem, device, dtype: "triton",
     runners=RUNNERS,
 )
