@@ -20,12 +20,12 @@ from vsa_jit.problem import Problem
 # Products: scores and output; in a backward scores and their gradient, then dq, then dk and dv.
 PRODUCTS_FORWARD, PRODUCTS_SHARED_BACKWARD, PRODUCTS_DQ, PRODUCTS_DKV, PRODUCTS_TANGENT = 2, 2, 1, 2, 5
 
-
+# By operator, as ``torch.ops`` has it.
 _formulas: dict[Any, Callable[..., int]] = {}
 
 
 def register(operator: Any, formula: Callable[..., int]) -> None:
-    """Makes known what an operator, as ``torch.ops`` has it, counts."""
+    """Makes an operator's formula known."""
     _formulas[operator] = formula
     tell_counters()
 

@@ -205,7 +205,8 @@ def test_a_counter_is_the_number_of_blocks_when_the_kernel_starts(fresh, sources
     fill(0, memory[32:].data_ptr(), 7)
     launch(7, params)
     assert memory.tolist() == [42] * 32 + [7]
-    launch(5, params, memory[3:].data_ptr())
+    fill(0, memory[3:].data_ptr(), 5)
+    launch(5, params)
     assert memory.tolist() == [42] * 32 + [7]
 
 

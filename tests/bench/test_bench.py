@@ -274,7 +274,7 @@ def nan_forward(original):
 @pytest.mark.parametrize(
     ("name", "wrong", "direction", "checked"),
     [
-        ("forward", wrong_forward, "forward", "out"),
+        ("attend", wrong_forward, "forward", "out"),
         ("attend", nan_forward, "forward", "out"),
         ("select", wrong_select, "forward", "selection"),
         ("attend_backward", wrong_backward, "backward", "dk"),
