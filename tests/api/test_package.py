@@ -41,6 +41,19 @@ assert not opened, opened
 """
 
 
+WITHOUT_DEPENDENCIES = """
+import importlib, sys, torch
+for name in ("triton", "cupy"):
+    sys.modules[name] = None
+for module in (
+    "base", "choose", "torch.launches", "torch.support", "triton.config", "triton.support", "sm90.launches", "sm90.layout",
+    "sm90.schedule", "sm90.specialise", "sm90.structs", "sm90.support", "sm90.tma", "warmup",
+):
+    importlib.import_module("vsa_jit.backends." + module)
+assert not torch.cuda.is_initialized()
+"""
+
+
 def python(code: str, path: Path = ROOT, cwd: Path = ROOT, keep_bytecode: bool = False) -> str:
     without = "" if keep_bytecode else "1"
     environment = {**os.environ, "PYTHONPATH": str(path), "PYTHONDONTWRITEBYTECODE": without}
@@ -58,6 +71,10 @@ def test_import_costs_little(tmp_path):
 
 def test_import_touches_no_gpu_no_compiler_and_no_disk():
     python(IMPORT_EFFECTS)
+
+
+def test_what_needs_no_triton_and_no_cupy_imports_without():
+    python(WITHOUT_DEPENDENCIES)
 
 
 def test_sources_of_a_checkout():

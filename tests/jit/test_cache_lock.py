@@ -2,6 +2,8 @@
 
 import errno
 import os
+import subprocess
+import sys
 import threading
 import time
 
@@ -98,3 +100,30 @@ def test_a_file_system_without_locks(folder, monkeypatch, caplog):
     monkeypatch.setattr(fcntl, "flock", refuse)
     assert not get().folder.is_relative_to(folder)
     assert "No locks available" in only_warning(caplog)
+
+
+def test_who_took_a_lock_may_fork_from_several_threads(tmp_path):
+    """The lock leaves nothing behind that forks have to wait for."""
+    code = f"""
+import os, threading
+from pathlib import Path
+from vsa_jit.jit.cache.lock import locked
+with locked(Path({str(tmp_path / "lock")!r}), threading.Event()):
+    pass
+forked = []
+def fork():
+    for _ in range(25):
+        child = os.fork()
+        if child == 0:
+            os._exit(7)
+        forked.append(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))
+threads = [threading.Thread(target=fork) for _ in range(4)]
+for thread in threads:
+    thread.start()
+for thread in threads:
+    thread.join()
+assert forked == [7] * 100
+"""
+    run = subprocess.run([sys.executable, "-W", "ignore", "-c", code], capture_output=True, text=True, cwd=tmp_path)
+    assert run.returncode == 0, run.stderr
+    assert run.stderr == ""
