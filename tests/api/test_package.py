@@ -46,8 +46,8 @@ import importlib, sys, torch
 for name in ("triton", "cupy"):
     sys.modules[name] = None
 for module in (
-    "base", "choose", "torch.launches", "torch.support", "triton.config", "triton.support", "sm90.launches", "sm90.layout",
-    "sm90.schedule", "sm90.specialise", "sm90.structs", "sm90.support", "sm90.tma", "warmup",
+    "base", "choose", "torch.launches", "torch.support", "triton.config", "triton.support", "sm90.launches",
+    "sm90.layout", "sm90.schedule", "sm90.specialise", "sm90.structs", "sm90.support", "sm90.tma", "warmup",
 ):
     importlib.import_module("vsa_jit.backends." + module)
 assert not torch.cuda.is_initialized()
