@@ -27,10 +27,8 @@ from vsa_jit.jit import engines
 CASE = Case(Shape(4096, None, 1, 2, 128, "bf16", "bhsd"), 64, Selection(topk=8), "one", "sm90")
 COLD_RUNS, WARM_RUNS = 3, 5
 # What a call imports is no part of its time.
-MODULES = {
-    "nvrtc": ("vsa_jit.backends.sm90.launches", "triton", "cupy"),
-    "nvcc": ("vsa_jit.backends.sm90.launches", "triton"),
-}
+_LAUNCHES = ("vsa_jit.backends.sm90.launches", "vsa_jit.backends.triton.launches")
+MODULES = {"nvrtc": (*_LAUNCHES, "cupy"), "nvcc": _LAUNCHES}
 PROGRAM = "import sys; from vsa_jit.bench.first_call import run_here; run_here(*sys.argv[1:])"
 
 
