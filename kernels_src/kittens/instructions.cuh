@@ -48,8 +48,6 @@ __device__ __forceinline__ float exp2(float x) {
 }
 
 // Brings what is at an address as far as L2.
-__device__ __forceinline__ void prefetch(const void* pointer) {
-    asm volatile("prefetch.global.L2 [%0];" ::"l"(pointer));
-}
+__device__ __forceinline__ void prefetch(const void* pointer) { asm volatile("prefetch.global.L2 [%0];" ::"l"(pointer)); }
 
 }  // namespace kittens

@@ -76,8 +76,8 @@ __device__ __forceinline__ void mul_row(rt_fl<16, cols>& tile, const col_vec& ve
 
 // 2 ^ (scale x - shift of the row), and the sums of a lane's own columns before they are rounded.
 template <typename T, int cols>
-__device__ __forceinline__ void exp2_scaled(rt<T, 16, cols>& destination, col_vec& sums, const rt_fl<16, cols>& source, float scale,
-                                            const col_vec& shift) {
+__device__ __forceinline__ void exp2_scaled(rt<T, 16, cols>& destination, col_vec& sums, const rt_fl<16, cols>& source,
+                                            float scale, const col_vec& shift) {
     // Two chains a row: they are as long as the latency allows.
     col_vec chains[2] = {};
 #pragma unroll
@@ -117,7 +117,8 @@ __device__ __forceinline__ uint4 exchange_columns(const uint32_t (&words)[4]) {
 
 // Stores a lane's two rows to memory, each if it is there: addresses are multiples of 16 bytes.
 template <typename T, int cols>
-__device__ __forceinline__ void store_rows(T* const (&destination)[2], const bool (&is_there)[2], const rt<T, 16, cols>& source) {
+__device__ __forceinline__ void store_rows(T* const (&destination)[2], const bool (&is_there)[2],
+                                           const rt<T, 16, cols>& source) {
 #pragma unroll
     for (int first = 0; first < cols; first += 32) {
 #pragma unroll

@@ -23,9 +23,7 @@ struct alignas(kSwizzleAtomBytes) st {
     T data[rows * cols];
 
     // Where rows from a multiple of eight on lie, in one panel.
-    __device__ __forceinline__ T* panel(int index, int row = 0) {
-        return data + (index * rows + row) * panel_cols;
-    }
+    __device__ __forceinline__ T* panel(int index, int row = 0) { return data + (index * rows + row) * panel_cols; }
 };
 
 // Address of 8 elements, of a row and of columns from a multiple of 8 on.

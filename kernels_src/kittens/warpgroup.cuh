@@ -56,8 +56,8 @@ constexpr int kDescriptorBytes = 16;
 template <typename ST>
 __device__ __forceinline__ uint64_t descriptor(const ST* tiles, int index, int leading_bytes, int stride_bytes) {
     constexpr uint64_t kSwizzle128 = uint64_t(1) << 62;
-    return (kSwizzle128 | uint64_t(stride_bytes / kDescriptorBytes) << 32 |
-            uint64_t(leading_bytes / kDescriptorBytes) << 16 | shared_address(tiles) / kDescriptorBytes) +
+    return (kSwizzle128 | uint64_t(stride_bytes / kDescriptorBytes) << 32 | uint64_t(leading_bytes / kDescriptorBytes) << 16 |
+            shared_address(tiles) / kDescriptorBytes) +
            uint32_t(index) * (ST::bytes / kDescriptorBytes);
 }
 

@@ -59,8 +59,8 @@ __device__ __forceinline__ void add_coarse_output(const CoarseOutput& coarse, in
         float weight = coarse.gate_value;
         if (coarse.gate != nullptr) {
             const auto& strides = coarse.gate_strides;
-            weight = load_gate<T>(coarse, rows.batch * strides[0] + rows.head * strides[1] + rows.token[row] * strides[2] +
-                                              channel * strides[3]);
+            weight = load_gate<T>(
+                coarse, rows.batch * strides[0] + rows.head * strides[1] + rows.token[row] * strides[2] + channel * strides[3]);
         }
         out.data[i] += weight * out_c[channel];
     }

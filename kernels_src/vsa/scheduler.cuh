@@ -75,7 +75,8 @@ __device__ __forceinline__ void find_row_group(const Index& rows, const HeadPart
     // The rows that the group has where all rows of the window are alike: they are prefetched before that is known.
     const int lane = kittens::laneid(), row = begin + lane / kLanesPerRow<kConsumers>;
     const int entry = lane % kLanesPerRow<kConsumers> * kEntriesPerLine;
-    if (row < end && entry < rows.capacity(first_row + first + row)) kittens::prefetch(rows.row(first_row + first + row) + entry);
+    if (row < end && entry < rows.capacity(first_row + first + row))
+        kittens::prefetch(rows.row(first_row + first + row) + entry);
     // Each lane ranks one row of the window. Lengths count as equal where exponent and upper three bits of the mantissa are.
     const int length = lane < num_rows ? rows.length(first_row + first + lane) : 0;
     const int work = lane < num_rows ? __float_as_int(float(length)) >> 20 : -1;

@@ -17,8 +17,8 @@ struct Softmax {
     kittens::col_vec shift = {kNoReference, kNoReference};  // the reference, scaled
     kittens::col_vec sum = {0.0f, 0.0f};                    // over a lane's own columns
 
-    // The probabilities of scores. Where their sum exceeds the threshold, the reference is raised, and all that was summed so far
-    // is rescaled, here and in `out`.
+    // The probabilities of scores. Where their sum exceeds the threshold, the reference is raised, and all that was summed so
+    // far is rescaled, here and in `out`.
     template <typename T, int cols, int out_cols>
     __device__ __forceinline__ void exponentiate(kittens::rt<T, 16, cols>& p, const kittens::rt_fl<16, cols>& scores,
                                                  kittens::rt_fl<16, out_cols>& out) {

@@ -59,8 +59,8 @@ struct alignas(VSA_KEY_TILE_BYTES) KeyTile {
         Extent3 extent = keys.box;
         int first = 0;
         if (keys.sizes != nullptr) {
-            // The box starts so far before its row that its valid tokens come last: TMA fills what is before the row with zeros,
-            // and reads none of the tokens that are not valid, which may hold NaN.
+            // The box starts so far before its row that its valid tokens come last: TMA fills what is before the row with
+            // zeros, and reads none of the tokens that are not valid, which may hold NaN.
             first = kBoxTokens - valid_tokens_of_box(keys, block, box);
             origin.w = -first;
         } else {
@@ -78,7 +78,8 @@ static_assert(sizeof(KeyTile<1>) == VSA_KEY_TILE_BYTES);
 // Whether a token of a box is valid, from the word that KeyTile::valid packs.
 __device__ __forceinline__ bool is_valid(const TokenLayout& keys, uint32_t valid, int token) {
     const Extent3 at = position_in_box(keys, token);
-    return token >= int(valid & 255) && at.t < int(valid >> 8 & 255) && at.h < int(valid >> 16 & 255) && at.w < int(valid >> 24);
+    return token >= int(valid & 255) && at.t < int(valid >> 8 & 255) && at.h < int(valid >> 16 & 255) &&
+           at.w < int(valid >> 24);
 }
 
 // What the warp that writes a list needs in shared memory. It covers a window of the key boxes at a time, a bit for each.
@@ -94,7 +95,8 @@ struct TileListScratch {
     uint32_t selected[kConsumers][kittens::kWarpThreads];    // the bits of the window
     uint16_t prefix[kMasks / 2][kittens::kWarpThreads][2];  // boxes of each mask up to and including each lane's
     float total[kMasks];                                    // boxes of each mask
-    uint32_t found[kMaxFound];  // fields of kFieldBits: the box within the window, its mask, and its rank among those of its mask
+    // Fields of kFieldBits: the box within the window, its mask, and its rank among those of its mask.
+    uint32_t found[kMaxFound];
 };
 
 // The bits of those boxes of a word whose consumer mask is this one.
@@ -142,14 +144,14 @@ __device__ __forceinline__ bool select_boxes(const Index& rows, const TokenLayou
     return poisoned;
 }
 
-// Where a box goes in a window's part of the list. The boxes of each mask are spread evenly, so that all consumers advance at the
-// same rate, and are in ascending order, so that thread blocks that run at the same time read the same keys. Box p of the n of
-// its mask is at (2p + 1) / 2n of the list; its position is the number of boxes of all masks that come before that, the lower
-// mask first where they are equal.
+// Where a box goes in a window's part of the list. The boxes of each mask are spread evenly, so that all consumers advance at
+// the same rate, and are in ascending order, so that thread blocks that run at the same time read the same keys. Box p of the n
+// of its mask is at (2p + 1) / 2n of the list; its position is the number of boxes of all masks that come before that, the
+// lower mask first where they are equal.
 template <int kMasks>
 __device__ __forceinline__ int position_of(const float (&total)[kMasks], int mask, int rank) {
-    // Exact: the products are below 2^24, and adding a half keeps each quotient further from an integer than the rounding of the
-    // reciprocal can move it.
+    // Exact: the products are below 2^24, and adding a half keeps each quotient further from an integer than the rounding of
+    // the reciprocal can move it.
     const float of_mask = total[mask], inverse = 1.0f / (2 * of_mask);
     int position = 0;
 #pragma unroll
@@ -220,8 +222,8 @@ __device__ __forceinline__ void write_list(const Index& rows, const TokenLayout&
         const uint32_t end = counts[0] & 0xffff, num_found = __shfl_sync(kittens::kAllLanes, end, kittens::kWarpThreads - 1);
         __syncwarp();
 
-        // Lanes find very different numbers of boxes. They gather them in shared memory, from the last to the first, so that then
-        // every lane writes as many tiles.
+        // Lanes find very different numbers of boxes. They gather them in shared memory, from the last to the first, so that
+        // then every lane writes as many tiles.
         uint32_t slot = end;
 #pragma unroll 1
         for (uint32_t gathered = num_found; gathered > 0;) {
@@ -252,8 +254,9 @@ __device__ __forceinline__ void write_list(const Index& rows, const TokenLayout&
     }
 
     const uint32_t poisoned_lanes = __ballot_sync(kittens::kAllLanes, poisoned);
-    const bool is_poisoned = lane < kConsumers && (poisoned_lanes >> scratch.readers.reader[lane] * kLanesPerRow<kConsumers>) %
-                                                          (1 << kLanesPerRow<kConsumers>) != 0;
+    const bool is_poisoned =
+        lane < kConsumers &&
+        (poisoned_lanes >> scratch.readers.reader[lane] * kLanesPerRow<kConsumers>) % (1 << kLanesPerRow<kConsumers>) != 0;
     const uint32_t poisoned_consumers = __ballot_sync(kittens::kAllLanes, is_poisoned);
     if (lane < kConsumers) group.num_tiles_of[lane] = own_tiles;
     if (lane == 0) {

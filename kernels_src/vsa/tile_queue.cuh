@@ -1,9 +1,9 @@
 // From the lists of key tiles to the consumers: the loaders of both operands, and the queue by which each consumer learns in
 // which stages its next tile arrives.
 //
-// A tile is loaded once, whichever consumers attend it. A stage is free again when all consumers' warps have arrived on `empty`;
-// for consumers that do not attend its tile the loader arrives itself, so that these skip the stage. The phase of a stage
-// therefore does not tell a consumer whether the next tile is its own: its queue of tickets does.
+// A tile is loaded once, whichever consumers attend it. A stage is free again when all consumers' warps have arrived on
+// `empty`; for consumers that do not attend its tile the loader arrives itself, so that these skip the stage. The phase of a
+// stage therefore does not tell a consumer whether the next tile is its own: its queue of tickets does.
 #pragma once
 
 #include "kittens/shared_tile.cuh"
@@ -26,8 +26,8 @@ struct PackedTicket {
 template <int kConsumers_, int kKStages_, int kVStages_>
 struct TileQueue {
     static constexpr int kConsumers = kConsumers_, kKStages = kKStages_, kVStages = kVStages_;
-    // A consumer holds one V stage while it waits for its next tile. The V ring fills in order, so that a tile at most this much
-    // later gets a stage without the one that is held: waiting for it cannot deadlock.
+    // A consumer holds one V stage while it waits for its next tile. The V ring fills in order, so that a tile at most this
+    // much later gets a stage without the one that is held: waiting for it cannot deadlock.
     static constexpr int kMaxLookahead = kVStages - 1;
     // Longer than both rings: an entry is free when the stage that it named is.
     static constexpr int kLength = kVStages <= 6 ? 8 : 16;
@@ -85,8 +85,7 @@ __device__ void load_tiles(const TokenTensor& tensor, const TileLists<kConsumers
                 const uint32_t attended = __ballot_sync(kAllLanes, mask >> i & 1);
                 if (kIsK) {
                     const uint64_t follow = __ballot_sync(kAllLanes, next_mask >> i & 1);
-                    const bool has_successor =
-                        (follow << 32 | attended) >> lane & ((uint64_t(2) << Queue::kMaxLookahead) - 2);
+                    const bool has_successor = (follow << 32 | attended) >> lane & ((uint64_t(2) << Queue::kMaxLookahead) - 2);
                     entries |= uint32_t(has_successor) << (8 * i + PackedTicket::kSuccessorShift);
                 }
                 entries += __popc(attended & ((1u << lane) - 1)) << 8 * i;
@@ -98,8 +97,8 @@ __device__ void load_tiles(const TokenTensor& tensor, const TileLists<kConsumers
             const int count = min(kWarpThreads, num_tiles - first);
 #pragma unroll 1
             for (int i = 0; i < count; ++i) {
-                // Every lane waits, since a free stage also means that the consumers have read the tickets of its previous tile.
-                // No lane continues before all have seen this phase: the stage could complete another phase and hide it.
+                // Every lane waits, since a free stage also means that the consumers have read the tickets of its previous
+                // tile. No lane continues before all have seen this phase: the stage could complete another phase and hide it.
                 kittens::semaphore& empty = barriers.empty[stage];
                 kittens::wait(empty, phase ^ 1);
                 __syncwarp();

@@ -3,6 +3,8 @@
 // one after the other. Memory is that of the CPU: what only a GPU's weaker order shows is not found.
 #pragma once
 
+#include <ucontext.h>
+
 #include <algorithm>
 #include <array>
 #include <cmath>
@@ -14,7 +16,6 @@
 #include <memory>
 #include <string>
 #include <type_traits>
-#include <ucontext.h>
 #include <utility>
 #include <vector>
 
@@ -213,7 +214,8 @@ inline void run_block(int num_threads) {
             for (int i = 0; i < kWarp && error.empty(); ++i) {
                 const int lane = (first + i * step) % kWarp;
                 Thread& thread = threads[index * kWarp + lane];
-                if (!thread.finished && (lane != late_lane[index] || random_below(slowness_of_late_lane) == 0)) take_turn(thread);
+                if (!thread.finished && (lane != late_lane[index] || random_below(slowness_of_late_lane) == 0))
+                    take_turn(thread);
                 all = all && thread.finished;
             }
             finished[index] = all;
@@ -224,7 +226,8 @@ inline void run_block(int num_threads) {
         before = progress;
         if (idle > kPatience) {
             error = "block " + std::to_string(block_index.x) + ": deadlock:";
-            for (int i = 0; i < num_warps; ++i) error += " warp " + std::to_string(i) + " waits for " + threads[i * kWarp].waits_for + ";";
+            for (int i = 0; i < num_warps; ++i)
+                error += " warp " + std::to_string(i) + " waits for " + threads[i * kWarp].waits_for + ";";
         }
     }
     if (error.empty() && !loads.empty()) error = "copies to shared memory end after their thread block";

@@ -23,6 +23,7 @@ void list_groups(const Params& params) {
     if (params.coarse.out_c == nullptr) return list_all(params, params.schedule);
     const auto& [rows, partitions, first_heads, first_groups, num_groups, heads, kv_group, next] = params.schedule;
     const IndexCsr csr{rows.idx, reinterpret_cast<const int64_t*>(params.coarse.out_c), rows.num_rows, rows.num_cols};
-    list_all(params, Schedule<IndexCsr>{csr, {partitions[0], partitions[1]}, first_heads, first_groups, num_groups, heads,
-                                        kv_group, next});
+    const Schedule<IndexCsr> inverse{
+        csr, {partitions[0], partitions[1]}, first_heads, first_groups, num_groups, heads, kv_group, next};
+    list_all(params, inverse);
 }

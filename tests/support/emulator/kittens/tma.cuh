@@ -40,7 +40,8 @@ int for_each_word(const tensor_map& map, const coordinates& at, Function functio
                     }
                     for (int word = 0; word < row_bytes / kWordBytes; ++word) {
                         const int moved = map.swizzled ? word ^ rows % 8 : word;
-                        function(rows * row_bytes + moved * kWordBytes, inside ? map.address + offset + word * kWordBytes : nullptr);
+                        function(rows * row_bytes + moved * kWordBytes,
+                                 inside ? map.address + offset + word * kWordBytes : nullptr);
                     }
                 }
             }

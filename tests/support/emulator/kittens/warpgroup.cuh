@@ -24,7 +24,8 @@ inline void take_step(char kind) {
     const size_t warp = threadIdx.x / kWarpThreads, first = warp - warp % kWarpgroupWarps;
     for (size_t other = first; other < first + kWarpgroupWarps; ++other) {
         const std::string& steps = emulator::warps[other].steps;
-        if (steps.size() >= own.size() && steps[own.size() - 1] != kind) emulator::fail("warps of a warpgroup take other steps");
+        if (steps.size() >= own.size() && steps[own.size() - 1] != kind)
+            emulator::fail("warps of a warpgroup take other steps");
     }
 }
 
@@ -43,7 +44,8 @@ inline void finish_products(int before_group) {
             for (int lane = 0; lane < kWarpThreads; ++lane) {
                 if (i >= lanes[lane].products.size()) emulator::fail("lanes have issued other numbers of products");
                 same.push_back(&lanes[lane].products[i]);
-                if (same[lane]->b != same[0]->b || same[lane]->a_shared != same[0]->a_shared) emulator::fail("lanes have issued other products");
+                if (same[lane]->b != same[0]->b || same[lane]->a_shared != same[0]->a_shared)
+                    emulator::fail("lanes have issued other products");
             }
             same[0]->run(same, warpid());
         }
@@ -91,7 +93,8 @@ void run_mm_ABt(const std::vector<Product*>& lanes, int warp) {
     const auto& b = *static_cast<const st<T, N, K>*>(lanes[0]->b);
     static float d[16][N], a[16][K];
     for (int row = 0; row < 16; ++row) {
-        for (int k = 0; k < K; ++k) a[row][k] = k < in_registers ? value_in<T>(lanes, row, k) : value_in(a_shared, warp * 16 + row, k);
+        for (int k = 0; k < K; ++k)
+            a[row][k] = k < in_registers ? value_in<T>(lanes, row, k) : value_in(a_shared, warp * 16 + row, k);
     }
     for (int n = 0; n < N; ++n) {
         for (int row = 0; row < 16; ++row) d[row][n] = 0;
@@ -124,7 +127,8 @@ void run_mma_AB(const std::vector<Product*>& lanes, int) {
 }
 
 template <typename T, int N, int K, int in_registers, int stages>
-void mm_ABt(rt_fl<16, N>& d, const rt<T, 16, in_registers>& a, const st<T, 64, K>& a_shared, const st<T, N, K> (&b)[stages], int stage) {
+void mm_ABt(rt_fl<16, N>& d, const rt<T, 16, in_registers>& a, const st<T, 64, K>& a_shared, const st<T, N, K> (&b)[stages],
+            int stage) {
     take_step('s');
     emulator::self().products.push_back(
         {run_mm_ABt<T, N, K, in_registers>, d.data, a.data, &a_shared, &b[stage], emulator::self().product_group});
@@ -133,7 +137,8 @@ void mm_ABt(rt_fl<16, N>& d, const rt<T, 16, in_registers>& a, const st<T, 64, K
 template <typename T, int N, int K, int stages>
 void mma_AB(rt_fl<16, N>& d, const rt<T, 16, K>& a, const st<T, K, N> (&b)[stages], int stage) {
     take_step('o');
-    emulator::self().products.push_back({run_mma_AB<T, N, K>, d.data, a.data, nullptr, &b[stage], emulator::self().product_group});
+    emulator::self().products.push_back(
+        {run_mma_AB<T, N, K>, d.data, a.data, nullptr, &b[stage], emulator::self().product_group});
 }
 
 // Where a word of a lane's fragment is in a tile.
