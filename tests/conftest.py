@@ -16,10 +16,11 @@ if "PYTEST_XDIST_WORKER" in os.environ:
     os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import torch
-from support import toys
+from support import interpreter, toys
 
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"
+    interpreter.speed_up()
 # What torch.compile keeps on disk is found again by the graph of the forward, whatever has changed in a backward since.
 compile_cache = tempfile.mkdtemp(prefix="vsa_jit-tests-")
 atexit.register(shutil.rmtree, compile_cache, ignore_errors=True)
