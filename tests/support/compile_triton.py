@@ -33,6 +33,9 @@ ARCHITECTURES = {
     100: config.Architecture(227 * 1024, wgmma=False),
     120: config.Architecture(99 * 1024, wgmma=False),
 }
+# Products take the same instructions on these. Kernels of the same tiles are compiled for the first alone,
+# which has the smallest shared memory, and of whose code Triton leaves no optimisation out.
+REFERENCE, LIKE_REFERENCE = 86, (80, 89, 120)
 TYPE_NAMES = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32"}
 FP32 = {"Lse", "DLse", "OutC", "DOutC", "Shift", "Delta", "QMean", "KMean", "VMean", "DMean", "Scores", "A", "B"}
 INT32 = {"Q2kIdx", "Q2kNum", "K2qIdx", "QSizes", "KSizes", "Sizes"}
@@ -42,8 +45,11 @@ OPTIONS = ("num_warps", "num_stages", "enable_fp_fusion")
 POINTERS = {"Q", "K", "V", "A", "B"}
 FLOATS = {"gate_value", "scale", "scale_log2"}
 TILES = {64: (4, 4, 4), 128: (2, 8, 8), 192: (4, 6, 8), 256: (4, 8, 8)}
-# Block size, head dimension, dtype, raster order, mask: what between them takes every choice of tiles, and the usual.
+# Block size, head dimension, dtype, raster order, mask. These are compiled for every architecture, whatever else is.
+USUAL = ((64, 64, torch.float32, False, False), (256, 128, torch.bfloat16, True, True))
+# What between them takes every choice of tiles.
 EVERY = (
+    *USUAL,
     (64, 128, torch.bfloat16, False, False),
     (128, 128, torch.bfloat16, False, False),
     (256, 64, torch.bfloat16, False, False),
@@ -52,11 +58,24 @@ EVERY = (
     (64, 128, torch.float32, False, False),
     (128, 256, torch.float32, False, False),
     (192, 96, torch.bfloat16, True, True),
-    (256, 128, torch.bfloat16, True, True),
     (64, 128, torch.float16, True, True),
     (256, 128, torch.bfloat16, False, True),
 )
-USUAL = ((64, 128, torch.bfloat16, False, False), (256, 128, torch.bfloat16, True, True))
+# Where a loop over the rows of a block is unrolled, a larger block is the same code more often: one of 256 is enough.
+EVERY_ROWS = (
+    (64, 128, torch.bfloat16, False, False),
+    (128, 64, torch.bfloat16, False, False),
+    (64, 256, torch.bfloat16, False, False),
+    (64, 128, torch.float32, False, False),
+    (64, 256, torch.float32, False, False),
+    (192, 96, torch.bfloat16, True, True),
+    (256, 128, torch.bfloat16, True, True),
+    (64, 128, torch.float16, True, True),
+    (128, 128, torch.bfloat16, False, True),
+)
+USUAL_ROWS = ((64, 128, torch.bfloat16, False, False), (64, 128, torch.float16, True, True))
+# Columns and warps.
+EVERY_SELECTION = ((64, 1), (1024, 1), (4096, 2))
 
 
 def constants_of(block: int, head_dim: int, dtype: torch.dtype, raster: bool, masked: bool) -> dict:
@@ -104,11 +123,13 @@ def row_kernels(*variant):
     yield prepare_backward_kernel, common | {"BLOCK_M": 32, "num_warps": 4}
     for kernel in (block_means_kernel, block_mean_backward_kernel):
         yield kernel, common | {"ROWS": 32, "num_warps": 1}
-    yield block_means_kernel, common | {"V": None, "ROWS": 32, "num_warps": 1}
+    if variant == USUAL_ROWS[0]:
+        # The same code as with V, less that of V.
+        yield block_means_kernel, common | {"V": None, "ROWS": 32, "num_warps": 1}
 
 
-def selection_kernels():
-    for columns, warps in ((64, 1), (1024, 1), (4096, 2)):
+def selection_kernels(shapes):
+    for columns, warps in shapes:
         shape = {"COLUMNS": columns, "WIDTH_PAD": 64, "num_warps": warps}
         yield select_kernel, shape | {"HAS_SIZES": True}
         yield map_to_indices_kernel, shape
@@ -146,15 +167,24 @@ def compile_kernel(kernel, constants: dict, dtype: torch.dtype, capability: int)
     return triton.compile(source, target=GPUTarget("cuda", capability, 32), options=options)
 
 
+def compiled_for_others(capability: int, variant: tuple) -> list:
+    """What another architecture compiles, and would be the same code for this one."""
+    others = [REFERENCE] if capability in LIKE_REFERENCE else []
+    if variant[2] == torch.float32 and capability != REFERENCE:
+        # Its products are multiply-adds everywhere.
+        others = [REFERENCE, *(other for other in ARCHITECTURES if other < capability)]
+    return [kernel for other in others for kernel in attend_kernels(ARCHITECTURES[other], *variant)]
+
+
 def main(capability: int) -> None:
-    arch = ARCHITECTURES[capability]
-    # Of architectures that are given the same tiles the first compiles all of them.
-    is_first = capability == next(other for other, alike in ARCHITECTURES.items() if alike == arch)
-    for variant in EVERY if is_first else USUAL:
-        report_all(attend_kernels(arch, *variant), variant, capability)
-    for variant in EVERY if capability == min(ARCHITECTURES) else USUAL:
+    is_reference = capability == REFERENCE
+    for variant in EVERY:
+        compiled = [] if variant in USUAL else compiled_for_others(capability, variant)
+        kernels = [kernel for kernel in attend_kernels(ARCHITECTURES[capability], *variant) if kernel not in compiled]
+        report_all(kernels, variant, capability)
+    for variant in EVERY_ROWS if is_reference else USUAL_ROWS:
         report_all(row_kernels(*variant), variant, capability)
-    for kernel, constants in selection_kernels():
+    for kernel, constants in selection_kernels(EVERY_SELECTION if is_reference else EVERY_SELECTION[-1:]):
         report(kernel, constants, torch.float32, capability, f"{constants['COLUMNS']} columns")
     for kernel, constants in product_kernels():
         report(kernel, constants, torch.float32, capability, f"depth {constants['BLOCK_K']}")
