@@ -21,10 +21,13 @@ from support import interpreter, toys
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"
     interpreter.speed_up()
-# What torch.compile keeps on disk is found again by the graph of the forward, whatever has changed in a backward since.
-compile_cache = tempfile.mkdtemp(prefix="vsa_jit-tests-")
-atexit.register(shutil.rmtree, compile_cache, ignore_errors=True)
-os.environ["TORCHINDUCTOR_CACHE_DIR"] = compile_cache
+# Workers share what the tests compile, but no later run does: torch.compile finds what it keeps on disk by the graph of
+# the forward, whatever has changed in a backward since.
+if "PYTEST_XDIST_WORKER" not in os.environ or "VSA_JIT_TEST_CACHE" not in os.environ:
+    compile_cache = tempfile.mkdtemp(prefix="vsa_jit-tests-")
+    atexit.register(shutil.rmtree, compile_cache, ignore_errors=True)
+    os.environ["VSA_JIT_TEST_CACHE"] = compile_cache
+os.environ["TORCHINDUCTOR_CACHE_DIR"] = os.path.join(os.environ["VSA_JIT_TEST_CACHE"], "inductor")
 
 
 @pytest.fixture

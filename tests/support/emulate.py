@@ -3,12 +3,13 @@
 neither a GPU's memory order nor its speed."""
 
 import ctypes
+import fcntl
 import functools
 import hashlib
+import os
 import shutil
 import struct
 import subprocess
-import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 from types import SimpleNamespace
@@ -51,22 +52,29 @@ class EmulationError(Exception):
 
 
 @functools.cache
-def _folder() -> tempfile.TemporaryDirectory:
-    return tempfile.TemporaryDirectory(prefix="vsa_jit_emulated_")
-
-
-@functools.cache
 def _compiled(kernel: Kernel, sources: Path) -> ctypes.CDLL:
     name = hashlib.sha256(repr((kernel, sources)).encode()).hexdigest()[:16]
-    text, library = (Path(_folder().name) / f"{name}{suffix}" for suffix in (".cpp", ".so"))
-    text.write_text(ENTRY.format(source=kernel.source, entry=kernel.entry))
-    command = ["g++", *OPTIONS, f"-I{EMULATOR}", f"-I{sources}", *kernel.macros, "-o", library, text]
-    run = subprocess.run(command, capture_output=True, text=True)
-    assert run.returncode == 0, run.stderr
+    folder = Path(os.environ["VSA_JIT_TEST_CACHE"]) / "emulated"
+    folder.mkdir(exist_ok=True)
+    library = folder / f"{name}.so"
+    # Another worker may need the same kernel now: it waits, and then finds the library.
+    with open(folder / f"{name}.lock", "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if not library.exists():
+            _compile(kernel, sources, library)
     loaded = ctypes.CDLL(str(library))
     loaded.run.restype = ctypes.c_char_p
     loaded.run.argtypes = (ctypes.c_int, ctypes.c_int, ctypes.c_uint64, ctypes.c_void_p)
     return loaded
+
+
+def _compile(kernel: Kernel, sources: Path, library: Path) -> None:
+    text, unfinished = library.with_suffix(".cpp"), library.with_suffix(".unfinished")
+    text.write_text(ENTRY.format(source=kernel.source, entry=kernel.entry))
+    command = ["g++", *OPTIONS, f"-I{EMULATOR}", f"-I{sources}", *kernel.macros, "-o", unfinished, text]
+    run = subprocess.run(command, capture_output=True, text=True)
+    assert run.returncode == 0, run.stderr
+    unfinished.rename(library)
 
 
 def launcher(kernel: Kernel, device: int, sources: Path | None = None):
