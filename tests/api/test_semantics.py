@@ -54,6 +54,12 @@ def run(request):
     return request.param
 
 
+@pytest.fixture(params=[run for run in RUNS if run not in INTERPRETER_RUNS[1:]], ids=run_name)
+def quick_run(request):
+    """For what no dtype changes: one is enough in the interpreter."""
+    return request.param
+
+
 def make_inputs(case: Case, run, seed: int | None = None) -> Inputs:
     """Inputs of a case on a run, with heads of a size that its backend has."""
     backend, device, dtype = run
@@ -126,9 +132,9 @@ def test_indices_with_uneven_rows(case: Case, run):
 
 
 @pytest.mark.parametrize("rank", [3, 4])
-def test_block_map_is_the_same_as_its_indices(rank: int, run):
-    backend, device, _ = run
-    inputs = make_inputs(Case("map", q_len=200, kv_len=300, batch=2), run)
+def test_block_map_is_the_same_as_its_indices(rank: int, quick_run):
+    backend, device, _ = quick_run
+    inputs = make_inputs(Case("map", q_len=200, kv_len=300, batch=2), quick_run)
     shape = (2, inputs.case.heads, inputs.num_q_blocks, inputs.num_kv_blocks)[4 - rank :]
     block_map = (torch.rand(shape, generator=inputs.generator) < 0.5).to(device)
     order = {**inputs.order_of_blocks, "backend": backend}
@@ -166,9 +172,9 @@ def test_index_out_of_range_gives_nan_to_its_row_only(wrong: int, run):
     assert inputs.q.grad[~hit].isfinite().all()
 
 
-def test_number_of_indices_is_clamped(run):
-    backend, device, _ = run
-    inputs = make_inputs(Case("number", q_len=256), run)
+def test_number_of_indices_is_clamped(quick_run):
+    backend, device, _ = quick_run
+    inputs = make_inputs(Case("number", q_len=256), quick_run)
     idx = torch.tensor([2, 0], dtype=torch.int32, device=device).expand(1, 2, 4, 2).contiguous()
 
     def attend(num):
@@ -179,14 +185,14 @@ def test_number_of_indices_is_clamped(run):
     assert torch.equal(attend([2, 0, 99, -7]), attend([2, 0, 2, 0]))
 
 
-def test_same_bits_on_every_run(run):
-    backend, device, _ = run
+def test_same_bits_on_every_run(quick_run):
+    backend, device, _ = quick_run
     interpreted = (backend, device) in INTERPRETED
     q_len, heads = (200, 2) if interpreted else (700, 4)
     case = Case("bits", q_len=q_len, heads=heads, kv_heads=heads // 2, topk=3, gate="full")
     results = []
     for _ in range(2):
-        inputs = make_inputs(case, run, seed=7)
+        inputs = make_inputs(case, quick_run, seed=7)
         out = inputs.video_sparse_attn(backend)
         out.backward(inputs.dout)
         results.append([out, inputs.q.grad, inputs.k.grad, inputs.v.grad, inputs.gate.grad])
@@ -196,18 +202,18 @@ def test_same_bits_on_every_run(run):
         assert torch.equal(first, second)
 
 
-def test_sparsity_and_topk_agree(run):
-    backend = run[0]
-    inputs = make_inputs(Case("sparsity", q_len=640, heads=1, head_dim=16), run)
+def test_sparsity_and_topk_agree(quick_run):
+    backend = quick_run[0]
+    inputs = make_inputs(Case("sparsity", q_len=640, heads=1, head_dim=16), quick_run)
     call = vsa_jit.video_sparse_attn
     for sparsity, topk in ((0.0, 10), (0.7, 3), (0.75, 3), (0.99, 1)):
         by_sparsity = call(inputs.q, inputs.k, inputs.v, sparsity=sparsity, backend=backend)
         assert torch.equal(by_sparsity, call(inputs.q, inputs.k, inputs.v, topk=topk, backend=backend))
 
 
-def test_sizes_of_any_stride(run):
-    backend, device, _ = run
-    inputs = make_inputs(Case("sizes", q_len=256, sizes=(40, 40, 40, 40)), run)
+def test_sizes_of_any_stride(quick_run):
+    backend, device, _ = quick_run
+    inputs = make_inputs(Case("sizes", q_len=256, sizes=(40, 40, 40, 40)), quick_run)
     call = vsa_jit.video_sparse_attn
     arguments = {"topk": 2, "block_size": 64, "backend": backend}
     expected = call(inputs.q, inputs.k, inputs.v, inputs.sizes, **arguments)
@@ -306,9 +312,9 @@ def test_sizes_of_keys_say_nothing_of_queries(function, run):
     assert inputs.q.grad.isfinite().all()
 
 
-def test_indices_of_64_bits_and_maps_that_broadcast(run):
-    backend, device, _ = run
-    inputs = make_inputs(Case("others", q_len=130, kv_len=200, batch=2, head_dim=16), run)
+def test_indices_of_64_bits_and_maps_that_broadcast(quick_run):
+    backend, device, _ = quick_run
+    inputs = make_inputs(Case("others", q_len=130, kv_len=200, batch=2, head_dim=16), quick_run)
     idx, num, _ = inputs.uneven_indices()
     order = {**inputs.order, "backend": backend}
     narrow = vsa_jit.block_sparse_attn_from_indices(inputs.q, inputs.k, inputs.v, idx, num, **order)
