@@ -55,7 +55,8 @@ def read(file: Path, expected: str) -> str:
         Unavailable: it cannot be read; the reason starts with what was expected.
     """
     try:
-        return file.read_text()
+        # Whatever locale the process, or a library in it, has set.
+        return file.read_text(encoding="utf-8")
     except OSError as error:
         raise Unavailable(f"{expected}: {error.strerror}", "install vsa-jit again") from None
 

@@ -49,6 +49,6 @@ def write_job(folder: Path, files: dict[str, str], job: dict[str, Any]) -> None:
     for name, text in files.items():
         path = folder / "src" / name
         path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(text)
+        path.write_text(text, encoding="utf-8")
     packages = [os.path.abspath(path) for path in sys.path if path]
     (folder / "job.json").write_text(json.dumps({**job, "packages": packages}, indent=1))

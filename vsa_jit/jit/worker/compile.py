@@ -40,7 +40,7 @@ def compile_nvrtc(folder: Path, job: dict) -> None:
     names = sorted(path.relative_to(root).as_posix() for path in root.rglob("*") if path.is_file())
     texts = [(root / name).read_bytes() for name in names]
     program = nvrtc.createProgram(
-        (root / job["main"]).read_text(), job["main"], texts, [name.encode() for name in names]
+        (root / job["main"]).read_text(encoding="utf-8"), job["main"], texts, [name.encode() for name in names]
     )
     try:
         nvrtc.compileProgram(program, job["options"])
