@@ -417,3 +417,13 @@ def test_an_unknown_engine_is_named(monkeypatch):
     monkeypatch.setenv("VSA_JIT_ENGINE", "NVRTC")
     with pytest.raises(ValueError, match=r"VSA_JIT_ENGINE: expected one of .*, got 'NVRTC'"):
         engines.choose((), ARCH)
+
+
+def test_sources_are_read_in_the_c_locale():
+    """A library may set it, whatever the process began with."""
+    code = (
+        "import locale; locale.setlocale(locale.LC_ALL, 'C'); from vsa_jit.jit.source import kernels_dir, read_source;"
+        "assert 'ᵀ' in read_source('vsa/attend_forward.cu', kernels_dir()).files['kittens/warpgroup.cuh']"
+    )
+    run = subprocess.run([sys.executable, "-X", "utf8=0", "-c", code], cwd=ROOT, capture_output=True, text=True)
+    assert run.returncode == 0, run.stderr
