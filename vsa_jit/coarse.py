@@ -25,6 +25,8 @@ def coarse_branch(
 ) -> tuple[Tensor, Tensor, Tensor | None]:
     """Chooses the ``topk`` best key blocks of each query block and, unless it is not wanted, attends the block means.
 
+    The second operator sees nothing but the means: between the two, whoever shards a sequence can gather them.
+
     Returns:
         ``(q2k_idx, q2k_num, out_c)``: int32 [B, H, n_q, topk] and [B, H, n_q], without gradient; fp32 [B, H, n_q, D],
         softmax(q_c k_cᵀ · scale) v_c over the key blocks that have valid tokens, or None. With a narrower

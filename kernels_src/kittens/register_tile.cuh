@@ -78,7 +78,7 @@ __device__ __forceinline__ void mul_row(rt_fl<16, cols>& tile, const col_vec& ve
 template <typename T, int cols>
 __device__ __forceinline__ void exp2_scaled(rt<T, 16, cols>& destination, col_vec& sums, const rt_fl<16, cols>& source,
                                             float scale, const col_vec& shift) {
-    // Two chains a row: they are as long as the latency allows.
+    // Two partial sums of each row, so that an addition does not wait for the one before.
     col_vec chains[2] = {};
 #pragma unroll
     for (int i = 0; i < cols / 2; i += 2) {
@@ -95,7 +95,8 @@ __device__ __forceinline__ void exp2_scaled(rt<T, 16, cols>& destination, col_ve
     for (int row = 0; row < 2; ++row) sums[row] = chains[0][row] + chains[1][row];
 }
 
-// Of 32 columns a lane has two of each eight. It gives them to the three that have the others', and gets eight of its own.
+// Of 32 columns a lane holds two of every eight. The four lanes of a row exchange them, so that each has eight consecutive columns
+// to store at once.
 __device__ __forceinline__ uint4 exchange_columns(const uint32_t (&words)[4]) {
     const bool is_odd = laneid() & 1, is_upper = laneid() & 2;
     uint32_t half[2][2];  // two times eight columns, from the lower and from the upper two lanes

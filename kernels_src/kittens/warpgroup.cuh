@@ -52,7 +52,8 @@ __device__ __forceinline__ void mma_async_wait(Tiles&... tiles) {
 // Addresses in matrix descriptors count in words of 16 bytes.
 constexpr int kDescriptorBytes = 16;
 
-// The matrix descriptor of PTX for one of some tiles with 128-byte swizzle. All but its part is the same for every tile.
+// The matrix descriptor of PTX for one tile of a ring, with 128-byte swizzle. Only its address depends on the index, and is added
+// last, so that the rest is computed once.
 template <typename ST>
 __device__ __forceinline__ uint64_t descriptor(const ST* tiles, int index, int leading_bytes, int stride_bytes) {
     constexpr uint64_t kSwizzle128 = uint64_t(1) << 62;
@@ -62,7 +63,7 @@ __device__ __forceinline__ uint64_t descriptor(const ST* tiles, int index, int l
 }
 
 // One wgmma instruction, d = a b or d += a b with 16 columns of a; the operands' numbers have to be spelt out. Where nothing is
-// added, d is no input: the compiler can then tell the product from what its registers held before, whatever is under way.
+// added, d is an output only: the compiler then keeps no older value of its registers alive.
 #define KITTENS_D4(MODE, i) MODE "f"(d[i]), MODE "f"(d[i + 1]), MODE "f"(d[i + 2]), MODE "f"(d[i + 3])
 #define KITTENS_D16(MODE, i) KITTENS_D4(MODE, i), KITTENS_D4(MODE, i + 4), KITTENS_D4(MODE, i + 8), KITTENS_D4(MODE, i + 12)
 #define KITTENS_D32(MODE, i) KITTENS_D16(MODE, i), KITTENS_D16(MODE, i + 16)

@@ -134,8 +134,9 @@ __device__ __forceinline__ void softmax_step(const Params& params, SharedStorage
     softmax.exponentiate(p, scores, out);
 }
 
-// Attends the tiles of a work tile. The scores of each tile are computed while the output of the one before is accumulated.
-// Where the next tile may be too far away to wait for it while a V stage is held, the run ends: that stage is released first.
+// Attends the tiles of a work tile. The scores of each tile are computed while the output of the one before is accumulated, as
+// long as each tile has a near successor. Where it has none, the consumer must not hold a V stage while it waits: it finishes
+// the output, releases the stage, and starts again with the next tile.
 __device__ __forceinline__ void attend_tiles(const Params& params, SharedStorage& shared, TicketReader<tile_queue>& tickets,
                                              int num_tiles, const q_fragment& q, Softmax& softmax, o_fragment& out) {
     const box_tile& q_shared = shared.q[tickets.consumer];

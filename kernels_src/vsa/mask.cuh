@@ -1,4 +1,8 @@
 // Masking of scores.
+//
+// Only tiles that have a key which is not valid are masked. That is decided where the list is written: KeyTile::of packs which
+// tokens of a box are valid, select_boxes leaves out boxes without any, and the loader of K sets StageTicket::is_partial. A
+// mask that depends on the query, too, would need the position of the key box in the ticket.
 #pragma once
 
 #include "kittens/register_tile.cuh"
@@ -8,7 +12,7 @@
 __device__ __forceinline__ void mask_keys(const TokenLayout& keys, const uint32_t& valid,
                                           kittens::rt_fl<16, kBoxTokens>& scores) {
     using kittens::kAllLanes, kittens::kWarpThreads, kittens::laneid;
-    // Lane 0 reads, because lane 0 later arrives on `empty`: its read precedes the release.
+    // Lane 0 reads, because lane 0 later arrives on the V stage's `empty`: its read precedes the release.
     const uint32_t packed = kittens::uniform(laneid() == 0 ? valid : 0);
 #pragma unroll
     for (int first = 0; first < kBoxTokens; first += kWarpThreads) {

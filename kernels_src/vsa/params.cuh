@@ -2,7 +2,8 @@
 #pragma once
 
 // The host passes VSA_FIELDS, a sequence of VSA_AT(offset)VSA_FIELD(path) for every field, and VSA_PARAMS_BYTES. NVRTC before
-// CUDA 13.4 has no offsetof: it checks the size alone. The sources are checked by the other compilers, of which CI has two.
+// CUDA 13.4 has no offsetof: it checks the size alone. nvcc, g++ (the emulator) and newer NVRTC check
+// every field.
 #if __has_builtin(__builtin_offsetof)
 #define VSA_AT(offset) static_assert((offset) ==
 #define VSA_FIELD(path) __builtin_offsetof(Params, path), "the host has Params::" #path " at another offset");

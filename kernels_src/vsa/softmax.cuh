@@ -7,8 +7,8 @@
 // tile's probabilities add up to more than a threshold: that is seen from their sum, which is needed anyway, so that no tile
 // needs its maximum.
 struct Softmax {
-    // The largest sum of a lane's probabilities of one row and tile. fp16 holds them, and few scores exceed it after the first
-    // tile.
+    // The largest sum of a lane's probabilities of one row and tile. Each of them then fits fp16, and after the first tile few
+    // tiles have scores so far above the reference that the sum exceeds it.
     static constexpr float kRescaleThreshold = 0x1p14f;
     // Before the first tile: probabilities of finite scores are infinite, and those of -inf are 0.
     static constexpr float kNoReference = -3e38f;

@@ -54,19 +54,20 @@ struct alignas(VSA_KEY_TILE_BYTES) KeyTile {
         return (valid & 255) == kBoxTokens || (valid >> 8 & 255) == 0 || (valid >> 16 & 255) == 0 || valid >> 24 == 0;
     }
 
-    __device__ __forceinline__ static KeyTile of(const TokenLayout& keys, int block, int box, int consumer_mask) {
-        Extent3 origin = origin_of_box(keys, block, box);
-        Extent3 extent = keys.box;
+    __device__ __forceinline__ static KeyTile of(const TokenLayout& col_tokens, int block, int box, int consumer_mask) {
+        Extent3 origin = origin_of_box(col_tokens, block, box);
+        Extent3 extent = col_tokens.box;
         int first = 0;
-        if (keys.sizes != nullptr) {
+        if (col_tokens.sizes != nullptr) {
             // The box starts so far before its row that its valid tokens come last: TMA fills what is before the row with
             // zeros, and reads none of the tokens that are not valid, which may hold NaN.
-            first = kBoxTokens - valid_tokens_of_box(keys, block, box);
+            first = kBoxTokens - valid_tokens_of_box(col_tokens, block, box);
             origin.w = -first;
         } else {
-            extent = extent_of_box(keys, origin);
+            extent = extent_of_box(col_tokens, origin);
         }
-        const bool whole = first == 0 && extent.t == keys.box.t && extent.h == keys.box.h && extent.w == keys.box.w;
+        const bool whole =
+            first == 0 && extent.t == col_tokens.box.t && extent.h == col_tokens.box.h && extent.w == col_tokens.box.w;
         const uint32_t packed = first | max(extent.t, 0) << 8 | max(extent.h, 0) << 16 | max(extent.w, 0) << 24;
         // A box that is outside along every axis packs to kWhole, and is empty.
         const uint32_t valid = whole ? kWhole : packed == kWhole ? kBoxTokens : packed;
@@ -76,26 +77,26 @@ struct alignas(VSA_KEY_TILE_BYTES) KeyTile {
 static_assert(sizeof(KeyTile<1>) == VSA_KEY_TILE_BYTES);
 
 // Whether a token of a box is valid, from the word that KeyTile::valid packs.
-__device__ __forceinline__ bool is_valid(const TokenLayout& keys, uint32_t valid, int token) {
-    const Extent3 at = position_in_box(keys, token);
+__device__ __forceinline__ bool is_valid(const TokenLayout& col_tokens, uint32_t valid, int token) {
+    const Extent3 at = position_in_box(col_tokens, token);
     return token >= int(valid & 255) && at.t < int(valid >> 8 & 255) && at.h < int(valid >> 16 & 255) &&
            at.w < int(valid >> 24);
 }
 
-// What the warp that writes a list needs in shared memory. It covers a window of the key boxes at a time, a bit for each.
+// What the warp that writes a list needs in shared memory. It covers a slice of the key boxes at a time, a bit for each.
 template <int kConsumers>
 struct TileListScratch {
-    static constexpr int kWindow = 32 * kittens::kWarpThreads;
+    static constexpr int kSlice = 32 * kittens::kWarpThreads;
     static constexpr int kMaxFound = 6 * kittens::kWarpThreads;
     static constexpr int kFieldBits = 10;
     // Boxes are sorted by consumer mask.
     static constexpr int kMasks = 1 << kConsumers;
 
     RowReaders<kConsumers> readers;
-    uint32_t selected[kConsumers][kittens::kWarpThreads];    // the bits of the window
+    uint32_t selected[kConsumers][kittens::kWarpThreads];    // the bits of the slice
     uint16_t prefix[kMasks / 2][kittens::kWarpThreads][2];  // boxes of each mask up to and including each lane's
     float total[kMasks];                                    // boxes of each mask
-    // Fields of kFieldBits: the box within the window, its mask, and its rank among those of its mask.
+    // Fields of kFieldBits: the box within the slice, its mask, and its rank among those of its mask.
     uint32_t found[kMaxFound];
 };
 
@@ -108,11 +109,12 @@ __device__ __forceinline__ uint32_t boxes_of_mask(int mask, const uint32_t (&sel
     return bits;
 }
 
-// Sets the bits of the boxes in a window that the rows of a group name and that have tokens. Returns whether this lane has read
+// Sets the bits of the boxes in a slice that the rows of a group name and that have tokens. Returns whether this lane has read
 // a column that does not exist.
 template <int kConsumers, typename Index>
-__device__ __forceinline__ bool select_boxes(const Index& rows, const TokenLayout& keys, const QueryGroup<kConsumers>& group,
-                                             int64_t first_row, int first_box, TileListScratch<kConsumers>& scratch) {
+__device__ __forceinline__ bool select_boxes(const Index& rows, const TokenLayout& col_tokens,
+                                             const QueryGroup<kConsumers>& group, int64_t first_row, int first_box,
+                                             TileListScratch<kConsumers>& scratch) {
     using Scratch = TileListScratch<kConsumers>;
     const int lane = kittens::laneid(), i = lane / kLanesPerRow<kConsumers>;
     const int length = i < kConsumers ? scratch.readers.length[i] : 0;
@@ -134,9 +136,10 @@ __device__ __forceinline__ bool select_boxes(const Index& rows, const TokenLayou
             continue;
         }
 #pragma unroll 1
-        for (int box = 0; box < keys.boxes.value; ++box) {
-            const uint32_t bit = block * keys.boxes.value + box - first_box;
-            if (bit >= Scratch::kWindow || (keys.partial && KeyTile<kConsumers>::of(keys, block, box, 0).is_empty())) continue;
+        for (int box = 0; box < col_tokens.boxes.value; ++box) {
+            const uint32_t bit = block * col_tokens.boxes.value + box - first_box;
+            if (bit >= Scratch::kSlice || (col_tokens.partial && KeyTile<kConsumers>::of(col_tokens, block, box, 0).is_empty()))
+                continue;
             atomicOr(&scratch.selected[i][bit / 32], 1u << bit % 32);
         }
     }
@@ -144,10 +147,10 @@ __device__ __forceinline__ bool select_boxes(const Index& rows, const TokenLayou
     return poisoned;
 }
 
-// Where a box goes in a window's part of the list. The boxes of each mask are spread evenly, so that all consumers advance at
-// the same rate, and are in ascending order, so that thread blocks that run at the same time read the same keys. Box p of the n
-// of its mask is at (2p + 1) / 2n of the list; its position is the number of boxes of all masks that come before that, the
-// lower mask first where they are equal.
+// Where a box goes in a slice's part of the list. The boxes of each mask are spread evenly, so that all consumers advance at
+// the same rate, and are in ascending order, so that thread blocks that run at the same time read the same col_tokens. Box p of
+// the n of its mask is at (2p + 1) / 2n of the list; its position is the number of boxes of all masks that come before that,
+// the lower mask first where they are equal.
 template <int kMasks>
 __device__ __forceinline__ int position_of(const float (&total)[kMasks], int mask, int rank) {
     // Exact: the products are below 2^24, and adding a half keeps each quotient further from an integer than the rounding of
@@ -179,23 +182,23 @@ __device__ __forceinline__ void prefix_sums(uint32_t (&x)[n]) {
 // Loops are unrolled only where that is needed: the first list of a thread block waits for every instruction to be fetched, and
 // other warps' loops need the instruction cache.
 template <int kConsumers, typename Index>
-__device__ __forceinline__ void write_list(const Index& rows, const TokenLayout& keys, int64_t first_row,
+__device__ __forceinline__ void write_list(const Index& rows, const TokenLayout& col_tokens, int64_t first_row,
                                            TileListScratch<kConsumers>& scratch, QueryGroup<kConsumers>& group,
                                            KeyTile<kConsumers>* tiles) {
     using Scratch = TileListScratch<kConsumers>;
     static_assert(kConsumers >= 2 && kConsumers <= 4);
     constexpr int kMasks = Scratch::kMasks, kFieldBits = Scratch::kFieldBits;
     const int lane = kittens::laneid();
-    const int num_boxes = rows.num_cols * keys.boxes.value;
-    // A lane takes 2^span_log2 boxes of a window: these bits of a word.
-    const int span_log2 = num_boxes > Scratch::kWindow / 2 ? 5 : 32 - __clz(uint32_t(num_boxes - 1) / kittens::kWarpThreads);
+    const int num_boxes = rows.num_cols * col_tokens.boxes.value;
+    // Each lane looks at 2^span_log2 consecutive boxes of a slice: the bits `bits` of word `word`.
+    const int span_log2 = num_boxes > Scratch::kSlice / 2 ? 5 : 32 - __clz(uint32_t(num_boxes - 1) / kittens::kWarpThreads);
     const int word = (lane << span_log2) / 32;
     const uint32_t bits = ((2u << ((1 << span_log2) - 1)) - 1) << (lane << span_log2) % 32;
     bool poisoned = false;
     int num_tiles = 0, own_tiles = 0;
 #pragma unroll 1
-    for (int first_box = 0; first_box < num_boxes; first_box += Scratch::kWindow) {
-        poisoned |= select_boxes(rows, keys, group, first_row, first_box, scratch);
+    for (int first_box = 0; first_box < num_boxes; first_box += Scratch::kSlice) {
+        poisoned |= select_boxes(rows, col_tokens, group, first_row, first_box, scratch);
         uint32_t selected[kConsumers], left = 0;
 #pragma unroll
         for (int i = 0; i < kConsumers; ++i) {
@@ -243,9 +246,9 @@ __device__ __forceinline__ void write_list(const Index& rows, const TokenLayout&
             for (uint32_t i = begin + lane; i < gathered; i += kittens::kWarpThreads) {
                 const uint32_t found = scratch.found[i - begin];
                 const int rank = found >> 2 * kFieldBits, mask = found >> kFieldBits & (kMasks - 1);
-                const int box = first_box + (found & (Scratch::kWindow - 1)), block = keys.boxes.quotient(box);
+                const int box = first_box + (found & (Scratch::kSlice - 1)), block = col_tokens.boxes.quotient(box);
                 tiles[num_tiles + position_of(scratch.total, mask, rank)] =
-                    KeyTile<kConsumers>::of(keys, block, box - block * keys.boxes.value, mask);
+                    KeyTile<kConsumers>::of(col_tokens, block, box - block * col_tokens.boxes.value, mask);
             }
             __syncwarp();
             gathered = begin;

@@ -29,7 +29,8 @@ struct TileQueue {
     // A consumer holds one V stage while it waits for its next tile. The V ring fills in order, so that a tile at most this
     // much later gets a stage without the one that is held: waiting for it cannot deadlock.
     static constexpr int kMaxLookahead = kVStages - 1;
-    // Longer than both rings: an entry is free when the stage that it named is.
+    // Entries have no `empty` barrier: an entry is free when the stages that it named are. As many tickets as the longer ring
+    // has stages can be outstanding, and the next one is read ahead.
     static constexpr int kLength = kVStages <= 6 ? 8 : 16;
     static_assert(kKStages <= kVStages && kVStages + 1 < kLength && kVStages <= PackedTicket::kStageMask);
 
@@ -38,6 +39,7 @@ struct TileQueue {
     uint32_t valid[kVStages];  // of the tile whose V is in the stage, see KeyTile::valid
 };
 
+// The first and the second operand of a tile. The loader of K is ahead, since its stages are released earlier.
 enum class Operand { kK, kV };
 
 // Starts the load of a box of tokens.
@@ -162,7 +164,7 @@ struct TicketReader {
     }
 
   private:
-    // Lane 0 reads, because lane 0 later arrives on `empty`: its read precedes the release.
+    // Lane 0 reads, because lane 0 later arrives on `empty` of both stages: its read precedes the release of the entry.
     __device__ __forceinline__ StageTicket read(bool is_readable) const {
         int packed = 0;
         if (is_readable && kittens::laneid() == 0) {

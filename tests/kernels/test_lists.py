@@ -71,9 +71,9 @@ def groups_of(
             of_groups = AttendForwardParams.from_buffer_copy(params)
             # Twice the room that there is: what is too long shows.
             of_groups.lists.length = 2 * params.lists.length
-            num_groups = params.schedule.num_groups
-            items = torch.zeros(num_groups, ITEM_WORDS, dtype=torch.int32)
-            tiles = torch.zeros(num_groups, of_groups.lists.length, 4, dtype=torch.int32)
+            num_work_tiles = params.schedule.num_work_tiles
+            items = torch.zeros(num_work_tiles, ITEM_WORDS, dtype=torch.int32)
+            tiles = torch.zeros(num_work_tiles, of_groups.lists.length, 4, dtype=torch.int32)
             of_groups.lse, of_groups.lists.tiles = items.data_ptr(), tiles.data_ptr()
             # Nobody takes work tiles.
             of_groups.schedule.next = None

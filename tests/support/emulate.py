@@ -91,7 +91,7 @@ def launcher(kernel: Kernel, device: int, sources: Path | None = None):
             raise EmulationError(f"{kernel.label}: {error.decode()}")
         if isinstance(params, structs.AttendForwardParams) and params.schedule.next:
             # Every thread block has a work tile at first, and takes others until there are no more.
-            assert ctypes.c_int.from_address(params.schedule.next).value == blocks + params.schedule.num_groups
+            assert ctypes.c_int.from_address(params.schedule.next).value == blocks + params.schedule.num_work_tiles
 
     return launch
 

@@ -36,12 +36,16 @@ class BackendSpec:
         is_native_on: whether it was made for a device; on another it runs only when asked for by name.
         why_not_on: why it runs nothing on a device, or None.
         why_not: why it cannot run a call on a device where it runs others, or None; the tensors are those of q, k and v
-            that are at hand, in the call's layout.
-        engine_of: what compiles its kernels for a call that it can run, None where nothing does.
+            that are at hand, in the call's layout: none where a whole kind of call is asked about.
+        engine_of: what compiles its kernels for a call that it can run, or has compiled those that are loaded; None where
+            nothing has to be made ready. A ``JitError`` or ``OSError`` that it raises is why the backend cannot run the
+            call; a ``SettingError`` reaches the user.
         runners: the backend that runs each operator of a call for which this one was chosen. An operator that is not
             here cannot run.
-        prepare: makes its kernels ready for a call, compiled by the engine of that name; None where there is nothing to
-            make ready.
+        prepare: makes all kernels that a call may launch ready, compiled by the engine of that name; it is called once
+            for each kind of call, and not where ``engine_of`` gave None. Where it raises a ``JitError``, the next
+            backend runs this and all later calls of that dtype and head dimension, unless this one was asked for by
+            name; a ``NotWarmError`` reaches the user. None where there is nothing to make ready.
     """
 
     name: str
@@ -59,8 +63,13 @@ class Backend(Protocol):
     Sizes are B (batch), H and H_kv (heads of queries and of keys), S_q and S_k (tokens), n_q and n_k (blocks), D (head
     dimension). q, k, v and tensors like them are in the layout of their ``Side``, bf16, fp16 or fp32, with a contiguous
     last dimension and other dimensions of any stride. ``q_sizes`` and ``kv_sizes`` are int32 or int64 [n_q] and [n_k],
-    contiguous: the valid tokens of each block, which are clamped to 0 … block; None where all are valid. Functions
-    return new tensors, contiguous or in the memory order of the tensor that they are like.
+    contiguous: the valid tokens of each block, which are clamped to 0 … block; None where all are valid. ``q2k_idx`` and
+    ``q2k_num`` are int32 of any strides; entries past the number are ignored, and a query block that names a key block
+    outside 0 … n_k - 1 gets NaN. A gate is of any floating dtype.
+
+    Batches are not empty. Functions return new tensors, contiguous or in the memory order of the tensor that they are
+    like, and launch on PyTorch's current stream of the tensors' device, which need not be the current device; they never
+    wait for it.
     """
 
     def block_means(
@@ -174,5 +183,6 @@ class Backend(Protocol):
     @property
     def transpose_index(self) -> Callable[[Tensor, Tensor, int], object] | None:
         """The query blocks of each key block, which ``attend_backward`` makes for dk and dv from ``(q2k_idx, q2k_num,
-        n_k)``; None where it takes all gradients in one pass over the map. The benchmark times it by itself."""
+        n_k)``; None where it takes all gradients in one pass over the map. A name of the module ``launches`` like the
+        functions above. The benchmark times it by itself."""
         ...

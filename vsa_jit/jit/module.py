@@ -30,7 +30,7 @@ def launcher(kernel: Kernel, device: int) -> Launcher:
     return _loaded[kernel, device].launcher
 
 
-def engine_of(kernels: Sequence[Kernel], device: int) -> str | None:
+def loaded_engine(kernels: Sequence[Kernel], device: int) -> str | None:
     """The engine whose code of these kernels is loaded; it stays until the process ends. None: some are not loaded."""
     engines_of = [_loaded[kernel, device].engine for kernel in kernels if (kernel, device) in _loaded]
     return engines_of[0] if engines_of and len(engines_of) == len(kernels) else None

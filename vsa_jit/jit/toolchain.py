@@ -22,7 +22,7 @@ from vsa_jit.jit.errors import Unavailable
 Version = tuple[int, int]
 
 OLDEST_CUDA: Version = (12, 4)
-# What ``sm_90a`` code runs on, by the name that users give it.
+# The architectures that there are kernels for: the name that users give, and the compiler's.
 ARCHS = {"9.0a": "sm_90a"}
 CAPABILITIES = {(9, 0): "9.0a"}
 

@@ -7,7 +7,7 @@ static_assert(sizeof(WorkTile<kConsumers>) == 24 * sizeof(int));
 template <typename Index>
 void list_all(const Params& params, const Schedule<Index>& schedule) {
     SharedStorage& shared = *reinterpret_cast<SharedStorage*>(raw);
-    for (int number = 0; number < schedule.num_groups; ++number) {
+    for (int number = 0; number < schedule.num_work_tiles; ++number) {
         WorkTile<kConsumers>& work = shared.work_tiles.tiles[0];
         const int64_t first_row = assign_rows(schedule, params.queries, number, shared.scratch.readers, work);
         __syncwarp();
@@ -21,9 +21,9 @@ void list_all(const Params& params, const Schedule<Index>& schedule) {
 // Of a table or, where `coarse.out_c` points to the offsets of its rows, of compressed sparse rows.
 void list_groups(const Params& params) {
     if (params.coarse.out_c == nullptr) return list_all(params, params.schedule);
-    const auto& [rows, partitions, first_heads, first_groups, num_groups, heads, kv_group, next] = params.schedule;
+    const auto& [rows, partitions, first_heads, first_groups, num_work_tiles, heads, kv_group, next] = params.schedule;
     const IndexCsr csr{rows.idx, reinterpret_cast<const int64_t*>(params.coarse.out_c), rows.num_rows, rows.num_cols};
     const Schedule<IndexCsr> inverse{
-        csr, {partitions[0], partitions[1]}, first_heads, first_groups, num_groups, heads, kv_group, next};
+        csr, {partitions[0], partitions[1]}, first_heads, first_groups, num_work_tiles, heads, kv_group, next};
     list_all(params, inverse);
 }

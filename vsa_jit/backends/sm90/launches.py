@@ -142,7 +142,7 @@ def _attend_launch(
     q_view, kv_view = _views(problem, kv_sizes)
     processors = torch.cuda.get_device_properties(device).multi_processor_count
     schedule = schedule_of(problem, width, processors)
-    blocks = min(processors, schedule.num_groups)
+    blocks = min(processors, schedule.num_work_tiles)
     list_length = max_list_length(problem, width)
 
     def tiles_of(tensor: TensorRef, side: Side, view: View):

@@ -34,7 +34,7 @@ def schedule_of(problem: Problem, width: int, processors: int) -> Schedule:
         partitions=(HeadPartition * 2)(*partitions),
         first_heads=first_heads,
         first_groups=first_groups,
-        num_groups=first_groups + (heads - first_heads) * partitions[1].query_groups.value,
+        num_work_tiles=first_groups + (heads - first_heads) * partitions[1].query_groups.value,
         heads=divisor(problem.queries.heads),
         kv_group=divisor(problem.group),
     )

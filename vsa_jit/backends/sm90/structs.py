@@ -91,7 +91,7 @@ class Schedule(ctypes.Structure):
         ("partitions", HeadPartition * 2),
         ("first_heads", ctypes.c_int),
         ("first_groups", ctypes.c_int),
-        ("num_groups", ctypes.c_int),
+        ("num_work_tiles", ctypes.c_int),
         ("heads", Divisor),
         ("kv_group", Divisor),
         ("next", ctypes.c_void_p),

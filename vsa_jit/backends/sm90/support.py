@@ -79,7 +79,7 @@ def why_no_engine(name: str) -> str | None:
 def engine_of(problem: Problem, device: torch.device, dtype: torch.dtype) -> str:
     """The engine whose kernels run a call: the one that has loaded them already, or the one to compile them with."""
     kernels = kernels_of(dtype, problem.head_dim)
-    return module.engine_of(kernels, device.index) or engines.choose(kernels, ARCH).name
+    return module.loaded_engine(kernels, device.index) or engines.choose(kernels, ARCH).name
 
 
 SPEC = BackendSpec(

@@ -46,6 +46,8 @@ def why_not(engine: Engine) -> Unavailable | None:
 def choose(kernels: Iterable[Kernel], arch: str, name: str = "auto") -> Engine:
     """The engine asked for, or the first that has all kernels in the cache, or the first that can compile them.
 
+    An engine whose compiler is missing is not taken, even if the cache has its kernels.
+
     Raises:
         Unavailable: there is none; the reason says why for each.
     """
