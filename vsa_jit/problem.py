@@ -94,7 +94,7 @@ class Problem(NamedTuple):
 
 
 class Operands(NamedTuple):
-    """What the fine branch attends, and the coarse output that it adds; shapes as in ``vsa_jit.ops.attention.attend``."""
+    """What the fine branch attends, and the coarse output that it adds; shapes as in ``ops.attention.attend``."""
 
     q: Tensor
     k: Tensor

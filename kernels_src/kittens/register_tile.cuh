@@ -95,8 +95,8 @@ __device__ __forceinline__ void exp2_scaled(rt<T, 16, cols>& destination, col_ve
     for (int row = 0; row < 2; ++row) sums[row] = chains[0][row] + chains[1][row];
 }
 
-// Of 32 columns a lane holds two of every eight. The four lanes of a row exchange them, so that each has eight consecutive columns
-// to store at once.
+// Of 32 columns a lane holds two of every eight. The four lanes of a row exchange them, so that each has eight consecutive
+// columns to store at once.
 __device__ __forceinline__ uint4 exchange_columns(const uint32_t (&words)[4]) {
     const bool is_odd = laneid() & 1, is_upper = laneid() & 2;
     uint32_t half[2][2];  // two times eight columns, from the lower and from the upper two lanes

@@ -52,8 +52,8 @@ __device__ __forceinline__ void mma_async_wait(Tiles&... tiles) {
 // Addresses in matrix descriptors count in words of 16 bytes.
 constexpr int kDescriptorBytes = 16;
 
-// The matrix descriptor of PTX for one tile of a ring, with 128-byte swizzle. Only its address depends on the index, and is added
-// last, so that the rest is computed once.
+// The matrix descriptor of PTX for one tile of a ring, with 128-byte swizzle. Only its address depends on the index, and is
+// added last, so that the rest is computed once.
 template <typename ST>
 __device__ __forceinline__ uint64_t descriptor(const ST* tiles, int index, int leading_bytes, int stride_bytes) {
     constexpr uint64_t kSwizzle128 = uint64_t(1) << 62;

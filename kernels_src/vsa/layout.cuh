@@ -1,6 +1,7 @@
 // Where the tokens of a block lie. Every order of tokens is described as a video (frames, height, width) that is cut into
 // tiles, which are the blocks, and each tile into boxes of kBoxTokens tokens, which TMA copies. A plain sequence is a video of
-// one frame and one row. A sequence of padded blocks has one frame, and a row for each box.
+// one frame and one row. Keys in padded blocks are a video of one frame with a row for each box, so that TMA can fill with
+// zeros what is not valid.
 #pragma once
 
 #include "kittens/tma.cuh"

@@ -2,6 +2,7 @@
 every kind; and the dtype in which is selected."""
 
 import os
+from contextlib import contextmanager
 from dataclasses import replace
 
 import pytest
@@ -24,9 +25,22 @@ def backend(request):
     return BACKENDS[request.param]
 
 
+@contextmanager
+def poisoned_memory():
+    """New tensors of integers hold the largest one, so that what is not written shows."""
+    assert torch.utils.deterministic.fill_uninitialized_memory
+    torch.use_deterministic_algorithms(True)
+    try:
+        assert torch.empty(1, dtype=torch.int32) == torch.iinfo(torch.int32).max
+        yield
+    finally:
+        torch.use_deterministic_algorithms(False)
+
+
 def run_select(backend, scores, topk, sizes=None):
     module, device = backend
-    idx, num = module.select(scores.to(device), None if sizes is None else sizes.to(device), topk)
+    with poisoned_memory():
+        idx, num = module.select(scores.to(device), None if sizes is None else sizes.to(device), topk)
     return idx.cpu(), num.cpu()
 
 
@@ -95,7 +109,8 @@ def test_empty_blocks_are_never_selected(backend):
 def test_compact(backend, columns):
     module, device = backend
     block_map = torch.rand(2, 3, 11, columns) < torch.rand(2, 3, 11, 1)
-    idx, num = module.map_to_indices(block_map.to(device))
+    with poisoned_memory():
+        idx, num = module.map_to_indices(block_map.to(device))
     assert (idx.dtype, num.dtype, num.shape) == (torch.int32, torch.int32, block_map.shape[:3])
     for row_map, row_idx, row_num in zip(
         block_map.flatten(0, 2), idx.cpu().flatten(0, 2), num.cpu().flatten(), strict=True
@@ -139,10 +154,23 @@ def test_invert(num_q_blocks, num_kv_blocks, width):
 
 
 def test_selection_in_parts_is_the_same(monkeypatch):
-    q, k, v = (torch.randn(2, 4, 300, 32) for _ in range(3))
-    whole = vsa_jit.video_sparse_attn(q, k, v, topk=2)
+    """Forward, gradients and tangent, in fp32 and rounded."""
+    q, k, v = (torch.randn(2, heads, 300, 32, requires_grad=True) for heads in (4, 2, 2))
+    directions = tuple(torch.randn_like(x) for x in (q, k, v))
+
+    def results(selection_dtype):
+        def call(*qkv):
+            return vsa_jit.video_sparse_attn(*qkv, topk=2, selection_dtype=selection_dtype, backend="torch")
+
+        out = call(q, k, v)
+        tangent = torch.func.jvp(call, tuple(x.detach() for x in (q, k, v)), directions)[1]
+        return out, tangent, *torch.autograd.grad(out.square().sum(), (q, k, v))
+
+    dtypes = (torch.float32, torch.bfloat16)
+    whole = [results(dtype) for dtype in dtypes]
     monkeypatch.setattr("vsa_jit.ops.selection.SCORES_AT_A_TIME", 60)
-    torch.testing.assert_close(vsa_jit.video_sparse_attn(q, k, v, topk=2), whole)
+    for dtype, expected in zip(dtypes, whole, strict=True):
+        torch.testing.assert_close(results(dtype), expected)
 
 
 @pytest.mark.gpu

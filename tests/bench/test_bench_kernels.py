@@ -8,7 +8,7 @@ import torch
 from support.problems import ON_HOPPER
 from torch.nn.attention import SDPBackend
 
-from vsa_jit.backends import torch as torch_backend
+from vsa_jit.backends.torch import launches as torch_backend
 from vsa_jit.bench import kernels
 from vsa_jit.bench.cases import Case, Selection, Shape
 from vsa_jit.cli.main import main
@@ -61,12 +61,13 @@ def test_works_have_the_sizes_that_their_names_say():
         ("small, random", 8, 8192, 128, 64, 16),
     ):
         work = works[name].case
-        assert (work.problem.heads, work.problem.q_len, work.problem.head_dim) == (heads, tokens, head_dim)
+        queries = work.problem.queries
+        assert (queries.heads, queries.length, work.problem.head_dim) == (heads, tokens, head_dim)
         assert (work.problem.block, work.topk) == (block, topk)
         assert work.flops == 4 * heads * tokens * topk * block * head_dim
     assert works["W1, raster, bshd"].case.shape.size == (1, 39_936, 12, 128)
-    assert works["block means, D=64, bhsd, raster, cut tiles"].case.problem.num_kv_blocks == 6 * 8 * 13
-    assert works["block means, D=128, bshd, raster, blocks of 256"].case.problem.tile == (4, 8, 8)
+    assert works["block means, D=64, bhsd, raster, cut tiles"].case.problem.keys.num_blocks == 6 * 8 * 13
+    assert works["block means, D=128, bshd, raster, blocks of 256"].case.problem.keys.tile == (4, 8, 8)
 
 
 def test_names_are_chosen_by_their_parts():
@@ -123,7 +124,7 @@ def test_all_works_on_a_cpu(on_cpu, capsys, tmp_path):
         assert rows[name]["us_min"] <= rows[name]["us"] <= rows[name]["us_max"]
 
 
-@pytest.mark.parametrize("function", ["forward", "block_means"])
+@pytest.mark.parametrize("function", ["attend", "block_means"])
 def test_wrong_results_have_no_time(on_cpu, monkeypatch, capsys, tmp_path, function):
     right, calls = getattr(torch_backend, function), []
 
@@ -134,7 +135,7 @@ def test_wrong_results_have_no_time(on_cpu, monkeypatch, capsys, tmp_path, funct
 
     monkeypatch.setattr(torch_backend, function, wrong)
     path = tmp_path / "kernels.json"
-    name = "small, random" if function == "forward" else "block means, raster"
+    name = "small, random" if function == "attend" else "block means, raster"
     assert bench(name, "--device", "cpu", "--json", str(path)) == 1
     assert json.loads(path.read_text())["rows"] == [{"name": name, "status": "FAILED"}]
     assert f"{name}: FAILED, other results than Triton's kernels" in capsys.readouterr().out

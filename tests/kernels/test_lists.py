@@ -19,7 +19,7 @@ from vsa_jit.jit import module
 
 pytestmark = emulate.NEEDS_COMPILER
 
-ITEM_WORDS = 24
+WORK_TILE_WORDS = 24
 # Boxes of keys that a warp looks at together.
 WINDOW = 1024
 CASES = [
@@ -72,7 +72,7 @@ def groups_of(
             # Twice the room that there is: what is too long shows.
             of_groups.lists.length = 2 * params.lists.length
             num_work_tiles = params.schedule.num_work_tiles
-            items = torch.zeros(num_work_tiles, ITEM_WORDS, dtype=torch.int32)
+            items = torch.zeros(num_work_tiles, WORK_TILE_WORDS, dtype=torch.int32)
             tiles = torch.zeros(num_work_tiles, of_groups.lists.length, 4, dtype=torch.int32)
             of_groups.lse, of_groups.lists.tiles = items.data_ptr(), tiles.data_ptr()
             # Nobody takes work tiles.
@@ -99,21 +99,21 @@ def groups_of(
     return groups, launched[0]
 
 
-def tile_of(inputs: Inputs, w: int, h: int, t_and_members: int, valid: int) -> tuple[int, int]:
+def tile_of(inputs: Inputs, w: int, h: int, t_and_mask: int, valid: int) -> tuple[int, int]:
     """The box that a tile of a list is, and who attends it. Where it lies and what of it is valid is checked."""
     problem = problem_of(inputs)
-    members, t = (t_and_members & 0xFFFFFFFF) >> 29, t_and_members & 0x1FFFFFFF
+    consumer_mask, t = (t_and_mask & 0xFFFFFFFF) >> 29, t_and_mask & 0x1FFFFFFF
     assert t == 0
     first, *inside = struct.unpack("4B", struct.pack("I", valid & 0xFFFFFFFF)) if valid else (0, 1, 1, BOX_TOKENS)
     if inputs.sizes is None:
         assert (h, first, inside[:2]) == (0, 0, [1, 1])
         assert inside[2] == min(BOX_TOKENS, problem.keys.length - w)
-        return w // BOX_TOKENS, members
+        return w // BOX_TOKENS, consumer_mask
     boxes = problem.block // BOX_TOKENS
     tokens = int(inputs.sizes[h // boxes]) - h % boxes * BOX_TOKENS
     assert w == -first == -(BOX_TOKENS - min(tokens, BOX_TOKENS))
     assert inside == [1, 1, BOX_TOKENS]
-    return h, members
+    return h, consumer_mask
 
 
 def boxes_with_tokens(inputs: Inputs, blocks: set[int]) -> set[int]:

@@ -37,9 +37,9 @@ class BackendSpec:
         why_not_on: why it runs nothing on a device, or None.
         why_not: why it cannot run a call on a device where it runs others, or None; the tensors are those of q, k and v
             that are at hand, in the call's layout: none where a whole kind of call is asked about.
-        engine_of: what compiles its kernels for a call that it can run, or has compiled those that are loaded; None where
-            nothing has to be made ready. A ``JitError`` or ``OSError`` that it raises is why the backend cannot run the
-            call; a ``SettingError`` reaches the user.
+        engine_of: what compiles its kernels for a call that it can run, or has compiled those that are loaded; None
+            where nothing has to be made ready. A ``JitError`` or ``OSError`` that it raises is why the backend cannot
+            run the call; a ``SettingError`` reaches the user.
         runners: the backend that runs each operator of a call for which this one was chosen. An operator that is not
             here cannot run.
         prepare: makes all kernels that a call may launch ready, compiled by the engine of that name; it is called once
@@ -63,13 +63,13 @@ class Backend(Protocol):
     Sizes are B (batch), H and H_kv (heads of queries and of keys), S_q and S_k (tokens), n_q and n_k (blocks), D (head
     dimension). q, k, v and tensors like them are in the layout of their ``Side``, bf16, fp16 or fp32, with a contiguous
     last dimension and other dimensions of any stride. ``q_sizes`` and ``kv_sizes`` are int32 or int64 [n_q] and [n_k],
-    contiguous: the valid tokens of each block, which are clamped to 0 … block; None where all are valid. ``q2k_idx`` and
-    ``q2k_num`` are int32 of any strides; entries past the number are ignored, and a query block that names a key block
-    outside 0 … n_k - 1 gets NaN. A gate is of any floating dtype.
+    contiguous: the valid tokens of each block, which are clamped to 0 … block; None where all are valid. ``q2k_idx``
+    and ``q2k_num`` are int32 of any strides; entries past the number are ignored, and a query block that names a key
+    block outside 0 … n_k - 1 gets NaN. A gate is of any floating dtype.
 
     Batches are not empty. Functions return new tensors, contiguous or in the memory order of the tensor that they are
-    like, and launch on PyTorch's current stream of the tensors' device, which need not be the current device; they never
-    wait for it.
+    like, and launch on PyTorch's current stream of the tensors' device, which need not be the current device; they
+    never wait for it.
     """
 
     def block_means(

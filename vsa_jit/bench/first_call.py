@@ -103,7 +103,7 @@ def run_here(device_name: str, *modules: str) -> None:
     problem, topk = CASE.problem, CASE.topk
     _wait(device)
     start = time.perf_counter()
-    backend_for("block_means", problem, "sm90", q, k, v).block_means(problem, q, k, v, None, None)
+    backend_for("block_means", problem, CASE.backend, q, k, v).block_means(problem, q, k, v, None, None)
     _wait(device)
     kernels = time.perf_counter() - start
     vsa_jit.video_sparse_attn(q, k, v, topk=topk, backend=CASE.backend)

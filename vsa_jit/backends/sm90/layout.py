@@ -31,8 +31,11 @@ class View(NamedTuple):
 def view_of(side: Side, *, padded: bool = False) -> View:
     """How TMA sees the queries or the keys of a call.
 
-    A sequence that is no video is one row of one frame. Where it is padded, every box is a row of its own: one that
-    starts before its row gets zeros from there.
+    A sequence that is no video is one row of one frame.
+
+    Args:
+        padded: blocks have sizes, and what is not valid must arrive as zeros: every box is then a row of its own, and
+            one that starts before its row gets zeros from there.
     """
     if padded:
         extent = (1, side.length // BOX_TOKENS, BOX_TOKENS)

@@ -6,8 +6,8 @@ from vsa_jit.backends.sm90.layout import divisor
 from vsa_jit.backends.sm90.structs import BOX_TOKENS, CONSUMERS, HeadPartition, IndexTable, Schedule
 from vsa_jit.problem import Problem
 
-# Row groups of a window, of which one lane ranks each row.
-WINDOW_GROUPS = 10
+# Row groups of a window: one lane of a warp ranks each of its rows.
+WINDOW_GROUPS = 32 // CONSUMERS
 # So that 32 bits count whatever there is of a sequence.
 MAX_BLOCKS = 1 << 20
 

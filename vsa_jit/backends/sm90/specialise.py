@@ -26,7 +26,7 @@ MEANS_SMEM_BESIDE_BOX = 128
 
 
 def kernels_of(dtype: torch.dtype, head_dim: int) -> list[Kernel]:
-    """All kernels that a call of these may launch, whatever the size of its blocks: they are compiled and loaded together."""
+    """All kernels that such calls may launch, whatever the size of their blocks. They are made ready together."""
     return [block_means(dtype, head_dim), attend_forward(dtype, head_dim)]
 
 

@@ -1,8 +1,8 @@
 """The structures of the kernels' parameters, as C++ has them, and the constants that both languages need.
 
 Each class is the twin of the C++ structure of its name in ``kernels_src/vsa``, whose comments say what the fields are.
-The compiler checks the offset of every field against these classes, see ``Kernel.macros``. ``padding`` is what C++ adds
-to a structure that is aligned like the tensor map in it.
+Compilers check the offset of every field against these classes, see ``params.cuh``. ``padding`` is what C++ adds to a
+structure that is aligned like the tensor map in it.
 """
 
 from __future__ import annotations
