@@ -282,7 +282,7 @@ def test_a_missing_kernel_never_corrupts_a_capture(fresh, inputs):
 
 def test_a_missing_kernel_is_told_of_in_a_capture_that_begins_with_a_map(fresh, inputs):
     q, k, v = (x.detach() for x in (inputs.q, inputs.k, inputs.v))
-    block_map = torch.ones(18, 18, dtype=torch.bool, device="cuda")
+    block_map = torch.ones(27, 27, dtype=torch.bool, device="cuda")
     with pytest.raises(NotWarmError, match="run warmup first"), torch.cuda.graph(torch.cuda.CUDAGraph()):
         vsa_jit.block_sparse_attn(q, k, v, block_map, **inputs.order)
     torch.cuda.synchronize()
