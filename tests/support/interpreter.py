@@ -16,6 +16,7 @@ def speed_up() -> None:
         return
     _patch_once_a_launch(interpreter)
     _skip_unread_checks(interpreter)
+    _remember_dtypes(interpreter)
 
 
 def _patch_once_a_launch(interpreter: Any) -> None:
@@ -60,3 +61,13 @@ def _skip_unread_checks(interpreter: Any) -> None:
     if getattr(options, "debug", True) or not hasattr(options, "sanitize_overflow"):
         return
     builder.options = dataclasses.replace(options, sanitize_overflow=False)
+
+
+def _remember_dtypes(interpreter: Any) -> None:
+    """NumPy's dtype of a scalar type is looked up in a table that every call makes anew."""
+    look_up = getattr(interpreter, "_get_np_dtype", None)
+    if look_up is None:
+        return
+    scalar = interpreter.tl.dtype
+    remembered = functools.cache(look_up)
+    interpreter._get_np_dtype = lambda dtype: remembered(dtype) if type(dtype) is scalar else look_up(dtype)
