@@ -5,7 +5,11 @@ program of its own because Triton's interpreter, which the tests use, and its co
 """
 
 import json
+import os
 import sys
+
+# The table of source lines is no part of the code, and takes time.
+os.environ["TRITON_DISABLE_LINE_INFO"] = "1"
 
 import torch
 import triton
