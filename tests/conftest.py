@@ -1,6 +1,7 @@
 """Without a GPU the Triton kernels run in Triton's interpreter, which must be told before they are first imported."""
 
 import atexit
+import logging
 import os
 import random
 import shutil
@@ -56,6 +57,14 @@ def nothing_compiled():
     yield
     if "torch._dynamo" in sys.modules:
         torch._dynamo.reset()
+
+
+@pytest.fixture(autouse=True)
+def log_level():
+    """What a test, or what it imports, lets be logged is logged in no later one."""
+    level = logging.root.level
+    yield
+    logging.root.setLevel(level)
 
 
 @pytest.fixture(autouse=True)

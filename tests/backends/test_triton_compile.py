@@ -22,7 +22,7 @@ def test_kernels_fit_shared_memory(capability):
     run = subprocess.run(command, env=environment, capture_output=True, text=True)
     assert run.returncode == 0, run.stderr[-2000:]
     kernels = [json.loads(line) for line in run.stdout.splitlines()]
-    assert len(kernels) == {80: 28, 86: 78, 90: 45, 100: 43}.get(capability, 19)
+    assert len(kernels) == {80: 31, 86: 78, 90: 45, 100: 43}.get(capability, 22)
     too_large = [kernel for kernel in kernels if kernel["shared"] > ARCHITECTURES[capability].shared_memory]
     assert not too_large
 

@@ -150,11 +150,10 @@ BREAKS = {
     ),
     "rows are told before they are written": (
         "scheduler.cuh",
-        "        const int64_t first_row = last ? 0 : assign_rows(schedule, queries, number, scratch.readers, work);\n"
-        "        __syncwarp();\n"
-        "        kittens::arrive(work_tiles.rows_known[state.index]);\n",
+        "        const int64_t first_row = last ? 0 : assign_rows(",
         "        kittens::arrive(work_tiles.rows_known[state.index]);\n"
-        "        const int64_t first_row = last ? 0 : assign_rows(schedule, queries, number, scratch.readers, work);\n"
+        "        const int64_t first_row = last ? 0 : assign_rows(",
+        "        __syncwarp();\n        kittens::arrive(work_tiles.rows_known[state.index]);\n",
         "        __syncwarp();\n",
     ),
     "a list is told before it is written": (

@@ -37,8 +37,8 @@ ARCHITECTURES = {
     100: config.Architecture(227 * 1024, wgmma=False),
     120: config.Architecture(99 * 1024, wgmma=False),
 }
-# Products take the same instructions on these. Kernels of the same tiles are compiled for the first alone,
-# which has the smallest shared memory, and of whose code Triton leaves no optimisation out.
+# These have tensor cores of the same kind. What is not usual is compiled for the reference alone where tiles are the
+# same: it has the smallest shared memory, and Triton leaves no optimisation of its code out.
 REFERENCE, LIKE_REFERENCE = 86, (80, 89, 120)
 TYPE_NAMES = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32"}
 FP32 = {"Lse", "DLse", "OutC", "DOutC", "Shift", "Delta", "QMean", "KMean", "VMean", "DMean", "Scores", "A", "B"}
@@ -49,12 +49,16 @@ OPTIONS = ("num_warps", "num_stages", "enable_fp_fusion")
 POINTERS = {"Q", "K", "V", "A", "B"}
 FLOATS = {"gate_value", "scale", "scale_log2"}
 TILES = {64: (4, 4, 4), 128: (2, 8, 8), 192: (4, 6, 8), 256: (4, 8, 8)}
-# Block size, head dimension, dtype, raster order, mask. These are compiled for every architecture, whatever else is.
-USUAL = ((64, 64, torch.float32, False, False), (256, 128, torch.bfloat16, True, True))
+# Block size, head dimension, dtype, raster order, mask. These are compiled for every architecture, to machine code. The
+# others are that for the reference only: elsewhere they are compiled until their shared memory is known.
+USUAL = (
+    (64, 64, torch.float32, False, False),
+    (64, 128, torch.bfloat16, False, False),
+    (256, 128, torch.bfloat16, True, True),
+)
 # What between them takes every choice of tiles.
 EVERY = (
     *USUAL,
-    (64, 128, torch.bfloat16, False, False),
     (128, 128, torch.bfloat16, False, False),
     (256, 64, torch.bfloat16, False, False),
     (64, 256, torch.bfloat16, False, False),
@@ -148,6 +152,31 @@ def product_kernels():
         yield matmul_kernel, strides | {"BLOCK_K": depth} | tiles.launch
 
 
+class Lowered(Exception):
+    """A kernel is as far as LLVM: its shared memory is known, in bytes."""
+
+
+def stop_after_llvm(*arguments):
+    """The hook by which Triton lets its stages be changed; without arguments it names the change."""
+    if not arguments:
+        return "lowered", "lowered"
+
+    def stop(module, metadata):
+        raise Lowered(metadata["shared"])
+
+    _, stages, *_ = arguments
+    stages["ptx"] = stop
+
+
+def shared_memory(kernel, constants: dict, dtype: torch.dtype, capability: int, whole: bool) -> int:
+    """Bytes of shared memory of a kernel, which is compiled as a whole or as far as that is known."""
+    triton.knobs.runtime.add_stages_inspection_hook = None if whole else stop_after_llvm
+    try:
+        return compile_kernel(kernel, constants, dtype, capability).metadata.shared
+    except Lowered as lowered:
+        return lowered.args[0]
+
+
 def compile_kernel(kernel, constants: dict, dtype: torch.dtype, capability: int):
     signature, attributes = {}, {}
     for position, name in enumerate(kernel.arg_names):
@@ -185,24 +214,24 @@ def main(capability: int) -> None:
     for variant in EVERY:
         compiled = [] if variant in USUAL else compiled_for_others(capability, variant)
         kernels = [kernel for kernel in attend_kernels(ARCHITECTURES[capability], *variant) if kernel not in compiled]
-        report_all(kernels, variant, capability)
+        report_all(kernels, variant, capability, is_reference or variant in USUAL)
     for variant in EVERY_ROWS if is_reference else USUAL_ROWS:
-        report_all(row_kernels(*variant), variant, capability)
+        report_all(row_kernels(*variant), variant, capability, True)
     for kernel, constants in selection_kernels(EVERY_SELECTION if is_reference else EVERY_SELECTION[-1:]):
-        report(kernel, constants, torch.float32, capability, f"{constants['COLUMNS']} columns")
+        report(kernel, constants, torch.float32, capability, f"{constants['COLUMNS']} columns", True)
     for kernel, constants in product_kernels():
-        report(kernel, constants, torch.float32, capability, f"depth {constants['BLOCK_K']}")
+        report(kernel, constants, torch.float32, capability, f"depth {constants['BLOCK_K']}", True)
 
 
-def report_all(kernels, variant: tuple, capability: int) -> None:
+def report_all(kernels, variant: tuple, capability: int, whole: bool) -> None:
     block, head_dim, dtype, raster, _ = variant
     for kernel, constants in kernels:
-        report(kernel, constants, dtype, capability, f"block {block}, D {head_dim}, {dtype}, raster {raster}")
+        report(kernel, constants, dtype, capability, f"block {block}, D {head_dim}, {dtype}, raster {raster}", whole)
 
 
-def report(kernel, constants: dict, dtype: torch.dtype, capability: int, variant: str) -> None:
-    compiled = compile_kernel(kernel, constants, dtype, capability)
-    print(json.dumps({"kernel": f"{kernel.__name__}, {variant}", "shared": compiled.metadata.shared}), flush=True)
+def report(kernel, constants: dict, dtype: torch.dtype, capability: int, variant: str, whole: bool) -> None:
+    shared = shared_memory(kernel, constants, dtype, capability, whole)
+    print(json.dumps({"kernel": f"{kernel.__name__}, {variant}", "shared": shared}), flush=True)
 
 
 if __name__ == "__main__":
