@@ -59,9 +59,9 @@ def nothing_compiled():
         torch._dynamo.reset()
 
 
-@pytest.fixture(autouse=True)
+@pytest.fixture(autouse=True, scope="module")
 def log_level():
-    """What a test, or what it imports, lets be logged is logged in no later one."""
+    """What the tests of a module, or what they import, let be logged is logged in no other one."""
     level = logging.root.level
     yield
     logging.root.setLevel(level)

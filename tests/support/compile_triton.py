@@ -7,13 +7,16 @@ program of its own because Triton's interpreter, which the tests use, and its co
 import json
 import os
 import sys
+from unittest.mock import patch
 
 # The table of source lines is no part of the code, and takes time.
 os.environ["TRITON_DISABLE_LINE_INFO"] = "1"
 
+import pytest
 import torch
 import triton
 import triton.language as tl
+from triton._C.libtriton import llvm
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
@@ -153,28 +156,20 @@ def product_kernels():
 
 
 class Lowered(Exception):
-    """A kernel is as far as LLVM: its shared memory is known, in bytes."""
+    """A kernel is lowered to LLVM's dialect: its shared memory is known, in bytes."""
 
 
-def stop_after_llvm(*arguments):
-    """The hook by which Triton lets its stages be changed; without arguments it names the change."""
-    if not arguments:
-        return "lowered", "lowered"
-
-    def stop(module, metadata):
-        raise Lowered(metadata["shared"])
-
-    _, stages, *_ = arguments
-    stages["ptx"] = stop
+def stop_here(module, context):
+    raise Lowered(module.get_int_attr("ttg.shared"))
 
 
 def shared_memory(kernel, constants: dict, dtype: torch.dtype, capability: int, whole: bool) -> int:
-    """Bytes of shared memory of a kernel, which is compiled as a whole or as far as that is known."""
-    triton.knobs.runtime.add_stages_inspection_hook = None if whole else stop_after_llvm
-    try:
+    """Bytes of shared memory of a kernel, which is compiled to machine code, or lowered until that is known."""
+    if whole:
         return compile_kernel(kernel, constants, dtype, capability).metadata.shared
-    except Lowered as lowered:
-        return lowered.args[0]
+    with patch.object(llvm, "to_module", stop_here), pytest.raises(Lowered) as lowered:
+        compile_kernel(kernel, constants, dtype, capability)
+    return lowered.value.args[0]
 
 
 def compile_kernel(kernel, constants: dict, dtype: torch.dtype, capability: int):
@@ -216,7 +211,7 @@ def main(capability: int) -> None:
         kernels = [kernel for kernel in attend_kernels(ARCHITECTURES[capability], *variant) if kernel not in compiled]
         report_all(kernels, variant, capability, is_reference or variant in USUAL)
     for variant in EVERY_ROWS if is_reference else USUAL_ROWS:
-        report_all(row_kernels(*variant), variant, capability, True)
+        report_all(row_kernels(*variant), variant, capability, variant in USUAL_ROWS)
     for kernel, constants in selection_kernels(EVERY_SELECTION if is_reference else EVERY_SELECTION[-1:]):
         report(kernel, constants, torch.float32, capability, f"{constants['COLUMNS']} columns", True)
     for kernel, constants in product_kernels():
