@@ -32,8 +32,9 @@ def launcher(kernel: Kernel, device: int) -> Launcher:
 
 def loaded_engine(kernels: Sequence[Kernel], device: int) -> str | None:
     """The engine whose code of these kernels is loaded; it stays until the process ends. None: some are not loaded."""
-    engines_of = [_loaded[kernel, device].engine for kernel in kernels if (kernel, device) in _loaded]
-    return engines_of[0] if engines_of and len(engines_of) == len(kernels) else None
+    if not all((kernel, device) in _loaded for kernel in kernels):
+        return None
+    return _loaded[kernels[0], device].engine
 
 
 def load(kernels: Sequence[Kernel], device: int, engine: str) -> None:
