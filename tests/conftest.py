@@ -77,7 +77,7 @@ def seed():
 
 def pytest_collection_modifyitems(items):
     # The longest first, so that no worker is left alone with them.
-    items.sort(key=lambda item: "test_kernels_fit_shared_memory" not in item.name)
+    items.sort(key=lambda item: "test_kernels_fit_memory" not in item.name)
     if torch.cuda.is_available():
         return
     skip = pytest.mark.skip(reason="needs a CUDA GPU, and torch sees none")

@@ -1,4 +1,4 @@
-"""Every Triton kernel compiles for every supported architecture, without a GPU, and fits its shared memory."""
+"""Every Triton kernel compiles for every supported architecture, without a GPU, and fits its memory."""
 
 import json
 import os
@@ -7,7 +7,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from support.compile_triton import ARCHITECTURES
+from support.compile_triton import ARCHITECTURES, TENSOR_MEMORY_COLUMNS
 
 from vsa_jit.backends.triton import config
 
@@ -15,16 +15,19 @@ ROOT = Path(__file__).parents[2]
 
 
 @pytest.mark.parametrize("capability", ARCHITECTURES)
-def test_kernels_fit_shared_memory(capability):
+def test_kernels_fit_memory(capability):
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     environment["PYTHONPATH"] = os.pathsep.join([str(ROOT), environment.get("PYTHONPATH", "")])
     command = [sys.executable, ROOT / "tests/support/compile_triton.py", str(capability)]
     run = subprocess.run(command, env=environment, capture_output=True, text=True)
     assert run.returncode == 0, run.stderr[-2000:]
     kernels = [json.loads(line) for line in run.stdout.splitlines()]
-    assert len(kernels) == {80: 31, 86: 78, 90: 45, 100: 43}.get(capability, 22)
-    too_large = [kernel for kernel in kernels if kernel["shared"] > ARCHITECTURES[capability].shared_memory]
-    assert not too_large
+    assert len(kernels) == {80: 28, 86: 78, 90: 42, 100: 40}.get(capability, 19)
+    limits = {
+        "shared": ARCHITECTURES[capability].shared_memory,
+        "tensor": TENSOR_MEMORY_COLUMNS if capability == 100 else 0,
+    }
+    assert not [kernel for kernel in kernels for name, limit in limits.items() if kernel[name] > limit]
 
 
 @pytest.mark.parametrize("capability", ARCHITECTURES)

@@ -1,12 +1,14 @@
 """Compiles every kernel for a GPU architecture without having one, and prints what each needs.
 
-Run as ``python compile_triton.py CAPABILITY``: a line of JSON for each kernel with its shared memory in bytes. It is a
-program of its own because Triton's interpreter, which the tests use, and its compiler exclude each other in a process.
+Run as ``python compile_triton.py CAPABILITY``: a line of JSON for each kernel with its shared memory in bytes and its
+columns of tensor memory. It is a program of its own because Triton's interpreter, which the tests use, and its compiler
+exclude each other in a process.
 """
 
 import json
 import os
 import sys
+from typing import NamedTuple
 from unittest.mock import patch
 
 # The table of source lines is no part of the code, and takes time.
@@ -16,8 +18,9 @@ import pytest
 import torch
 import triton
 import triton.language as tl
-from triton._C.libtriton import llvm
+from triton._C.libtriton import nvidia
 from triton.backends.compiler import GPUTarget
+from triton.backends.nvidia.compiler import CUDABackend
 from triton.compiler import ASTSource
 
 from vsa_jit.backends.triton import config
@@ -40,9 +43,14 @@ ARCHITECTURES = {
     100: config.Architecture(227 * 1024, wgmma=False),
     120: config.Architecture(99 * 1024, wgmma=False),
 }
+# Of Blackwell's tensor memory, which the other architectures do not have.
+TENSOR_MEMORY_COLUMNS = 512
 # These have tensor cores of the same kind. What is not usual is compiled for the reference alone where tiles are the
 # same: it has the smallest shared memory, and Triton leaves no optimisation of its code out.
 REFERENCE, LIKE_REFERENCE = 86, (80, 89, 120)
+MAKE_LLIR = CUDABackend.make_llir
+# The last pass that allocates memory for a kernel without clusters.
+ADD_ALLOCATION = nvidia.passes.ttnvgpuir.add_allocate_tensor_memory
 TYPE_NAMES = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32"}
 FP32 = {"Lse", "DLse", "OutC", "DOutC", "Shift", "Delta", "QMean", "KMean", "VMean", "DMean", "Scores", "A", "B"}
 INT32 = {"Q2kIdx", "Q2kNum", "K2qIdx", "QSizes", "KSizes", "Sizes"}
@@ -53,15 +61,15 @@ POINTERS = {"Q", "K", "V", "A", "B"}
 FLOATS = {"gate_value", "scale", "scale_log2"}
 TILES = {64: (4, 4, 4), 128: (2, 8, 8), 192: (4, 6, 8), 256: (4, 8, 8)}
 # Block size, head dimension, dtype, raster order, mask. These are compiled for every architecture, to machine code. The
-# others are that for the reference only: elsewhere they are compiled until their shared memory is known.
+# others are that for the reference only: elsewhere they are compiled until the memory that they need is known.
 USUAL = (
-    (64, 64, torch.float32, False, False),
     (64, 128, torch.bfloat16, False, False),
     (256, 128, torch.bfloat16, True, True),
 )
 # What between them takes every choice of tiles.
 EVERY = (
     *USUAL,
+    (64, 64, torch.float32, False, False),
     (128, 128, torch.bfloat16, False, False),
     (256, 64, torch.bfloat16, False, False),
     (64, 256, torch.bfloat16, False, False),
@@ -155,21 +163,37 @@ def product_kernels():
         yield matmul_kernel, strides | {"BLOCK_K": depth} | tiles.launch
 
 
-class Lowered(Exception):
-    """A kernel is lowered to LLVM's dialect: its shared memory is known, in bytes."""
+class Memory(NamedTuple):
+    """What a thread block needs: bytes of shared memory, columns of tensor memory."""
+
+    shared: int
+    tensor: int
 
 
-def stop_here(module, context):
-    raise Lowered(module.get_int_attr("ttg.shared"))
+class Allocated(Exception):
+    """The memory of a kernel is known before it is lowered to LLVM's dialect, which takes most of the time."""
 
 
-def shared_memory(kernel, constants: dict, dtype: torch.dtype, capability: int, whole: bool) -> int:
-    """Bytes of shared memory of a kernel, which is compiled to machine code, or lowered until that is known."""
+def allocate_only(backend, module, metadata, options, capability):
+    """Instead of ``CUDABackend.make_llir``."""
+
+    def add_last_pass(pass_manager):
+        ADD_ALLOCATION(pass_manager)
+        pass_manager.run(module, "allocate_only")
+        raise Allocated(module.get_int_attr("ttg.shared"), module.get_int_attr("ttg.tensor_memory_size"))
+
+    with patch.object(nvidia.passes.ttnvgpuir, "add_allocate_tensor_memory", add_last_pass):
+        MAKE_LLIR(backend, module, metadata, options, capability)
+
+
+def memory(kernel, constants: dict, dtype: torch.dtype, capability: int, whole: bool) -> Memory:
+    """That of a kernel, which is compiled to machine code, or until its memory is known."""
     if whole:
-        return compile_kernel(kernel, constants, dtype, capability).metadata.shared
-    with patch.object(llvm, "to_module", stop_here), pytest.raises(Lowered) as lowered:
+        metadata = compile_kernel(kernel, constants, dtype, capability).metadata
+        return Memory(metadata.shared, metadata.tmem_size)
+    with patch.object(CUDABackend, "make_llir", allocate_only), pytest.raises(Allocated) as allocated:
         compile_kernel(kernel, constants, dtype, capability)
-    return lowered.value.args[0]
+    return Memory(*allocated.value.args)
 
 
 def compile_kernel(kernel, constants: dict, dtype: torch.dtype, capability: int):
@@ -225,8 +249,8 @@ def report_all(kernels, variant: tuple, capability: int, whole: bool) -> None:
 
 
 def report(kernel, constants: dict, dtype: torch.dtype, capability: int, variant: str, whole: bool) -> None:
-    shared = shared_memory(kernel, constants, dtype, capability, whole)
-    print(json.dumps({"kernel": f"{kernel.__name__}, {variant}", "shared": shared}), flush=True)
+    needed = memory(kernel, constants, dtype, capability, whole)
+    print(json.dumps({"kernel": f"{kernel.__name__}, {variant}", **needed._asdict()}), flush=True)
 
 
 if __name__ == "__main__":
