@@ -41,6 +41,11 @@ struct alignas(16) uint4 {
 constexpr int kMostSharedMemory = 227 * 1024;
 alignas(1024) uint8_t raw[kMostSharedMemory];
 
+// Number of the planted error that is active, see MISTAKES in tests/kernels/test_emulated.py; 0 is none.
+extern "C" {
+int mistake = 0;
+}
+
 namespace emulator {
 
 constexpr int kWarp = 32;
@@ -70,6 +75,9 @@ struct Thread {
     std::unique_ptr<char[]> stack{new char[kStackBytes]};
     bool started = false, finished = false;
     const char* waits_for = "its start";
+    // Its condition, which the scheduler evaluates instead of resuming the thread; null while it waits for nothing.
+    bool (*is_met)(const void* condition) = nullptr;
+    const void* condition;
     std::vector<Product> products;
     int product_group = 0;
 };
@@ -121,11 +129,17 @@ __attribute__((noinline)) inline void yield() {
     _longjmp(scheduler, 1);
 }
 
+// Conditions do not yield: the scheduler evaluates them.
 template <typename Condition>
-void wait_until(const char* what, Condition condition) {
-    self().waits_for = what;
-    while (!condition()) yield();
-    self().waits_for = "a turn";
+void wait_until(const char* what, const Condition& condition) {
+    if (!condition()) {
+        self().waits_for = what;
+        self().condition = &condition;
+        self().is_met = [](const void* waited) { return (*static_cast<const Condition*>(waited))(); };
+        yield();
+        self().is_met = nullptr;
+        self().waits_for = "a turn";
+    }
     ++progress;
 }
 
@@ -166,6 +180,7 @@ inline void run_thread() {
 inline void take_turn(Thread& thread) {
     current = &thread;
     if (_setjmp(scheduler) != 0) return;
+    if (thread.is_met != nullptr && !thread.is_met(thread.condition)) return;
     if (thread.started) _longjmp(thread.here, 1);
     thread.started = true;
     setcontext(&thread.start);

@@ -4,14 +4,23 @@
 
 namespace kittens {
 
-// The value of a 16-bit element.
-template <typename T>
-float value_of(uint16_t bits) {
-    if (is_same<T, bf16>) return __uint_as_float(uint32_t(bits) << 16);
+inline float value_of_half(uint16_t bits) {
     const int exponent = bits >> 10 & 31, fraction = bits & 1023;
     const float sign = bits >> 15 ? -1.0f : 1.0f;
     if (exponent == 31) return fraction == 0 ? sign * INFINITY : NAN;
     return sign * (exponent == 0 ? std::ldexp(fraction, -24) : std::ldexp(1024 + fraction, exponent - 25));
+}
+
+// The value of a 16-bit element.
+template <typename T>
+float value_of(uint16_t bits) {
+    if (is_same<T, bf16>) return __uint_as_float(uint32_t(bits) << 16);
+    static const std::vector<float> halves = [] {
+        std::vector<float> values(1 << 16);
+        for (int i = 0; i < 1 << 16; ++i) values[i] = value_of_half(i);
+        return values;
+    }();
+    return halves[bits];
 }
 
 // Rounded to nearest even.

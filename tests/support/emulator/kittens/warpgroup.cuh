@@ -74,10 +74,12 @@ uint8_t* address_in(const ST& tile, int row, int col) {
     return raw + address_of(tile, row, col / 8 * 8) + col % 8 * 2;
 }
 template <typename T, int rows, int cols>
-float value_in(const st<T, rows, cols>& tile, int row, int col) {
-    uint16_t bits;
-    std::memcpy(&bits, address_in(tile, row, col), sizeof bits);
-    return value_of<T>(bits);
+void read_row(const st<T, rows, cols>& tile, int row, float (&values)[cols]) {
+    for (int col = 0; col < cols; col += 8) {
+        uint16_t bits[8];
+        std::memcpy(bits, address_in(tile, row, col), sizeof bits);
+        for (int i = 0; i < 8; ++i) values[col + i] = value_of<T>(bits[i]);
+    }
 }
 
 // An element of the left operand, which the four lanes of a row hold in pairs.
@@ -91,16 +93,19 @@ template <typename T, int N, int K, int in_registers>
 void run_mm_ABt(const std::vector<Product*>& lanes, int warp) {
     const auto& a_shared = *static_cast<const st<T, 64, K>*>(lanes[0]->a_shared);
     const auto& b = *static_cast<const st<T, N, K>*>(lanes[0]->b);
-    static float d[16][N], a[16][K];
+    static float d[16][N], a[16][K], row_of_b[K], transposed_b[K][N];
     for (int row = 0; row < 16; ++row) {
-        for (int k = 0; k < K; ++k)
-            a[row][k] = k < in_registers ? value_in<T>(lanes, row, k) : value_in(a_shared, warp * 16 + row, k);
+        if (in_registers < K) read_row(a_shared, warp * 16 + row, a[row]);
+        for (int k = 0; k < in_registers; ++k) a[row][k] = value_in<T>(lanes, row, k);
     }
     for (int n = 0; n < N; ++n) {
-        for (int row = 0; row < 16; ++row) d[row][n] = 0;
+        read_row(b, n, row_of_b);
+        for (int k = 0; k < K; ++k) transposed_b[k][n] = row_of_b[k];
+    }
+    std::memset(d, 0, sizeof d);
+    for (int row = 0; row < 16; ++row) {
         for (int k = 0; k < K; ++k) {
-            const float value = value_in(b, n, k);
-            for (int row = 0; row < 16; ++row) d[row][n] += a[row][k] * value;
+            for (int n = 0; n < N; ++n) d[row][n] += a[row][k] * transposed_b[k][n];
         }
     }
     for (int lane = 0; lane < kWarpThreads; ++lane) {
@@ -111,11 +116,10 @@ void run_mm_ABt(const std::vector<Product*>& lanes, int warp) {
 template <typename T, int N, int K>
 void run_mma_AB(const std::vector<Product*>& lanes, int) {
     const auto& b = *static_cast<const st<T, K, N>*>(lanes[0]->b);
-    static float d[16][N];
+    static float d[16][N], row_of_b[N];
     std::memset(d, 0, sizeof d);
     for (int k = 0; k < K; ++k) {
-        float row_of_b[N];
-        for (int n = 0; n < N; ++n) row_of_b[n] = value_in(b, k, n);
+        read_row(b, k, row_of_b);
         for (int row = 0; row < 16; ++row) {
             const float value = value_in<T>(lanes, row, k);
             for (int n = 0; n < N; ++n) d[row][n] += value * row_of_b[n];
