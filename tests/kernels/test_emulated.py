@@ -27,22 +27,31 @@ CASES = [
     Case("256, other keys", q_len=300, kv_len=1300, block_size=256),
     Case("256, raster", grid=(7, 13, 11), block_size=(4, 8, 8)),
     Case("320, plain", q_len=1600, block_size=320),
-    Case("64, more keys than a list is made of at a time", q_len=200, kv_len=67000, heads=1),
-    Case("128, more keys than a list is made of at a time", q_len=200, kv_len=67000, heads=1, block_size=128),
     Case("1728, one block cut on all three axes", grid=(5, 6, 7), block_size=(12, 12, 12)),
 ]
 # With one multiprocessor a thread block takes all items, and with many one item, of as few rows as can be.
 KINDS = [(torch.bfloat16, 128, 1), (torch.float16, 64, 200)]
 
 
-@pytest.mark.parametrize(("dtype", "head_dim", "processors"), KINDS, ids=str)
-@pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
-def test_forward(monkeypatch, case, dtype, head_dim, processors):
+def check_forward(monkeypatch, case, dtype, processors):
     emulate.emulate(monkeypatch, processors)
-    inputs = Inputs(replace(case, head_dim=head_dim), "cpu", dtype)
+    inputs = Inputs(case, "cpu", dtype)
     idx, num, block_map = inputs.uneven_indices()
     out, lse, _ = launches.attend(problem_of(inputs), operands_of(inputs, idx, num), False)
     inputs.check_forward(inputs.bhsd(out), lse, block_map)
+
+
+@pytest.mark.parametrize(("dtype", "head_dim", "processors"), KINDS, ids=str)
+@pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
+def test_forward(monkeypatch, case, dtype, head_dim, processors):
+    check_forward(monkeypatch, replace(case, head_dim=head_dim), dtype, processors)
+
+
+@pytest.mark.parametrize("block", [64, 128])
+def test_more_keys_than_a_list_is_made_of_at_a_time(monkeypatch, block):
+    """One thread block takes all rows: after a long list comes another one."""
+    case = Case("long", q_len=250, kv_len=67000, heads=1, head_dim=64, block_size=block)
+    check_forward(monkeypatch, case, torch.float16, 1)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
@@ -113,96 +122,102 @@ def test_a_key_block_that_does_not_exist_spoils_its_rows_only(monkeypatch, block
     torch.testing.assert_close(lse[~rows], good_lse[~rows], rtol=1e-5, atol=1e-5)
 
 
-# Files of kernels_src/vsa without their comments: texts, each with what takes its place.
-BREAKS = {
+# Files of kernels_src/vsa without their comments: texts, each with what takes its place. MISTAKE says at run time
+# whether this one is made, so that all are compiled together.
+MISTAKES = {
     "a late lane misses that Q is free": (
         "attend_forward.cu",
-        "            wait(shared.q_barriers.empty[i], phases >> i & 1 ^ 1);\n            __syncwarp();\n",
-        "            wait(shared.q_barriers.empty[i], phases >> i & 1 ^ 1);\n",
+        "wait(shared.q_barriers.empty[i], phases >> i & 1 ^ 1);\n            __syncwarp();",
+        "wait(shared.q_barriers.empty[i], phases >> i & 1 ^ 1);\n            if (!MISTAKE) __syncwarp();",
     ),
     "nobody frees a stage for who has no use for it": (
         "tile_queue.cuh",
         "if (absent > 0) kittens::arrive(empty, absent * kittens::kWarpgroupWarps);",
-        "",
+        "if (absent > 0 && !MISTAKE) kittens::arrive(empty, absent * kittens::kWarpgroupWarps);",
     ),
     "V is given back while it is read": (
         "attend_forward.cu",
+        "warpgroup::mma_async_wait<0>(out, p);\n            release(shared.v_barriers.empty[before.v_stage]);",
+        "if (MISTAKE) release(shared.v_barriers.empty[before.v_stage]);\n"
         "            warpgroup::mma_async_wait<0>(out, p);\n"
-        "            release(shared.v_barriers.empty[before.v_stage]);\n",
-        "            release(shared.v_barriers.empty[before.v_stage]);\n"
-        "            warpgroup::mma_async_wait<0>(out, p);\n",
+        "            if (!MISTAKE) release(shared.v_barriers.empty[before.v_stage]);",
     ),
     "probabilities change while they are read": (
         "attend_forward.cu",
-        "            warpgroup::mma_async_wait<0>(out, p);\n"
-        "            release(shared.v_barriers.empty[before.v_stage]);\n"
-        "            softmax_step(params, shared, tile, softmax, scores, p, out);\n",
-        "            softmax_step(params, shared, tile, softmax, scores, p, out);\n"
-        "            warpgroup::mma_async_wait<0>(out, p);\n"
-        "            release(shared.v_barriers.empty[before.v_stage]);\n",
+        "warpgroup::mma_async_wait<0>(out, p);",
+        "if (MISTAKE) softmax_step(params, shared, tile, softmax, scores, p, out);\n"
+        "            warpgroup::mma_async_wait<0>(out, p);",
+        "softmax_step(params, shared, tile, softmax, scores, p, out);\n            before = tile;",
+        "if (!MISTAKE) softmax_step(params, shared, tile, softmax, scores, p, out);\n            before = tile;",
     ),
     "the next Q is loaded too early": (
         "attend_forward.cu",
-        "        if (left == 1) release(q_empty);\n",
-        "",
-        "        warpgroup::mma_async_wait<0>(scores);\n",
-        "        if (left == num_tiles) release(q_empty);\n        warpgroup::mma_async_wait<0>(scores);\n",
+        "if (left == 1) release(q_empty);",
+        "if (left == 1 && !MISTAKE) release(q_empty);",
+        "warpgroup::mma_async_wait<0>(scores);",
+        "if (left == num_tiles && MISTAKE) release(q_empty);\n        warpgroup::mma_async_wait<0>(scores);",
     ),
     "rows are told before they are written": (
         "scheduler.cuh",
+        "const int64_t first_row = last ? 0 : assign_rows(",
+        "if (MISTAKE) kittens::arrive(work_tiles.rows_known[state.index]);\n"
         "        const int64_t first_row = last ? 0 : assign_rows(",
-        "        kittens::arrive(work_tiles.rows_known[state.index]);\n"
-        "        const int64_t first_row = last ? 0 : assign_rows(",
-        "        __syncwarp();\n        kittens::arrive(work_tiles.rows_known[state.index]);\n",
-        "        __syncwarp();\n",
+        "__syncwarp();\n        kittens::arrive(work_tiles.rows_known[state.index]);",
+        "__syncwarp();\n        if (!MISTAKE) kittens::arrive(work_tiles.rows_known[state.index]);",
     ),
     "a list is told before it is written": (
         "scheduler.cuh",
-        "        if (!last) write_list(",
-        "        kittens::arrive(work_tiles.full[state.index]);\n        if (!last) write_list(",
-        "lists.at(state));\n        kittens::arrive(work_tiles.full[state.index]);\n",
-        "lists.at(state));\n",
+        "if (!last) write_list(",
+        "if (MISTAKE) kittens::arrive(work_tiles.full[state.index]);\n        if (!last) write_list(",
+        "lists.at(state));\n        kittens::arrive(work_tiles.full[state.index]);",
+        "lists.at(state));\n        if (!MISTAKE) kittens::arrive(work_tiles.full[state.index]);",
     ),
     "a ticket is told before it is written": (
         "tile_queue.cuh",
         "if (kIsK) ticket.k = code",
-        "kittens::arrive(queue.full[j][entry]); if (kIsK) ticket.k = code",
-        "                        kittens::arrive(queue.full[j][entry]);\n",
-        "",
+        "if (MISTAKE) kittens::arrive(queue.full[j][entry]);\n                        if (kIsK) ticket.k = code",
+        "                        kittens::arrive(queue.full[j][entry]);\n                    }",
+        "                        if (!MISTAKE) kittens::arrive(queue.full[j][entry]);\n                    }",
     ),
     "lanes of a loader do not wait for each other": (
         "tile_queue.cuh",
-        "                kittens::wait(empty, phase ^ 1);\n                __syncwarp();\n",
-        "                kittens::wait(empty, phase ^ 1);\n",
+        "kittens::wait(empty, phase ^ 1);\n                __syncwarp();",
+        "kittens::wait(empty, phase ^ 1);\n                if (!MISTAKE) __syncwarp();",
     ),
 }
 
 
-@pytest.mark.parametrize("name", BREAKS)
-def test_the_emulator_finds(monkeypatch, tmp_path, name):
-    """Each of these mistakes, in some of its runs."""
+@pytest.fixture
+def sources_with_mistakes(tmp_path):
     shutil.copytree(kernels_dir(), tmp_path / "src")
-    file_name, *texts = BREAKS[name]
-    file = tmp_path / "src/vsa" / file_name
-    source = re.sub(r"^ *//.*\n", "", file.read_text(), flags=re.MULTILINE)
-    for text, broken in zip(texts[::2], texts[1::2], strict=True):
-        assert source.count(text) == 1
-        source = source.replace(text, broken)
-    file.write_text(source)
+    for number, (file_name, *texts) in enumerate(MISTAKES.values(), 1):
+        file = tmp_path / "src/vsa" / file_name
+        source = re.sub(r"^ *//.*\n", "", file.read_text(), flags=re.MULTILINE)
+        for text, wrong in zip(texts[::2], texts[1::2], strict=True):
+            assert source.count(text) == 1, text
+            source = source.replace(text, wrong.replace("MISTAKE", f"(mistake == {number})"))
+        file.write_text(source)
+    return tmp_path / "src"
+
+
+@pytest.mark.parametrize("name", MISTAKES)
+def test_the_emulator_finds(monkeypatch, sources_with_mistakes, name):
+    """Each of these mistakes, in some of its runs."""
     # The third consumer has rows in every other group.
     # Large scores outgrow their references at different tiles in different warps.
-    case = Case("broken", q_len=320, kv_len=1000, heads=6, head_dim=64, magnitude=4.0)
+    case = Case("mistaken", q_len=320, kv_len=1000, heads=6, head_dim=64, magnitude=4.0)
     inputs = Inputs(case, "cpu", torch.bfloat16)
     idx, num, _ = inputs.uneven_indices()
 
-    def attend(sources):
-        emulate.emulate(monkeypatch, 2, sources)
+    def attend(mistake):
+        emulate.emulate(monkeypatch, 2, sources_with_mistakes, mistake)
         return launches.attend(problem_of(inputs), operands_of(inputs, idx, num), False)[0]
 
-    expected = attend(None)
+    expected = attend(0)
+    assert torch.equal(attend(0), expected)
     for _ in range(60):
         try:
-            if not torch.equal(attend(tmp_path / "src"), expected):
+            if not torch.equal(attend(list(MISTAKES).index(name) + 1), expected):
                 return
         except emulate.EmulationError:
             return

@@ -24,7 +24,16 @@ from vsa_jit.jit.kernel import Kernel
 from vsa_jit.jit.source import kernels_dir
 
 EMULATOR = Path(__file__).parent / "emulator"
-OPTIONS = ("-std=c++20", "-O2", "-w", "-U_FORTIFY_SOURCE", "-fno-strict-aliasing", "-fPIC", "-shared")
+OPTIONS = (
+    "-std=c++20",
+    "-O2",
+    "-w",
+    "-U_FORTIFY_SOURCE",
+    "-fno-strict-aliasing",
+    "-fPIC",
+    "-fno-semantic-interposition",
+    "-shared",
+)
 
 ENTRY = """
 #include "cuda.h"
@@ -53,7 +62,8 @@ class EmulationError(Exception):
 
 @functools.cache
 def _compiled(kernel: Kernel, sources: Path) -> ctypes.CDLL:
-    name = hashlib.sha256(repr((kernel, sources)).encode()).hexdigest()[:16]
+    content = [(str(path.relative_to(sources)), path.read_bytes()) for path in sorted(sources.rglob("*.*"))]
+    name = hashlib.sha256(repr((kernel, content)).encode()).hexdigest()[:16]
     folder = Path(os.environ["VSA_JIT_TEST_CACHE"]) / "emulated"
     folder.mkdir(exist_ok=True)
     library = folder / f"{name}.so"
@@ -77,7 +87,7 @@ def _compile(kernel: Kernel, sources: Path, library: Path) -> None:
     unfinished.rename(library)
 
 
-def launcher(kernel: Kernel, device: int, sources: Path | None = None):
+def launcher(kernel: Kernel, device: int, sources: Path | None = None, mistake: int = 0):
     """Instead of ``module.launcher``: launches wait for the end, and each has a schedule of its own."""
     compiled = _compiled(kernel, sources or kernels_dir())
 
@@ -86,6 +96,7 @@ def launcher(kernel: Kernel, device: int, sources: Path | None = None):
         space = ctypes.create_string_buffer(ctypes.sizeof(params) + alignment)
         address = ctypes.addressof(space) + -ctypes.addressof(space) % alignment
         ctypes.memmove(address, ctypes.addressof(params), ctypes.sizeof(params))
+        ctypes.c_int.in_dll(compiled, "mistake").value = mistake
         error = compiled.run(blocks, kernel.threads, int(torch.randint(2**62, ())), address)
         if error is not None:
             raise EmulationError(f"{kernel.label}: {error.decode()}")
@@ -118,12 +129,13 @@ def encode_tensor_map(
     return TensorMap.from_buffer_copy(encoded.ljust(ctypes.sizeof(TensorMap), b"\0"))
 
 
-def emulate(monkeypatch: pytest.MonkeyPatch, processors: int, sources: Path | None = None) -> None:
-    """Lets the ``sm90`` backend's launches run on this machine, as on a GPU with so many multiprocessors."""
+def emulate(monkeypatch: pytest.MonkeyPatch, processors: int, sources: Path | None = None, mistake: int = 0) -> None:
+    """Lets the ``sm90`` backend's launches run on this machine, as on a GPU with so many multiprocessors; with other
+    sources than the package's, and the number of the planted error to activate."""
     # What is kept of earlier launches knows their launcher.
     launches._attend_launch.cache_clear()
     launches._block_means_launch.cache_clear()
-    monkeypatch.setattr(module, "launcher", functools.partial(launcher, sources=sources))
+    monkeypatch.setattr(module, "launcher", functools.partial(launcher, sources=sources, mistake=mistake))
     monkeypatch.setattr(driver, "fill", fill)
     monkeypatch.setattr(tma, "encode_tensor_map", encode_tensor_map)
     properties = SimpleNamespace(multi_processor_count=processors)
