@@ -17,6 +17,7 @@ def speed_up() -> None:
     _patch_once_a_launch(interpreter)
     _skip_unread_checks(interpreter)
     _remember_dtypes(interpreter)
+    _remember_types(interpreter.tl.core)
 
 
 def _patch_once_a_launch(interpreter: Any) -> None:
@@ -71,3 +72,40 @@ def _remember_dtypes(interpreter: Any) -> None:
     scalar = interpreter.tl.dtype
     remembered = functools.cache(look_up)
     interpreter._get_np_dtype = lambda dtype: remembered(dtype) if type(dtype) is scalar else look_up(dtype)
+
+
+def _remember_types(core: Any) -> None:
+    """Every operation makes block types, and tensors whose shape is built from their type: few different ones, of which
+    each is built once. Pointers are left out: each of them has a type of its own.
+    """
+    block_type, tensor = core.block_type, core.tensor
+    build_type, build_tensor = block_type.__init__, tensor.__init__
+    try:
+        scalar, block = tensor(None, core.float32), tensor(None, block_type(core.float32, [2]))
+    except (AttributeError, TypeError):
+        return
+    expected = {"handle", "shape", "numel", "type", "dtype"}, {"element_ty", "shape", "numel", "name"}
+    if (set(vars(block)), set(vars(block.type))) != expected or type(block.shape) is not core.tuple:
+        return
+    attributes: dict[tuple, dict] = {}
+
+    def init_type(self: Any, element_ty: Any, shape: Any) -> None:
+        dims = shape.values if type(shape) is core.tuple else shape
+        is_usual = type(self) is block_type and type(element_ty) is core.dtype and type(dims) is list
+        if not is_usual or any(type(dim) is not int for dim in dims):
+            return build_type(self, element_ty, shape)
+        key = (element_ty.name, *dims)
+        if key not in attributes:
+            build_type(self, element_ty, shape)
+            build_tensor(of_type := object.__new__(tensor), None, self)
+            attributes[key] = {**vars(self), "of_tensors": (of_type.shape, of_type.numel)}
+        self.__dict__.update(attributes[key])
+
+    def init_tensor(self: Any, handle: Any, type: Any) -> None:
+        of_tensors = vars(type).get("of_tensors") if type.is_block() else (scalar.shape, scalar.numel)
+        if of_tensors is None:
+            return build_tensor(self, handle, type)
+        self.handle, self.type, self.dtype = handle, type, type.scalar
+        self.shape, self.numel = of_tensors
+
+    block_type.__init__, tensor.__init__ = init_type, init_tensor
