@@ -8,6 +8,7 @@ from support import reference as ref
 from support.problems import CASES, GPU, INTERPRETED, ON_HOPPER, Case, Inputs
 
 import vsa_jit
+from vsa_jit.backends.triton import config
 
 CPU_RUNS = [("torch", "cpu", dtype) for dtype in (torch.bfloat16, torch.float16, torch.float32)]
 # Triton's interpreter computes products of bf16 wrongly.
@@ -48,6 +49,17 @@ def pairs(cases, runs):
     return found
 
 
+# In the interpreter these take the large tiles of a Hopper GPU in half precision. Others keep those of smaller GPUs:
+# these are not square, so that whoever mixes up rows and columns of tiles gets wrong results.
+WITH_TILES_OF_HOPPER = ("raster 256, bshd", "320 tokens, bshd")
+
+
+@pytest.fixture
+def interpreted_tiles(case, run, monkeypatch):
+    if run in INTERPRETER_RUNS and case.name in WITH_TILES_OF_HOPPER:
+        monkeypatch.setattr(config, "architecture", lambda device: config.Architecture(227 * 1024, wgmma=True))
+
+
 @pytest.fixture(params=RUNS, ids=run_name)
 def run(request):
     return request.param
@@ -69,6 +81,7 @@ def make_inputs(case: Case, run, seed: int | None = None) -> Inputs:
     ("case", "run"),
     [*pairs(CASES, [*CPU_RUNS, *INTERPRETER_RUNS[:1], *GPU_RUNS]), *pairs(SM90_CASES, SM90_RUNS)],
 )
+@pytest.mark.usefixtures("interpreted_tiles")
 def test_video_sparse_attn(case: Case, run):
     backend, device, dtype = run
     inputs = Inputs(case, device, dtype)
@@ -97,7 +110,7 @@ INDEX_CASES = [
     Case("plain", q_len=200, kv_len=300, batch=2, heads=4, kv_heads=2),
     Case("tiled", q_len=256, sizes=(64, 17, 0, 40)),
     Case("raster, bshd", grid=(5, 6, 7), block_size=64, layout="bshd"),
-    Case("raster 128", grid=(3, 9, 10), block_size=128),
+    Case("raster 128", grid=(2, 9, 10), block_size=128),
 ]
 
 
