@@ -16,6 +16,9 @@ import pytest
 if "PYTEST_XDIST_WORKER" in os.environ:
     os.environ.setdefault("OMP_NUM_THREADS", "1")
 
+# Which vector instructions a machine has is not what is tested, and takes torch.compile ten seconds to find out.
+os.environ.setdefault("TORCHINDUCTOR_VEC_ISA_OK", "0")
+
 import torch
 from support import interpreter, toys
 
