@@ -20,7 +20,7 @@ if "PYTEST_XDIST_WORKER" in os.environ:
 os.environ.setdefault("TORCHINDUCTOR_VEC_ISA_OK", "0")
 
 import torch
-from support import interpreter, toys
+from support import caches, interpreter, toys
 
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"
@@ -40,6 +40,20 @@ def sources(tmp_path, monkeypatch) -> Path:
     root = toys.write_sources(tmp_path / "src")
     toys.use_sources(monkeypatch, root)
     return root
+
+
+@pytest.fixture(scope="session")
+def cache_of_two(tmp_path_factory) -> Path:
+    """A cache with two small kernels, ``toy(1)`` and ``toy(2)``: to copy, since compiling them takes a second."""
+    root = tmp_path_factory.mktemp("two")
+    with pytest.MonkeyPatch.context() as patch:
+        toys.use_sources(patch, toys.write_sources(root / "src"))
+        patch.setenv("VSA_JIT_CACHE_DIR", str(root / "cache"))
+        caches.forget()
+        for addend in (1, 2):
+            caches.get(toys.toy(addend))
+        caches.forget()
+    return root / "cache"
 
 
 @pytest.fixture

@@ -37,19 +37,21 @@ def folder(tmp_path, monkeypatch) -> Path:
     forget()
 
 
-@pytest.fixture(scope="module")
-def shared_folder(tmp_path_factory) -> Path:
-    return tmp_path_factory.mktemp("shared")
-
-
 @pytest.fixture
 def no_gpu(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
 
 
 @pytest.fixture
-def entries(sources):
+def small_kernels(sources, monkeypatch):
+    """Instead of the package's, which take seconds to compile."""
+    monkeypatch.setattr(warmup, "kernels_of", lambda dtype, head_dim: [toy(1), toy(2)])
+
+
+@pytest.fixture
+def entries(sources, cache_of_two, folder):
     """Two entries of small kernels."""
+    shutil.copytree(cache_of_two, folder)
     return entries_of([toy(1), toy(2)], ARCH, NVRTC, target="a test")
 
 
@@ -69,9 +71,7 @@ def test_warmup_without_a_gpu(no_gpu, capsys, folder):
 
 
 @pytest.mark.parametrize("arch", ["9.0", "SM90", "sm_90a", "90", "90a", "compute_90a"])
-def test_warmup_by_any_name(no_gpu, capsys, monkeypatch, shared_folder, arch):
-    # Whatever the name, it is the same kernel, which one test compiles for all.
-    monkeypatch.setenv("VSA_JIT_CACHE_DIR", str(shared_folder))
+def test_warmup_by_any_name(no_gpu, small_kernels, entries, capsys, arch):
     arguments = ("--head-dim", "128", "--block-size", "4,4,4")
     assert command("warmup", "--arch", "9.0a", "--dtype", "bf16", *arguments) == 0
     by_name = capsys.readouterr().out
@@ -97,7 +97,7 @@ def test_warmup_refuses(no_gpu, capsys, arguments, error):
     assert f"vsa-jit: error: {error}" in capsys.readouterr().err
 
 
-def test_warmup_where_nothing_can_be_kept(no_gpu, capsys, lose_home):
+def test_warmup_where_nothing_can_be_kept(no_gpu, small_kernels, capsys, lose_home):
     lose_home()
     assert command("warmup", "--arch", "9.0a", "--dtype", "bf16", "--head-dim", "128") == 1
     assert "the kernels cannot be kept" in capsys.readouterr().err
@@ -105,14 +105,14 @@ def test_warmup_where_nothing_can_be_kept(no_gpu, capsys, lose_home):
         vsa_jit.warmup(ARCH, dtype=torch.bfloat16, head_dim=128)
 
 
-def test_warmup_where_a_part_of_the_folder_is_unsafe(no_gpu, capsys, folder):
+def test_warmup_where_a_part_of_the_folder_is_unsafe(no_gpu, small_kernels, capsys, folder):
     (folder / "sm_90a").mkdir(parents=True)
     (folder / "sm_90a").chmod(0o777)
     assert command("warmup", "--arch", "9.0a", "--dtype", "bf16", "--head-dim", "128") == 1
     assert "the kernels cannot be kept" in capsys.readouterr().err
 
 
-def test_warmup_of_a_full_cache_that_can_only_be_read(no_gpu, folder, monkeypatch):
+def test_warmup_of_a_full_cache_that_can_only_be_read(no_gpu, small_kernels, folder, monkeypatch):
     arguments = ("warmup", "--arch", "9.0a", "--dtype", "bf16", "--head-dim", "128")
     assert command(*arguments) == 0
     access = os.access
@@ -162,6 +162,7 @@ def test_warmup_loads_on_the_gpu_that_is_here(monkeypatch):
     loaded = []
     monkeypatch.setattr(warmup, "_arch_here", lambda: ARCH)
     monkeypatch.setattr(torch.cuda, "current_device", lambda: 3)
+    monkeypatch.setattr(warmup, "entries_of", lambda *arguments, **others: [])
     monkeypatch.setattr(warmup.module, "load", lambda *arguments: loaded.append(arguments))
     vsa_jit.warmup(dtype=torch.float16, head_dim=64, block_size=[64, (2, 8, 8)])
     ((kernels, device, engine),) = loaded

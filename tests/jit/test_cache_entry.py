@@ -93,14 +93,16 @@ def no_code(entry, other):
         renamed_recipe, no_folder, linked, writable_by_others, no_code,
     ],
 )  # fmt: skip
-def test_a_bad_entry_is_dropped_and_rebuilt_with_one_warning(folder, compiles, caplog, spoil):
-    entry, other = get(), get(toy(7))
+def test_a_bad_entry_is_dropped_and_rebuilt_with_one_warning(cache_of_two, folder, compiles, caplog, spoil):
+    shutil.copytree(cache_of_two, folder)
+    entry, other = get(toy(2)), get(toy(1))
+    assert compiles() == 0
     spoil(entry, other)
     for _ in range(3):
         rebuilt = get()
         assert rebuilt == entry
         assert find(entry.spec) == entry
-    assert compiles() == 3
+    assert compiles() == 1
     (record,) = [record for record in caplog.records if record.levelno >= logging.WARNING]
     assert record.getMessage().startswith(f"dropped the compiled kernel at {entry.folder}: ")
     if spoil is linked:
