@@ -60,8 +60,8 @@ OPTIONS = ("num_warps", "num_stages", "enable_fp_fusion")
 POINTERS = {"Q", "K", "V", "A", "B"}
 FLOATS = {"gate_value", "scale", "scale_log2"}
 TILES = {64: (4, 4, 4), 128: (2, 8, 8), 192: (4, 6, 8), 256: (4, 8, 8)}
-# Block size, head dimension, dtype, raster order, mask. These are compiled for every architecture, to machine code. The
-# others are that for the reference only: elsewhere they are compiled until the memory that they need is known.
+# Block size, head dimension, dtype, raster order, mask. These are compiled to machine code for every architecture, and
+# other variants of the attention for the reference. What else is unusual is compiled until its memory is known.
 USUAL = (
     (64, 128, torch.bfloat16, False, False),
     (256, 128, torch.bfloat16, True, True),
@@ -237,9 +237,9 @@ def main(capability: int) -> None:
     for variant in EVERY_ROWS if is_reference else USUAL_ROWS:
         report_all(row_kernels(*variant), variant, capability, variant in USUAL_ROWS)
     for kernel, constants in selection_kernels(EVERY_SELECTION if is_reference else EVERY_SELECTION[-1:]):
-        report(kernel, constants, torch.float32, capability, f"{constants['COLUMNS']} columns", True)
+        report(kernel, constants, torch.float32, capability, f"{constants['COLUMNS']} columns", whole=True)
     for kernel, constants in product_kernels():
-        report(kernel, constants, torch.float32, capability, f"depth {constants['BLOCK_K']}", True)
+        report(kernel, constants, torch.float32, capability, f"depth {constants['BLOCK_K']}", whole=True)
 
 
 def report_all(kernels, variant: tuple, capability: int, whole: bool) -> None:

@@ -85,7 +85,7 @@ def _remember_types(core: Any) -> None:
     except (AttributeError, TypeError):
         return
     expected = {"handle", "shape", "numel", "type", "dtype"}, {"element_ty", "shape", "numel", "name"}
-    if (set(vars(block)), set(vars(block.type))) != expected or type(block.shape) is not core.tuple:
+    if (set(vars(block)), set(vars(block.type))) != expected or type(block.shape) is not getattr(core, "tuple", None):
         return
     attributes: dict[tuple, dict] = {}
 
