@@ -315,7 +315,7 @@ def explain(
     Returns:
         A record with ``backend``, ``engine``, ``reasons`` (name → why not) and ``runners`` (operator → the backend that
         runs it: a backend may leave some operators to another one). Printed, it is a line for what runs and one for
-        each reason, such as ``runs: sm90 (engine: nvrtc); selection: triton; backward: triton``.
+        each reason, such as ``runs: sm90 (engine: nvrtc); selection: triton``.
     """
     problem, _, _ = _check(
         q,

@@ -95,6 +95,13 @@ __device__ __forceinline__ void exp2_scaled(rt<T, 16, cols>& destination, col_ve
     for (int row = 0; row < 2; ++row) sums[row] = chains[0][row] + chains[1][row];
 }
 
+// 2 ^ (scale x - shift of the row), in place.
+template <int cols>
+__device__ __forceinline__ void exp2_scaled(rt_fl<16, cols>& tile, float scale, const col_vec& shift) {
+#pragma unroll
+    for (int i = 0; i < cols / 2; ++i) tile.data[i] = kittens::exp2(fmaf(tile.data[i], scale, -shift[row_of(i)]));
+}
+
 // Of 32 columns a lane holds two of every eight. The four lanes of a row exchange them, so that each has eight consecutive
 // columns to store at once.
 __device__ __forceinline__ uint4 exchange_columns(const uint32_t (&words)[4]) {

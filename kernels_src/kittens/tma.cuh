@@ -32,5 +32,13 @@ __device__ __forceinline__ void load_async(void* destination, const tensor_map& 
         : "memory");
 }
 
+// Consecutive bytes: a multiple of 16, from and to addresses that are multiples of 16.
+__device__ __forceinline__ void load_async(void* destination, const void* source, int bytes, semaphore& sem) {
+    asm volatile("cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];" ::"r"(
+                     shared_address(destination)),
+                 "l"(source), "r"(bytes), "r"(shared_address(&sem))
+                 : "memory");
+}
+
 }  // namespace tma
 }  // namespace kittens

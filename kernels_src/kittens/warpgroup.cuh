@@ -146,6 +146,20 @@ __device__ __forceinline__ void mm_ABt(rt_fl<16, N>& d, const rt<T, 16, in_regis
     }
 }
 
+// The same with all of a in registers.
+template <typename T, int N, int K, int stages>
+__device__ __forceinline__ void mm_ABt(rt_fl<16, N>& d, const rt<T, 16, K>& a, const st<T, N, K> (&b)[stages], int stage) {
+    using B = st<T, N, K>;
+    const uint64_t start = descriptor(b, stage, 0, kSwizzleAtomBytes);
+#pragma unroll
+    for (int k = 0; k < K; k += kStepCols) {
+        const int in_panel = k % B::panel_cols * sizeof(T);
+        const uint64_t b_step = start + (k / B::panel_cols * B::panel_bytes + in_panel) / kDescriptorBytes;
+        if (k == 0) mma_step<T, N, 0, false>(d.data, a.data, b_step);
+        if (k > 0) mma_step<T, N, 0, true>(d.data, a.data + k / 4, b_step);
+    }
+}
+
 // d += a b, asynchronously, b the tile of a ring that is in a stage.
 template <typename T, int N, int K, int stages>
 __device__ __forceinline__ void mma_AB(rt_fl<16, N>& d, const rt<T, 16, K>& a, const st<T, K, N> (&b)[stages], int stage) {

@@ -10,6 +10,7 @@
 #include "vsa/epilogue.cuh"
 #include "vsa/mask.cuh"
 #include "vsa/params.cuh"
+#include "vsa/roles.cuh"
 #include "vsa/softmax.cuh"
 #include "vsa/tile_queue.cuh"
 
@@ -24,15 +25,14 @@ constexpr int kWorkTiles = VSA_WORK_TILES;
 constexpr int kKStages = VSA_K_STAGES;
 constexpr int kVStages = VSA_V_STAGES;
 constexpr int kThreads = (kConsumers + 1) * kWarpgroupThreads;
+constexpr int kLoaders = 3;  // of Q, K and V
 // Columns of Q in registers, as many as fit beside scores, probabilities and output. The others are read from shared memory.
 constexpr int kQCols = 32;
 constexpr float kLn2 = 0.693147181f;
 
-// Registers of a thread: all are launched with as many, then the consumers take some from the producers.
+// Registers of a thread.
 constexpr int kProducerRegisters = 56;
 constexpr int kConsumerRegisters = 152;
-constexpr int kLaunchRegisters = 65536 / kThreads / 8 * 8;
-static_assert(kProducerRegisters + kConsumers * kConsumerRegisters <= (kConsumers + 1) * kLaunchRegisters);
 
 using box_tile = st<element, kBoxTokens, kHeadDim>;
 using q_fragment = rt<element, 16, kQCols>;
@@ -70,56 +70,33 @@ static_assert(sizeof(SharedStorage) <= VSA_SMEM_BYTES, "the host launches with l
 
 __device__ __forceinline__ void init_barriers(SharedStorage& shared) {
     constexpr int kConsumerWarps = kConsumers * kWarpgroupWarps;
-    const auto init = [](auto& barriers, int arrivals) {
-        for (semaphore& barrier : barriers) init_semaphore(barrier, arrivals);
-    };
-    init(shared.k_barriers.full, 1);
-    init(shared.v_barriers.full, 1);
-    init(shared.k_barriers.empty, kConsumerWarps);
-    init(shared.v_barriers.empty, kConsumerWarps);
-    init(shared.work_tiles.rows_known, kWarpThreads);
-    init(shared.work_tiles.full, kWarpThreads);
-    init(shared.work_tiles.empty, (kConsumerWarps + 3) * kWarpThreads);
-    init(shared.q_barriers.full, 1);
-    init(shared.q_barriers.empty, kWarpgroupWarps);
-    for (auto& of_consumer : shared.queue.full) init(of_consumer, 2);
+    init_work_tile_barriers(shared.work_tiles, kConsumerWarps + kLoaders);
+    init_stage_barriers(shared.k_barriers, 1, kConsumerWarps);
+    init_stage_barriers(shared.v_barriers, 1, kConsumerWarps);
+    init_stage_barriers(shared.q_barriers, 1, kWarpgroupWarps);
+    init_queue_barriers(shared.queue, 2);
     fence_init_semaphores();
 }
 
 // Producers
 
-// Loads the query boxes of each work tile as soon as its query side is known.
-__device__ void load_queries(const Params& params, SharedStorage& shared) {
-    int phases = 0;  // of the consumers' Q, a bit each
-    for (int round = 0;; ++round) {
-        const PipelineState<kWorkTiles> state(round);
-        const WorkTile<kConsumers>& work = shared.work_tiles.tiles[state.index];
-        wait(shared.work_tiles.rows_known[state.index], state.phase);
-        if (work.last) return;
-#pragma unroll 1
-        for (int i = 0; i < kConsumers; ++i) {
-            if (work.group.block[i] < 0) continue;
-            wait(shared.q_barriers.empty[i], phases >> i & 1 ^ 1);
-            // Every lane has seen the phase before the load can lead to the next one.
-            __syncwarp();
-            phases ^= 1 << i;
-            const coordinates from = params.q.at(work.batch, work.head, work.origin[i]);
-            if (laneid() == 0) load_box(shared.q[i], params.q, from, shared.q_barriers.full[i]);
-        }
-        __syncwarp();
-        arrive(shared.work_tiles.empty[state.index]);
-    }
-}
-
 __device__ __forceinline__ void produce(const Params& params, SharedStorage& shared) {
     const int warp = warpid() % kWarpgroupWarps;
-    if (warp == 0) {
-        load_tiles<Operand::kK>(params.k, params.lists, shared.work_tiles, shared.k, shared.k_barriers, shared.queue);
-    }
-    if (warp == 1) {
-        load_tiles<Operand::kV>(params.v, params.lists, shared.work_tiles, shared.v, shared.v_barriers, shared.queue);
-    }
-    if (warp == 2) load_queries(params, shared);
+    using work_tile = WorkTile<kConsumers>;
+    const auto load_k = [&](const work_tile& work, const Extent3& origin, int stage) {
+        load_box(shared.k[stage], params.k, params.k.at(work.batch, work.col_head, origin), shared.k_barriers.full[stage]);
+    };
+    const auto load_v = [&](const work_tile& work, const Extent3& origin, int stage) {
+        load_box(shared.v[stage], params.v, params.v.at(work.batch, work.col_head, origin), shared.v_barriers.full[stage]);
+    };
+    const auto load_q = [&](const work_tile& work, int i) {
+        load_box(shared.q[i], params.q, params.q.at(work.batch, work.row_head, work.origin[i]), shared.q_barriers.full[i]);
+    };
+    if (warp == 0)
+        load_tiles<Operand::kK>(params.keys, params.lists, shared.work_tiles, shared.k_barriers, shared.queue, load_k);
+    if (warp == 1)
+        load_tiles<Operand::kV>(params.keys, params.lists, shared.work_tiles, shared.v_barriers, shared.queue, load_v);
+    if (warp == 2) load_row_boxes(shared.work_tiles, shared.q_barriers, load_q);
     if (warp == 3) {
         schedule_work_tiles(params.schedule, params.queries, params.keys, params.lists, shared.scratch, shared.work_tiles);
     }
@@ -220,7 +197,7 @@ __device__ void consume(const Params& params, SharedStorage& shared, int consume
         const PipelineState<kWorkTiles> state(round);
         const WorkTile<kConsumers>& work = shared.work_tiles.tiles[state.index];
         wait(shared.work_tiles.full[state.index], state.phase);
-        if (work.last) return;
+        if (work.ends) return;
         if (work.group.block[consumer] < 0) {
             arrive(shared.work_tiles.empty[state.index]);
             continue;
@@ -250,12 +227,6 @@ extern "C" __global__ void __launch_bounds__(kThreads, 1) attend_forward(const _
     if (threadIdx.x == 0) init_barriers(shared);
     __syncthreads();
 
-    const int warpgroup_index = uniform(threadIdx.x / kWarpgroupThreads);
-    if (warpgroup_index == kConsumers) {
-        warpgroup::decrease_registers<kProducerRegisters>();
-        produce(params, shared);
-    } else {
-        warpgroup::increase_registers<kConsumerRegisters>();
-        consume(params, shared, warpgroup_index);
-    }
+    run_roles<kConsumers, kProducerRegisters, kConsumerRegisters>([&] { produce(params, shared); },
+                                                                  [&](int index) { consume(params, shared, index); });
 }

@@ -15,7 +15,7 @@ struct OutputRows {
 
     template <int kConsumers>
     __device__ __forceinline__ OutputRows(const TokenLayout& queries, int heads, const WorkTile<kConsumers>& work, int consumer)
-        : batch(work.batch), head(work.head), block(work.group.block[consumer]), bh(int64_t(batch) * heads + head),
+        : batch(work.batch), head(work.row_head), block(work.group.block[consumer]), bh(int64_t(batch) * heads + head),
           origin(work.origin[consumer]) {
         const int box = work.group.box[consumer];
         const int size = queries.sizes == nullptr ? kBoxTokens : valid_tokens_of_box(queries, block, box);

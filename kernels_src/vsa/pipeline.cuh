@@ -2,12 +2,25 @@
 #pragma once
 
 #include "kittens/semaphore.cuh"
+#include "vsa/layout.cuh"
 
 // The barriers of a ring: `full` ends a phase when the stage has been written, `empty` when it may be written again.
 template <int kStages>
 struct StageBarriers {
     kittens::semaphore full[kStages], empty[kStages];
 };
+
+template <int n>
+__device__ __forceinline__ void init_all(kittens::semaphore (&barriers)[n], int arrivals) {
+    for (kittens::semaphore& barrier : barriers) kittens::init_semaphore(barrier, arrivals);
+}
+
+// How many loads fill a stage, and how many arrivals empty it.
+template <int kStages>
+__device__ __forceinline__ void init_stage_barriers(StageBarriers<kStages>& barriers, int loads, int readers) {
+    init_all(barriers.full, loads);
+    init_all(barriers.empty, readers);
+}
 
 // Where the n-th use of a ring of N stages is: the stage, and the phase of its barriers.
 template <int N>
@@ -28,4 +41,22 @@ __device__ __forceinline__ void wait_both(kittens::semaphore& a, int phase_a, ki
 // Gives a stage back, once for each warp that has read it.
 __device__ __forceinline__ void release(kittens::semaphore& empty) {
     if (kittens::laneid() == 0) kittens::arrive(empty);
+}
+
+// Starts the load of a box of tokens.
+template <typename Tile>
+__device__ __forceinline__ void load_box(Tile& tile, const TokenTensor& tensor, kittens::coordinates from,
+                                         kittens::semaphore& full) {
+    kittens::tma::expect_bytes(full, Tile::bytes);
+#pragma unroll
+    for (int panel = 0; panel < Tile::panels; ++panel, from.x[0] += Tile::panel_cols) {
+        kittens::tma::load_async(tile.panel(panel), tensor.map, from, full);
+    }
+}
+
+// Starts the load of an array.
+template <typename T, int n>
+__device__ __forceinline__ void load_array(T (&destination)[n], const T* source, kittens::semaphore& full) {
+    kittens::tma::expect_bytes(full, sizeof(destination));
+    kittens::tma::load_async(destination, source, sizeof(destination), full);
 }

@@ -32,14 +32,16 @@ struct Schedule {
     int* next;                // the next work tile, initially the number of thread blocks
 };
 
-// A work tile: the query boxes of one group of one head. The query side is published first, so that Q loads while the list of
-// key tiles is still being built.
+// A work tile: the boxes of one group of rows of one head, and the columns of one head that they name. The side of the rows is
+// published first, so that their boxes load while the list of columns is still being built. Where rows name columns of several
+// heads, as many work tiles of the same rows follow each other.
 template <int kConsumers>
 struct WorkTile {
     QueryGroup<kConsumers> group;
-    Extent3 origin[kConsumers];  // of the query boxes
-    int batch, head, kv_head;
-    int last;  // there is no more work, and the rest is not set
+    Extent3 origin[kConsumers];  // of the boxes of the rows
+    int batch, row_head, col_head;
+    int is_first, is_last;  // of those with the same rows
+    int ends;               // there is no more work, and the rest is not set
 };
 
 // Work tiles that the scheduler has taken and the other warps have not finished.
@@ -49,6 +51,14 @@ struct WorkTileQueue {
     // `rows_known`: the query side is written. `full`: the list of key tiles is, too.
     kittens::semaphore rows_known[kWorkTiles], full[kWorkTiles], empty[kWorkTiles];
 };
+
+// `warps`: all that read work tiles.
+template <int kConsumers, int kWorkTiles>
+__device__ __forceinline__ void init_work_tile_barriers(WorkTileQueue<kConsumers, kWorkTiles>& work_tiles, int warps) {
+    init_all(work_tiles.rows_known, kittens::kWarpThreads);
+    init_all(work_tiles.full, kittens::kWarpThreads);
+    init_all(work_tiles.empty, warps * kittens::kWarpThreads);
+}
 
 // The lists of key tiles in global memory, one for each work tile that a thread block has at a time.
 template <int kConsumers>
@@ -62,29 +72,35 @@ struct TileLists {
     }
 };
 
+// The rows of a row group are first .. end in the order in which rows are dealt out.
+struct RowRange {
+    int first, end;
+};
+
+__device__ __forceinline__ int first_row_of(const HeadPartition& partition, int num_rows, int group) {
+    return min(group * partition.group_rows + min(group, partition.longer_groups), num_rows);
+}
+
 // Finds the blocks of a row group. Number n is group n / windows of window n % windows, so that the groups with the longest
 // rows of every window come first. One warp.
-template <int kConsumers, typename Index>
-__device__ __forceinline__ void find_row_group(const Index& rows, const HeadPartition& partition, int64_t first_row, int number,
+template <int kConsumers>
+__device__ __forceinline__ void find_row_group(const IndexTable& rows, const HeadPartition& partition, int head, int number,
                                                RowGroup<kConsumers>& group) {
-    const auto first_row_of = [&](int i) {
-        return min(i * partition.group_rows + min(i, partition.longer_groups), rows.num_rows);
-    };
     const int in_window = partition.windows.quotient(number), window = number - in_window * partition.windows.value;
     const int first_group = window * partition.window_groups + min(window, partition.longer_windows);
     const int end_group = first_group + partition.window_groups + (window < partition.longer_windows);
-    const int first = first_row_of(first_group), num_rows = first_row_of(end_group) - first;
-    const int begin = first_row_of(first_group + in_window) - first, end = first_row_of(first_group + in_window + 1) - first;
+    const auto start = [&](int group) { return first_row_of(partition, rows.num_rows, group); };
+    const int first = start(first_group), num_rows = start(end_group) - first;
+    const int begin = start(first_group + in_window) - first, end = start(first_group + in_window + 1) - first;
 
     // Prefetches the rows that the group has if all rows of the window are of the same length, before it is known whether they
     // are.
     const int lane = kittens::laneid(), row = begin + lane / kLanesPerRow<kConsumers>;
     const int entry = lane % kLanesPerRow<kConsumers> * kEntriesPerLine;
-    if (row < end && entry < rows.capacity(first_row + first + row))
-        kittens::prefetch(rows.row(first_row + first + row) + entry);
-    // Each lane ranks one row of the window. Lengths count as equal where exponent and upper three bits of the mantissa are.
-    const int length = lane < num_rows ? rows.length(first_row + first + lane) : 0;
-    const int length_class = lane < num_rows ? __float_as_int(float(length)) >> 20 : -1;
+    if (row < end && entry < rows.width) kittens::prefetch(rows.row(head, first + row) + entry);
+    // Each lane ranks one row of the window.
+    const int length = lane < num_rows ? rows.length(head, first + lane) : 0;
+    const int length_class = lane < num_rows ? length_class_of(length) : -1;
     const int first_class = kittens::uniform(length_class);
     int rank = lane;
     if (__builtin_expect(__any_sync(kittens::kAllLanes, length_class >= 0 && length_class != first_class), 0)) {
@@ -103,18 +119,32 @@ __device__ __forceinline__ void find_row_group(const Index& rows, const HeadPart
     __syncwarp();
 }
 
-// Sets the query side of a work tile, and how its rows are read. Returns the first row of its head. One warp.
+// The same where the order of the rows is known.
+template <int kConsumers>
+__device__ __forceinline__ void find_row_group(const IndexBits& rows, const HeadPartition& partition, int head, int number,
+                                               RowGroup<kConsumers>& group) {
+    const int lane = kittens::laneid();
+    const int row = first_row_of(partition, rows.num_rows, number) + lane;
+    if (lane < kConsumers) {
+        const bool exists = row < first_row_of(partition, rows.num_rows, number + 1);
+        group.block[lane] = exists ? rows.order[int64_t(head) * rows.num_rows + row] : -1;
+        group.length[lane] = exists;
+    }
+    __syncwarp();
+}
+
+// Sets the side of the rows of a work tile, and how its rows are read. `part` counts the heads of columns that the rows name.
+// One warp.
 template <int kConsumers, typename Index>
-__device__ __forceinline__ int64_t assign_rows(const Schedule<Index>& schedule, const TokenLayout& row_tokens, int number,
-                                               RowReaders<kConsumers>& readers, WorkTile<kConsumers>& work) {
+__device__ __forceinline__ void assign_rows(const Schedule<Index>& schedule, const TokenLayout& row_tokens, int number,
+                                            int part, RowReaders<kConsumers>& readers, WorkTile<kConsumers>& work) {
     const Divisor& boxes = row_tokens.boxes;
     const bool in_first = number < schedule.first_groups;
     const HeadPartition& partition = schedule.partitions[in_first ? 0 : 1];
     if (!in_first) number -= schedule.first_groups;
     const int of_head = partition.query_groups.quotient(number), group = number - of_head * partition.query_groups.value;
     const int bh = of_head + (in_first ? 0 : schedule.first_heads), row_group = boxes.quotient(group);
-    const int64_t first_row = int64_t(bh) * schedule.rows.num_rows;
-    find_row_group(schedule.rows, partition, first_row, row_group, readers.rows);
+    find_row_group(schedule.rows, partition, bh, row_group, readers.rows);
 
     const int lane = kittens::laneid();
     if (lane < kConsumers) {
@@ -127,10 +157,12 @@ __device__ __forceinline__ int64_t assign_rows(const Schedule<Index>& schedule, 
         work.group.box[lane] = box;
         work.origin[lane] = origin_of_box(row_tokens, max(block, 0), box);
         work.batch = schedule.heads.quotient(bh);
-        work.head = bh - work.batch * schedule.heads.value;
-        work.kv_head = schedule.kv_group.quotient(work.head);
+        work.row_head = bh - work.batch * schedule.heads.value;
+        work.col_head = schedule.kv_group.quotient(work.row_head) * schedule.rows.col_heads() + part;
+        work.is_first = part == 0;
+        work.is_last = part == schedule.rows.col_heads() - 1;
     }
-    return first_row;
+    __syncwarp();
 }
 
 // The scheduler: one warp that takes work tiles and writes their lists while the others attend the ones before. In the forward
@@ -142,21 +174,53 @@ __device__ void schedule_work_tiles(const Schedule<Index>& schedule, const Token
     // Warms the TLB for the page of the lists; the data is not needed.
     if (kittens::laneid() == 0) kittens::prefetch(lists.at(PipelineState<kWorkTiles>(0)));
     // The first work tiles are dealt out, since reading the counter takes long.
-    int number = blockIdx.x;
+    int number = blockIdx.x, part = 0;
     for (int round = 0;; ++round) {
         const PipelineState<kWorkTiles> state(round);
         WorkTile<kConsumers>& work = work_tiles.tiles[state.index];
-        const bool last = number >= schedule.num_work_tiles;
+        const bool ends = number >= schedule.num_work_tiles;
         // No __syncwarp is needed after this wait: `rows_known` and `full` complete only when all 32 lanes have arrived, so
         // that the slot cannot be released, and this phase pass, before every lane has seen it.
         kittens::wait(work_tiles.empty[state.index], state.phase ^ 1);
-        if (kittens::laneid() == 0) work.last = last;
-        const int64_t first_row = last ? 0 : assign_rows(schedule, row_tokens, number, scratch.readers, work);
+        if (kittens::laneid() == 0) work.ends = ends;
+        if (!ends) assign_rows(schedule, row_tokens, number, part, scratch.readers, work);
         __syncwarp();
         kittens::arrive(work_tiles.rows_known[state.index]);
-        if (!last) write_list(schedule.rows, col_tokens, first_row, scratch, work.group, lists.at(state));
+        if (!ends) {
+            const int head = work.batch * schedule.heads.value + work.row_head;
+            write_list(schedule.rows, col_tokens, head * schedule.rows.col_heads() + part, scratch, work.group,
+                       lists.at(state));
+        }
         kittens::arrive(work_tiles.full[state.index]);
-        if (last) return;
-        number = kittens::uniform(kittens::laneid() == 0 ? atomicAdd(schedule.next, 1) : 0);
+        if (ends) return;
+        if (++part == schedule.rows.col_heads()) {
+            part = 0;
+            number = kittens::uniform(kittens::laneid() == 0 ? atomicAdd(schedule.next, 1) : 0);
+        }
+    }
+}
+
+// Loads the boxes of the rows of each work tile as soon as they are known: `load(work, i)` does that for consumer i. Of work
+// tiles with the same rows, the first one's are kept for the others.
+template <int kConsumers, int kWorkTiles, typename Load>
+__device__ __forceinline__ void load_row_boxes(WorkTileQueue<kConsumers, kWorkTiles>& work_tiles,
+                                               StageBarriers<kConsumers>& barriers, Load load) {
+    int phases = 0;  // of the consumers' boxes, a bit each
+    for (int round = 0;; ++round) {
+        const PipelineState<kWorkTiles> state(round);
+        const WorkTile<kConsumers>& work = work_tiles.tiles[state.index];
+        kittens::wait(work_tiles.rows_known[state.index], state.phase);
+        if (work.ends) return;
+#pragma unroll 1
+        for (int i = 0; i < kConsumers; ++i) {
+            if (work.group.block[i] < 0 || !work.is_first) continue;
+            kittens::wait(barriers.empty[i], phases >> i & 1 ^ 1);
+            // Every lane has seen the phase before the load can lead to the next one.
+            __syncwarp();
+            phases ^= 1 << i;
+            if (kittens::laneid() == 0) load(work, i);
+        }
+        __syncwarp();
+        kittens::arrive(work_tiles.empty[state.index]);
     }
 }

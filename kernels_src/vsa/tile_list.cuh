@@ -36,42 +36,46 @@ template <int kConsumers>
 constexpr int kLanesPerRow = kittens::kWarpThreads / kConsumers;
 constexpr int kEntriesPerLine = 128 / sizeof(int);
 
-// A key box of a list: where it lies, which of its tokens are valid, and which consumers attend it.
+// A key box of a list: which one, which of its tokens are valid, and which consumers attend it.
 template <int kConsumers>
 struct alignas(VSA_KEY_TILE_BYTES) KeyTile {
     static constexpr int kMaskShift = 32 - kConsumers;
     static constexpr uint32_t kWhole = 0;  // every token is valid
 
-    int w, h;
-    uint32_t t_and_mask;
+    uint32_t box_and_mask;
     uint32_t valid;  // the first valid token, and the extents along t, h and w that are inside the video, a byte each
 
-    __device__ __forceinline__ int t() const { return t_and_mask & ((1u << kMaskShift) - 1); }
+    // The box, counted over the blocks of a head.
+    __device__ __forceinline__ int box() const { return box_and_mask & ((1u << kMaskShift) - 1); }
     // Bit i: consumer i attends the box.
-    __device__ __forceinline__ int consumer_mask() const { return t_and_mask >> kMaskShift; }
+    __device__ __forceinline__ int consumer_mask() const { return box_and_mask >> kMaskShift; }
     __device__ __forceinline__ bool is_empty() const {
         if (valid == kWhole) return false;
         return (valid & 255) == kBoxTokens || (valid >> 8 & 255) == 0 || (valid >> 16 & 255) == 0 || valid >> 24 == 0;
     }
+    // Where the box lies. Of a block with a size it starts so far before its row that its valid tokens come last: TMA fills
+    // what is before the row with zeros, and reads none of the tokens that are not valid, which may hold NaN.
+    __device__ __forceinline__ Extent3 origin(const TokenLayout& col_tokens) const {
+        const int block = col_tokens.boxes.quotient(box());
+        Extent3 origin = origin_of_box(col_tokens, block, box() - block * col_tokens.boxes.value);
+        if (col_tokens.sizes != nullptr) origin.w = -int(valid & 255);
+        return origin;
+    }
 
     __device__ __forceinline__ static KeyTile of(const TokenLayout& col_tokens, int block, int box, int consumer_mask) {
-        Extent3 origin = origin_of_box(col_tokens, block, box);
         Extent3 extent = col_tokens.box;
         int first = 0;
         if (col_tokens.sizes != nullptr) {
-            // The box starts so far before its row that its valid tokens come last: TMA fills what is before the row with
-            // zeros, and reads none of the tokens that are not valid, which may hold NaN.
             first = kBoxTokens - valid_tokens_of_box(col_tokens, block, box);
-            origin.w = -first;
-        } else {
-            extent = extent_of_box(col_tokens, origin);
+        } else if (col_tokens.partial) {
+            extent = extent_of_box(col_tokens, origin_of_box(col_tokens, block, box));
         }
         const bool whole =
             first == 0 && extent.t == col_tokens.box.t && extent.h == col_tokens.box.h && extent.w == col_tokens.box.w;
         const uint32_t packed = first | max(extent.t, 0) << 8 | max(extent.h, 0) << 16 | max(extent.w, 0) << 24;
         // A box that is outside along every axis packs to kWhole, and is empty.
         const uint32_t valid = whole ? kWhole : packed == kWhole ? kBoxTokens : packed;
-        return {origin.w, origin.h, uint32_t(consumer_mask) << kMaskShift | uint32_t(origin.t), valid};
+        return {uint32_t(consumer_mask) << kMaskShift | uint32_t(block * col_tokens.boxes.value + box), valid};
     }
 };
 static_assert(sizeof(KeyTile<1>) == VSA_KEY_TILE_BYTES);
@@ -109,16 +113,29 @@ __device__ __forceinline__ uint32_t boxes_of_mask(int mask, const uint32_t (&sel
     return bits;
 }
 
+// Sets the bits of those boxes of a block that are in a slice and have tokens.
+template <int kConsumers>
+__device__ __forceinline__ void select_block(const TokenLayout& col_tokens, int block, int first_box,
+                                             uint32_t (&selected)[kittens::kWarpThreads]) {
+#pragma unroll 1
+    for (int box = 0; box < col_tokens.boxes.value; ++box) {
+        const uint32_t bit = block * col_tokens.boxes.value + box - first_box;
+        if (bit >= TileListScratch<kConsumers>::kSlice ||
+            (col_tokens.partial && KeyTile<kConsumers>::of(col_tokens, block, box, 0).is_empty()))
+            continue;
+        atomicOr(&selected[bit / 32], 1u << bit % 32);
+    }
+}
+
 // Sets the bits of the boxes in a slice that the rows of a group name and that have tokens. Returns whether this lane has read
 // a column that does not exist.
-template <int kConsumers, typename Index>
-__device__ __forceinline__ bool select_boxes(const Index& rows, const TokenLayout& col_tokens,
-                                             const QueryGroup<kConsumers>& group, int64_t first_row, int first_box,
+template <int kConsumers>
+__device__ __forceinline__ bool select_boxes(const IndexTable& rows, const TokenLayout& col_tokens,
+                                             const QueryGroup<kConsumers>& group, int head, int first_box,
                                              TileListScratch<kConsumers>& scratch) {
-    using Scratch = TileListScratch<kConsumers>;
     const int lane = kittens::laneid(), i = lane / kLanesPerRow<kConsumers>;
     const int length = i < kConsumers ? scratch.readers.length[i] : 0;
-    const int* row = length > 0 ? rows.row(first_row + group.block[i]) : nullptr;
+    const int* row = length > 0 ? rows.row(head, group.block[i]) : nullptr;
     int entry = lane % kLanesPerRow<kConsumers>;
     // Entries are read one step ahead, to hide the latency of global memory.
     int next = entry < length ? row[entry] : 0;
@@ -135,16 +152,39 @@ __device__ __forceinline__ bool select_boxes(const Index& rows, const TokenLayou
             poisoned = true;
             continue;
         }
-#pragma unroll 1
-        for (int box = 0; box < col_tokens.boxes.value; ++box) {
-            const uint32_t bit = block * col_tokens.boxes.value + box - first_box;
-            if (bit >= Scratch::kSlice || (col_tokens.partial && KeyTile<kConsumers>::of(col_tokens, block, box, 0).is_empty()))
-                continue;
-            atomicOr(&scratch.selected[i][bit / 32], 1u << bit % 32);
-        }
+        select_block<kConsumers>(col_tokens, block, first_box, scratch.selected[i]);
     }
     __syncwarp();
     return poisoned;
+}
+
+// The same for rows that are bits already; their columns all exist.
+template <int kConsumers>
+__device__ __forceinline__ bool select_boxes(const IndexBits& rows, const TokenLayout& col_tokens,
+                                             const QueryGroup<kConsumers>& group, int head, int first_box,
+                                             TileListScratch<kConsumers>& scratch) {
+    const int lane = kittens::laneid(), word = col_tokens.boxes.quotient(first_box) / 32 + lane;
+    const bool is_whole = col_tokens.boxes.value == 1 && !col_tokens.partial;
+    uint32_t bits[kConsumers];
+#pragma unroll
+    for (int i = 0; i < kConsumers; ++i) {
+        bits[i] = scratch.readers.length[i] > 0 ? rows.word(head, group.block[i], word) : 0;
+        scratch.selected[i][lane] = is_whole ? bits[i] : 0;
+    }
+    __syncwarp();
+    if (!is_whole) {
+#pragma unroll 1
+        for (int i = 0; i < kConsumers; ++i) {
+#pragma unroll 1
+            for (uint32_t left = bits[i]; left != 0;) {
+                const int bit = 31 - __clz(left);
+                left ^= 1u << bit;
+                select_block<kConsumers>(col_tokens, word * 32 + bit, first_box, scratch.selected[i]);
+            }
+        }
+        __syncwarp();
+    }
+    return false;
 }
 
 // Where a box goes in a slice's part of the list. The boxes of each mask are spread evenly, so that all consumers advance at
@@ -182,11 +222,11 @@ __device__ __forceinline__ void prefix_sums(uint32_t (&x)[n]) {
 // Loops are unrolled only where that is needed: the first list of a thread block waits for every instruction to be fetched, and
 // other warps' loops need the instruction cache.
 template <int kConsumers, typename Index>
-__device__ __forceinline__ void write_list(const Index& rows, const TokenLayout& col_tokens, int64_t first_row,
+__device__ __forceinline__ void write_list(const Index& rows, const TokenLayout& col_tokens, int head,
                                            TileListScratch<kConsumers>& scratch, QueryGroup<kConsumers>& group,
                                            KeyTile<kConsumers>* tiles) {
     using Scratch = TileListScratch<kConsumers>;
-    static_assert(kConsumers >= 2 && kConsumers <= 4);
+    static_assert(kConsumers >= 1 && kConsumers <= 4);
     constexpr int kMasks = Scratch::kMasks, kFieldBits = Scratch::kFieldBits;
     const int lane = kittens::laneid();
     const int num_boxes = rows.num_cols * col_tokens.boxes.value;
@@ -198,7 +238,7 @@ __device__ __forceinline__ void write_list(const Index& rows, const TokenLayout&
     int num_tiles = 0, own_tiles = 0;
 #pragma unroll 1
     for (int first_box = 0; first_box < num_boxes; first_box += Scratch::kSlice) {
-        poisoned |= select_boxes(rows, col_tokens, group, first_row, first_box, scratch);
+        poisoned |= select_boxes(rows, col_tokens, group, head, first_box, scratch);
         uint32_t selected[kConsumers], left = 0;
 #pragma unroll
         for (int i = 0; i < kConsumers; ++i) {
@@ -257,9 +297,8 @@ __device__ __forceinline__ void write_list(const Index& rows, const TokenLayout&
     }
 
     const uint32_t poisoned_lanes = __ballot_sync(kittens::kAllLanes, poisoned);
-    const bool is_poisoned =
-        lane < kConsumers &&
-        (poisoned_lanes >> scratch.readers.reader[lane] * kLanesPerRow<kConsumers>) % (1 << kLanesPerRow<kConsumers>) != 0;
+    const bool is_poisoned = lane < kConsumers && poisoned_lanes >> scratch.readers.reader[lane] * kLanesPerRow<kConsumers> &
+                                                      kittens::kAllLanes >> (32 - kLanesPerRow<kConsumers>);
     const uint32_t poisoned_consumers = __ballot_sync(kittens::kAllLanes, is_poisoned);
     if (lane < kConsumers) group.num_tiles_of[lane] = own_tiles;
     if (lane == 0) {

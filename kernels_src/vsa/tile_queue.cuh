@@ -40,27 +40,23 @@ struct TileQueue {
 };
 
 // The first and the second operand of a tile. The loader of K is ahead, since its stages are released earlier.
-enum class Operand { kK, kV };
+enum class Operand { kK, kV, kBoth };
 
-// Starts the load of a box of tokens.
-template <typename Tile>
-__device__ __forceinline__ void load_box(Tile& tile, const TokenTensor& tensor, kittens::coordinates from,
-                                         kittens::semaphore& full) {
-    kittens::tma::expect_bytes(full, Tile::bytes);
-#pragma unroll
-    for (int panel = 0; panel < Tile::panels; ++panel, from.x[0] += Tile::panel_cols) {
-        kittens::tma::load_async(tile.panel(panel), tensor.map, from, full);
-    }
+template <typename Queue>
+__device__ __forceinline__ void init_queue_barriers(Queue& queue, int loaders) {
+    for (auto& of_consumer : queue.full) init_all(of_consumer, loaders);
 }
 
-// A loader: one warp that loads the tiles of K, or of V, of all work tiles, and issues their tickets.
-template <Operand operand, int kStages, int kConsumers, int kWorkTiles, typename Tile, typename Queue>
-__device__ void load_tiles(const TokenTensor& tensor, const TileLists<kConsumers>& lists,
-                           WorkTileQueue<kConsumers, kWorkTiles>& work_tiles, Tile (&tiles)[kStages],
-                           StageBarriers<kStages>& barriers, Queue& queue) {
+// A loader: one warp that loads the tiles of K, of V, or of both, of all work tiles, and issues their tickets. `load(work,
+// origin, stage)` starts the copy of one. Where one warp loads both operands, they share a stage, and K's half of the ticket is
+// all.
+template <Operand operand, int kStages, int kConsumers, int kWorkTiles, typename Queue, typename Load>
+__device__ __forceinline__ void load_tiles(const TokenLayout& col_tokens, const TileLists<kConsumers>& lists,
+                                           WorkTileQueue<kConsumers, kWorkTiles>& work_tiles, StageBarriers<kStages>& barriers,
+                                           Queue& queue, Load load) {
     using kittens::kAllLanes, kittens::kWarpThreads;
-    constexpr bool kIsK = operand == Operand::kK;
-    static_assert(kStages == (kIsK ? Queue::kKStages : Queue::kVStages) && kConsumers <= 4);
+    constexpr bool kHasK = operand != Operand::kV, kHasV = operand != Operand::kK;
+    static_assert((!kHasK || kStages == Queue::kKStages) && (!kHasV || kStages == Queue::kVStages) && kConsumers <= 4);
     const int lane = kittens::laneid();
     int stage = 0, phase = 0;  // of the next tile
     uint32_t issued = 0;       // tickets of each consumer so far, modulo the queue's length, a byte each
@@ -68,8 +64,7 @@ __device__ void load_tiles(const TokenTensor& tensor, const TileLists<kConsumers
         const PipelineState<kWorkTiles> state(round);
         const WorkTile<kConsumers>& work = work_tiles.tiles[state.index];
         kittens::wait(work_tiles.full[state.index], state.phase);
-        if (work.last) return;
-        const kittens::coordinates start = tensor.at(work.batch, work.kv_head, {});
+        if (work.ends) return;
         const KeyTile<kConsumers>* list = lists.at(state);
         const int num_tiles = work.group.num_tiles;
 
@@ -81,11 +76,12 @@ __device__ void load_tiles(const TokenTensor& tensor, const TileLists<kConsumers
             const KeyTile<kConsumers> later = tile_at(first + 2 * kWarpThreads + lane);
             // Each lane finds the entry of its tile in every consumer's queue, and whether the consumer's next tile is near.
             const int mask = own.consumer_mask(), next_mask = next.consumer_mask();
+            const Extent3 origin = own.origin(col_tokens);
             uint32_t entries = issued;
 #pragma unroll
             for (int i = 0; i < kConsumers; ++i) {
                 const uint32_t attended = __ballot_sync(kAllLanes, mask >> i & 1);
-                if (kIsK) {
+                if (kHasK) {
                     const uint64_t follow = __ballot_sync(kAllLanes, next_mask >> i & 1);
                     const bool has_successor = (follow << 32 | attended) >> lane & ((uint64_t(2) << Queue::kMaxLookahead) - 2);
                     entries |= uint32_t(has_successor) << (8 * i + PackedTicket::kSuccessorShift);
@@ -107,17 +103,17 @@ __device__ void load_tiles(const TokenTensor& tensor, const TileLists<kConsumers
                 if (lane == i) {
                     const int absent = kConsumers - __popc(mask);
                     if (absent > 0) kittens::arrive(empty, absent * kittens::kWarpgroupWarps);
-                    if (!kIsK) queue.valid[stage] = own.valid;
-                    load_box(tiles[stage], tensor, {{start.x[0], own.w, own.h, own.t(), start.x[4]}}, barriers.full[stage]);
+                    if (kHasV) queue.valid[stage] = own.valid;
+                    load(work, origin, stage);
                     uint8_t code = stage | phase << PackedTicket::kPhaseShift;
-                    if (kIsK) code |= (own.valid != KeyTile<kConsumers>::kWhole) << PackedTicket::kPartialShift;
+                    if (kHasK) code |= (own.valid != KeyTile<kConsumers>::kWhole) << PackedTicket::kPartialShift;
 #pragma unroll
                     for (int j = 0; j < kConsumers; ++j) {
                         if (!(mask >> j & 1)) continue;
                         const int entry = entries >> 8 * j & (Queue::kLength - 1);
                         PackedTicket& ticket = queue.tickets[j][entry];
-                        if (kIsK) ticket.k = code | (entries >> 8 * j & 1 << PackedTicket::kSuccessorShift);
-                        if (!kIsK) ticket.v = code;
+                        if (kHasK) ticket.k = code | (entries >> 8 * j & 1 << PackedTicket::kSuccessorShift);
+                        if (!kHasK) ticket.v = code;
                         kittens::arrive(queue.full[j][entry]);
                     }
                 }

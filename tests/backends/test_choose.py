@@ -90,9 +90,9 @@ def test_hopper_runs_sm90(hopper, monkeypatch, dtype, head_dim):
     assert (choice.backend, choice.engine) == ("sm90", "nvrtc")
     assert choice.reasons == {"triton": "slower than sm90", "torch": "slower than sm90"}
     by_sm90 = {operator for operator, runner in choice.runners.items() if runner == "sm90"}
-    assert by_sm90 == {"block_means", "attend"}
+    assert by_sm90 == {"block_means", "attend", "attend_backward"}
     assert set(OPERATORS) - set(choice.runners) == {"attend_tangent"}
-    assert str(choice).splitlines()[0] == "runs: sm90 (engine: nvrtc); selection: triton; backward: triton"
+    assert str(choice).splitlines()[0] == "runs: sm90 (engine: nvrtc); selection: triton"
 
     loaded = []
     monkeypatch.setattr(support.module, "load", lambda kernels, device, engine: loaded.append((device, engine)))

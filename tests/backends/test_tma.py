@@ -228,8 +228,8 @@ def test_more_blocks_than_the_kernels_take(block, most):
 def test_groups_take_as_few_rounds_as_the_longest(num_rows, heads, first_heads, group_rows, groups):
     """Of blocks of one box, on 132 multiprocessors."""
     processors = 132
-    assert schedule._row_groups(num_rows, 1, heads, processors) == (first_heads, group_rows)
-    long, short = (schedule.head_partition(num_rows, max(1, rows), 1) for rows in (group_rows, group_rows - 1))
+    assert schedule._row_groups(num_rows, 1, heads, processors, 3) == (first_heads, group_rows)
+    long, short = (schedule.head_partition(num_rows, max(1, rows), 1, 3) for rows in (group_rows, group_rows - 1))
     assert groups == first_heads * long.query_groups.value + (heads - first_heads) * short.query_groups.value
     assert -(-groups // processors) == -(-heads * -(-num_rows // 3) // processors)
 
@@ -238,7 +238,7 @@ def test_groups_take_as_few_rounds_as_the_longest(num_rows, heads, first_heads, 
 @pytest.mark.parametrize("num_rows", [1, 2, 3, 31, 128, 1000])
 @pytest.mark.parametrize("group_rows", [1, 2, 3])
 def test_every_row_is_in_a_trio_and_a_window_has_a_lane_for_each(num_rows, group_rows, boxes):
-    partition = schedule.head_partition(num_rows, group_rows if boxes == 1 else 3, boxes)
+    partition = schedule.head_partition(num_rows, group_rows if boxes == 1 else 3, boxes, 3)
     starts, windows = starts_of(partition, num_rows, boxes)
     assert starts[0] == 0
     assert starts[-1] == num_rows

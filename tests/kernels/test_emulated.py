@@ -1,7 +1,5 @@
 """The Hopper kernels on the CPU, where every run has another schedule of their threads."""
 
-import re
-import shutil
 from dataclasses import replace
 
 import pytest
@@ -11,7 +9,6 @@ from support.hopper import check_means, operands_of, problem_of
 from support.problems import Case, Inputs, steep
 
 from vsa_jit.backends.sm90 import launches
-from vsa_jit.jit.source import kernels_dir
 
 pytestmark = emulate.NEEDS_COMPILER
 
@@ -126,9 +123,9 @@ def test_a_key_block_that_does_not_exist_spoils_its_rows_only(monkeypatch, block
 # whether this one is made, so that all are compiled together.
 MISTAKES = {
     "a late lane misses that Q is free": (
-        "attend_forward.cu",
-        "wait(shared.q_barriers.empty[i], phases >> i & 1 ^ 1);\n            __syncwarp();",
-        "wait(shared.q_barriers.empty[i], phases >> i & 1 ^ 1);\n            if (!MISTAKE) __syncwarp();",
+        "scheduler.cuh",
+        "kittens::wait(barriers.empty[i], phases >> i & 1 ^ 1);\n            __syncwarp();",
+        "kittens::wait(barriers.empty[i], phases >> i & 1 ^ 1);\n            if (!MISTAKE) __syncwarp();",
     ),
     "nobody frees a stage for who has no use for it": (
         "tile_queue.cuh",
@@ -159,23 +156,22 @@ MISTAKES = {
     ),
     "rows are told before they are written": (
         "scheduler.cuh",
-        "const int64_t first_row = last ? 0 : assign_rows(",
-        "if (MISTAKE) kittens::arrive(work_tiles.rows_known[state.index]);\n"
-        "        const int64_t first_row = last ? 0 : assign_rows(",
+        "if (!ends) assign_rows(",
+        "if (MISTAKE) kittens::arrive(work_tiles.rows_known[state.index]);\n        if (!ends) assign_rows(",
         "__syncwarp();\n        kittens::arrive(work_tiles.rows_known[state.index]);",
         "__syncwarp();\n        if (!MISTAKE) kittens::arrive(work_tiles.rows_known[state.index]);",
     ),
     "a list is told before it is written": (
         "scheduler.cuh",
-        "if (!last) write_list(",
-        "if (MISTAKE) kittens::arrive(work_tiles.full[state.index]);\n        if (!last) write_list(",
-        "lists.at(state));\n        kittens::arrive(work_tiles.full[state.index]);",
-        "lists.at(state));\n        if (!MISTAKE) kittens::arrive(work_tiles.full[state.index]);",
+        "if (!ends) {",
+        "if (MISTAKE) kittens::arrive(work_tiles.full[state.index]);\n        if (!ends) {",
+        "kittens::arrive(work_tiles.full[state.index]);\n        if (ends) return;",
+        "if (!MISTAKE) kittens::arrive(work_tiles.full[state.index]);\n        if (ends) return;",
     ),
     "a ticket is told before it is written": (
         "tile_queue.cuh",
-        "if (kIsK) ticket.k = code",
-        "if (MISTAKE) kittens::arrive(queue.full[j][entry]);\n                        if (kIsK) ticket.k = code",
+        "if (kHasK) ticket.k = code",
+        "if (MISTAKE) kittens::arrive(queue.full[j][entry]);\n                        if (kHasK) ticket.k = code",
         "                        kittens::arrive(queue.full[j][entry]);\n                    }",
         "                        if (!MISTAKE) kittens::arrive(queue.full[j][entry]);\n                    }",
     ),
@@ -189,15 +185,7 @@ MISTAKES = {
 
 @pytest.fixture
 def sources_with_mistakes(tmp_path):
-    shutil.copytree(kernels_dir(), tmp_path / "src")
-    for number, (file_name, *texts) in enumerate(MISTAKES.values(), 1):
-        file = tmp_path / "src/vsa" / file_name
-        source = re.sub(r"^ *//.*\n", "", file.read_text(), flags=re.MULTILINE)
-        for text, wrong in zip(texts[::2], texts[1::2], strict=True):
-            assert source.count(text) == 1, text
-            source = source.replace(text, wrong.replace("MISTAKE", f"(mistake == {number})"))
-        file.write_text(source)
-    return tmp_path / "src"
+    return emulate.with_mistakes(MISTAKES, tmp_path)
 
 
 @pytest.mark.parametrize("name", MISTAKES)
@@ -211,14 +199,6 @@ def test_the_emulator_finds(monkeypatch, sources_with_mistakes, name):
 
     def attend(mistake):
         emulate.emulate(monkeypatch, 2, sources_with_mistakes, mistake)
-        return launches.attend(problem_of(inputs), operands_of(inputs, idx, num), False)[0]
+        return [launches.attend(problem_of(inputs), operands_of(inputs, idx, num), False)[0]]
 
-    expected = attend(0)
-    assert torch.equal(attend(0), expected)
-    for _ in range(60):
-        try:
-            if not torch.equal(attend(list(MISTAKES).index(name) + 1), expected):
-                return
-        except emulate.EmulationError:
-            return
-    pytest.fail("the emulator found nothing in 60 runs")
+    emulate.expect_to_find(attend, list(MISTAKES).index(name) + 1)

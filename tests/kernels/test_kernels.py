@@ -2,6 +2,7 @@
 more shared memory than a thread block can have."""
 
 import ctypes
+import itertools
 import re
 import subprocess
 import threading
@@ -36,28 +37,34 @@ def check_resources(log: str, kernel) -> None:
     assert "Potential Performance Loss" not in log, log
 
 
-def check_queries_stay(cubin: Path) -> None:
-    """Checks that nothing writes the registers that hold Q while a loop multiplies by them.
+# They hold left operands in registers while a loop multiplies by them.
+HOLDING = ("attend_forward", "attend_backward_q", "attend_backward_kv")
+
+
+def check_operands_stay(sass: str) -> None:
+    """Checks that nothing writes the registers that hold left operands while a loop multiplies by them.
 
     ptxas 13.0 does that to some loops: it gives the probabilities the same registers.
     """
-    tool = Path(triton.__file__).parent / "backends/nvidia/bin/nvdisasm"
-    # CuPy gives NVRTC's code without its last byte, as if it were text.
-    whole = cubin.with_suffix(".whole")
-    whole.write_bytes(cubin.read_bytes() + b"\0")
-    sass = subprocess.run([tool, whole], capture_output=True, text=True, check=True).stdout
     code = [re.sub(r"^@!?U?P\w+\s+", "", line) for line in re.findall(r"/\*[0-9a-f]{4,}\*/\s+(.*?);", sass)]
     loads = [i for i, line in enumerate(code) if line.startswith("LDSM")]
-    products = [i for i, line in enumerate(code) if line.startswith("HGMMA")]
-    held = {int(re.search(r" R(\d+)", code[i])[1]) + step for i in loads for step in range(4)}
-    taken = {int(match[1]) for i in products if (match := re.match(r"HGMMA\S+ R\d+, R(\d+),", code[i]))}
-    assert held & taken
-    # The last products that take Q end the loop.
-    last = max(i for i in products if (match := re.match(r"HGMMA\S+ R\d+, R(\d+),", code[i])) and int(match[1]) in held)
-    for line in code[loads[-1] + 1 : last]:
-        written = re.match(r"(\S+) (?:P\d, )?R(\d+)\b", line)
-        if written and not written[1].startswith(("ST", "SYNCS", "BAR", "RED", "ATOMS")):
-            assert int(written[2]) not in held, line
+    taken = {i: int(match[1]) for i, line in enumerate(code) if (match := re.match(r"HGMMA\S+ R\d+, R(\d+),", line))}
+    # Each consumer's code loads its operands first.
+    starts = [i for before, i in itertools.pairwise([0, *loads]) if any(before < product < i for product in taken)]
+    for start, end in itertools.pairwise([loads[0], *starts, len(code)]):
+        of_consumer = [i for i in loads if start <= i < end]
+        held = {int(re.search(r" R(\d+)", code[i])[1]) + step for i in of_consumer for step in range(4)}
+        # The last products that take them end the loop.
+        last = max(i for i, register in taken.items() if start < i < end and register in held)
+        for line in code[of_consumer[-1] + 1 : last]:
+            written = re.match(r"(\S+) (?:P\d, )?R(\d+)\b", line)
+            if written and not written[1].startswith(("ST", "SYNCS", "BAR", "RED", "ATOMS")):
+                assert int(written[2]) not in held, line
+
+
+def disassembled(tool: str, *arguments: object) -> str:
+    path = Path(triton.__file__).parent / "backends/nvidia/bin" / tool
+    return subprocess.run([path, *arguments], capture_output=True, text=True, check=True).stdout
 
 
 @pytest.mark.parametrize("label", KERNELS)
@@ -68,8 +75,10 @@ def test_nvrtc(label, tmp_path):
     run_worker(label, tmp_path, tmp_path / spec.artefact, threading.Event())
     assert (tmp_path / spec.artefact).read_bytes().startswith(b"\x7fELF")
     check_resources((tmp_path / "log.txt").read_text(), kernel)
-    if kernel.entry == "attend_forward":
-        check_queries_stay(tmp_path / spec.artefact)
+    if kernel.entry in HOLDING:
+        # CuPy gives NVRTC's code without its last byte, as if it were text.
+        (tmp_path / "whole").write_bytes((tmp_path / spec.artefact).read_bytes() + b"\0")
+        check_operands_stay(disassembled("nvdisasm", tmp_path / "whole"))
 
 
 @pytest.mark.parametrize("label", KERNELS)
@@ -87,6 +96,8 @@ def test_nvcc(label, tmp_path):
     run = subprocess.run(command, capture_output=True, text=True)
     assert run.returncode == 0, run.stderr
     check_resources(run.stdout + run.stderr, kernel)
+    if kernel.entry in HOLDING:
+        check_operands_stay(disassembled("cuobjdump", "--dump-sass", tmp_path / "kernel.o"))
 
 
 def with_fields_in_another_order(structure: type[ctypes.Structure], *names: str) -> type[ctypes.Structure]:
@@ -112,7 +123,7 @@ def test_a_field_that_the_host_has_elsewhere_does_not_compile(label, names, tmp_
 
 
 def test_every_dtype_and_head_dim_is_here():
-    # Of each the block means and the forward.
-    assert len(KERNELS) == 4 * 2
+    # Of each the block means, the forward, and three of the backward; two of the inverse of a map.
+    assert len(KERNELS) == 4 * 5 + 2
     assert set(DTYPES) == {torch.bfloat16, torch.float16}
     assert HEAD_DIMS == (64, 128)

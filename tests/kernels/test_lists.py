@@ -19,7 +19,7 @@ from vsa_jit.jit import module
 
 pytestmark = emulate.NEEDS_COMPILER
 
-WORK_TILE_WORDS = 24
+WORK_TILE_WORDS = 26
 # Boxes of keys that a warp looks at together.
 WINDOW = 1024
 CASES = [
@@ -52,11 +52,11 @@ class Group:
 
 
 def groups_of(
-    monkeypatch, inputs: Inputs, idx: Tensor, num: Tensor, processors: int = 2, *, csr: bool = False
+    monkeypatch, inputs: Inputs, idx: Tensor, num: Tensor, processors: int = 2, *, bits: bool = False
 ) -> tuple[list[Group], AttendForwardParams]:
     """All work tiles of a call on a GPU with so many multiprocessors, and the parameters of its launch.
 
-    ``csr``: the scheduler is given the same rows in compressed sparse form.
+    ``bits``: the scheduler is given the same rows as bits, in an order of its own.
     """
     emulate.emulate(monkeypatch, processors)
     groups, launched = [], []
@@ -73,16 +73,13 @@ def groups_of(
             of_groups.lists.length = 2 * params.lists.length
             num_work_tiles = params.schedule.num_work_tiles
             items = torch.zeros(num_work_tiles, WORK_TILE_WORDS, dtype=torch.int32)
-            tiles = torch.zeros(num_work_tiles, of_groups.lists.length, 4, dtype=torch.int32)
+            tiles = torch.zeros(num_work_tiles, of_groups.lists.length, 2, dtype=torch.int32)
             of_groups.lse, of_groups.lists.tiles = items.data_ptr(), tiles.data_ptr()
             # Nobody takes work tiles.
             of_groups.schedule.next = None
-            if csr:
-                used = torch.arange(idx.shape[-1]) < num[..., None]
-                entries, offsets = idx[used].contiguous(), torch.zeros(num.numel() + 1, dtype=torch.int64)
-                offsets[1:] = used.sum(-1).flatten().cumsum(0)
-                of_groups.schedule.rows.idx, of_groups.schedule.rows.num = entries.data_ptr(), None
-                of_groups.coarse.out_c = offsets.data_ptr()
+            if bits:
+                words, order = as_bits(idx, num, params.schedule.rows.num_cols)
+                of_groups.coarse.out_c, of_groups.coarse.gate = words.data_ptr(), order.data_ptr()
             run(1, of_groups)
             for item, tiles_of_item in zip(items.tolist(), tiles.tolist(), strict=True):
                 num_tiles, poisoned = item[9:11]
@@ -99,21 +96,32 @@ def groups_of(
     return groups, launched[0]
 
 
-def tile_of(inputs: Inputs, w: int, h: int, t_and_mask: int, valid: int) -> tuple[int, int]:
-    """The box that a tile of a list is, and who attends it. Where it lies and what of it is valid is checked."""
+def as_bits(idx: Tensor, num: Tensor, num_cols: int) -> tuple[Tensor, Tensor]:
+    """Rows as ``IndexBits`` has them, and the order in which they are dealt out: backwards."""
+    batch, heads, num_rows, width = idx.shape
+    used = torch.arange(width) < num[..., None]
+    selected = torch.zeros(batch, heads, num_rows, -(-num_cols // 32) * 32, dtype=torch.int64)
+    selected.scatter_add_(-1, torch.where(used, idx, 0).long(), used.long())
+    words = (selected.unflatten(-1, (-1, 32)) << torch.arange(32)).sum(-1).mT
+    order = torch.arange(num_rows, dtype=torch.int32).flip(0).expand(batch, heads, -1)
+    return words.to(torch.uint32).view(torch.int32).contiguous(), order.contiguous()
+
+
+def tile_of(inputs: Inputs, box_and_mask: int, valid: int) -> tuple[int, int]:
+    """The box that a tile of a list is, and who attends it. What of it is valid is checked."""
     problem = problem_of(inputs)
-    consumer_mask, t = (t_and_mask & 0xFFFFFFFF) >> 29, t_and_mask & 0x1FFFFFFF
-    assert t == 0
+    consumer_mask, box = (box_and_mask & 0xFFFFFFFF) >> 29, box_and_mask & 0x1FFFFFFF
     first, *inside = struct.unpack("4B", struct.pack("I", valid & 0xFFFFFFFF)) if valid else (0, 1, 1, BOX_TOKENS)
+    assert inside[:2] == [1, 1]
     if inputs.sizes is None:
-        assert (h, first, inside[:2]) == (0, 0, [1, 1])
-        assert inside[2] == min(BOX_TOKENS, problem.keys.length - w)
-        return w // BOX_TOKENS, consumer_mask
+        assert first == 0
+        assert inside[2] == min(BOX_TOKENS, problem.keys.length - box * BOX_TOKENS)
+        return box, consumer_mask
     boxes = problem.block // BOX_TOKENS
-    tokens = int(inputs.sizes[h // boxes]) - h % boxes * BOX_TOKENS
-    assert w == -first == -(BOX_TOKENS - min(tokens, BOX_TOKENS))
-    assert inside == [1, 1, BOX_TOKENS]
-    return h, consumer_mask
+    tokens = int(inputs.sizes[box // boxes]) - box % boxes * BOX_TOKENS
+    assert first == BOX_TOKENS - min(tokens, BOX_TOKENS)
+    assert inside[2] == BOX_TOKENS
+    return box, consumer_mask
 
 
 def boxes_with_tokens(inputs: Inputs, blocks: set[int]) -> set[int]:
@@ -142,7 +150,7 @@ def evenly_spread(tiles: list[tuple[int, int]]) -> list[int]:
     return [kind for _, kind in sorted(places)]
 
 
-def check(inputs: Inputs, idx: Tensor, num: Tensor, groups: list[Group], params: AttendForwardParams) -> None:
+def check_lists(inputs: Inputs, idx: Tensor, num: Tensor, groups: list[Group]) -> None:
     problem = problem_of(inputs)
     boxes, heads = problem.block // BOX_TOKENS, problem.batch * problem.queries.heads
     idx, lengths = idx.flatten(0, 1), num.clamp(0, idx.shape[-1]).flatten(0, 1)
@@ -183,6 +191,12 @@ def check(inputs: Inputs, idx: Tensor, num: Tensor, groups: list[Group], params:
                 of_kind = [box for box, members in of_window if members == kind]
                 assert of_kind == sorted(of_kind)
 
+
+def check(inputs: Inputs, idx: Tensor, num: Tensor, groups: list[Group], params: AttendForwardParams) -> None:
+    check_lists(inputs, idx, num, groups)
+    problem = problem_of(inputs)
+    boxes, heads = problem.block // BOX_TOKENS, problem.batch * problem.queries.heads
+    lengths = num.clamp(0, idx.shape[-1]).flatten(0, 1)
     for head in range(heads):
         partition = params.schedule.partitions[0 if head < params.schedule.first_heads else 1]
         starts, windows = starts_of(partition, problem.queries.num_blocks, boxes)
@@ -203,14 +217,22 @@ def test_uneven_rows(monkeypatch, case):
     check(inputs, idx, num, *groups_of(monkeypatch, inputs, idx, num))
 
 
-@pytest.mark.parametrize("case", [CASES[0], CASES[2], CASES[-1]], ids=lambda case: case.name)
-def test_compressed_sparse_rows(monkeypatch, case):
-    """What the inverse of a map is: the same rows have the same lists."""
+@pytest.mark.parametrize("case", [CASES[0], CASES[2], CASES[4], CASES[5]], ids=lambda case: case.name)
+def test_rows_as_bits(monkeypatch, case):
+    """What the inverse of a map is: the same rows have the same lists, in the order in which they are dealt out."""
     inputs = Inputs(replace(case, head_dim=64), "cpu", torch.bfloat16)
     idx, num, _ = inputs.uneven_indices()
-    groups, params = groups_of(monkeypatch, inputs, idx, num, csr=True)
-    check(inputs, idx, num, groups, params)
-    assert groups == groups_of(monkeypatch, inputs, idx, num)[0]
+    boxes, num_rows = problem_of(inputs).block // BOX_TOKENS, inputs.num_q_blocks
+    groups, params = groups_of(monkeypatch, inputs, idx, num, bits=True)
+    check_lists(inputs, idx, num, groups)
+    partition = params.schedule.partitions[0]
+    starts, _ = starts_of(partition, num_rows, boxes)
+    for head in range(case.batch * case.heads):
+        of_head = [group for group in groups if group.head == head]
+        for row_group, (start, end) in enumerate(itertools.pairwise(starts)):
+            members = [b for group in of_head[row_group * boxes : (row_group + 1) * boxes] for b in group.q_block]
+            rows = [num_rows - 1 - row for row in range(start, end) for _ in range(boxes)]
+            assert [block for block in members if block >= 0] == rows
 
 
 @pytest.mark.parametrize(("case", "processors"), CUT_TWICE, ids=[case.name for case, _ in CUT_TWICE])

@@ -7,17 +7,19 @@ import fcntl
 import functools
 import hashlib
 import os
+import re
 import shutil
 import struct
 import subprocess
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import torch
+from torch import Tensor
 
-from vsa_jit.backends.sm90 import launches, structs, tma
+from vsa_jit.backends.sm90 import backward, launches, tma
 from vsa_jit.jit import driver, module
 from vsa_jit.jit.driver import SWIZZLE_128B, TensorMap
 from vsa_jit.jit.kernel import Kernel
@@ -100,7 +102,7 @@ def launcher(kernel: Kernel, device: int, sources: Path | None = None, mistake: 
         error = compiled.run(blocks, kernel.threads, int(torch.randint(2**62, ())), address)
         if error is not None:
             raise EmulationError(f"{kernel.label}: {error.decode()}")
-        if isinstance(params, structs.AttendForwardParams) and params.schedule.next:
+        if hasattr(params, "schedule") and params.schedule.next:
             # Every thread block has a work tile at first, and takes others until there are no more.
             assert ctypes.c_int.from_address(params.schedule.next).value == blocks + params.schedule.num_work_tiles
 
@@ -135,8 +137,47 @@ def emulate(monkeypatch: pytest.MonkeyPatch, processors: int, sources: Path | No
     # What is kept of earlier launches knows their launcher.
     launches._attend_launch.cache_clear()
     launches._block_means_launch.cache_clear()
+    backward._backward_q_launch.cache_clear()
+    backward._backward_kv_launch.cache_clear()
     monkeypatch.setattr(module, "launcher", functools.partial(launcher, sources=sources, mistake=mistake))
     monkeypatch.setattr(driver, "fill", fill)
     monkeypatch.setattr(tma, "encode_tensor_map", encode_tensor_map)
     properties = SimpleNamespace(multi_processor_count=processors)
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: properties)
+
+
+def with_mistakes(mistakes: Mapping[str, Sequence[str]], folder: Path) -> Path:
+    """A copy of the sources with planted errors, all compiled together and activated by their number, from 1 on.
+
+    Args:
+        mistakes: under their names, a file of ``vsa``, and texts of it without its comments, each with what takes its
+            place. ``MISTAKE`` there says whether the error is made.
+    """
+    sources = folder / "src"
+    shutil.copytree(kernels_dir(), sources)
+    for number, (file_name, *texts) in enumerate(mistakes.values(), 1):
+        file = sources / "vsa" / file_name
+        source = re.sub(r"^ *//.*\n", "", file.read_text(), flags=re.MULTILINE)
+        for text, wrong in zip(texts[::2], texts[1::2], strict=True):
+            assert source.count(text) == 1, text
+            source = source.replace(text, wrong.replace("MISTAKE", f"(mistake == {number})"))
+        file.write_text(source)
+    return sources
+
+
+def expect_to_find(run: Callable[[int], Sequence[Tensor]], mistake: int) -> None:
+    """Fails unless an error shows in some runs: ``run`` takes its number, or 0 for none, and returns what is
+    computed."""
+
+    def same(xs: Sequence[Tensor], ys: Sequence[Tensor]) -> bool:
+        return all(torch.equal(x, y) for x, y in zip(xs, ys, strict=True))
+
+    expected = run(0)
+    assert same(run(0), expected)
+    for _ in range(60):
+        try:
+            if not same(run(mistake), expected):
+                return
+        except EmulationError:
+            return
+    pytest.fail("the emulator found nothing in 60 runs")

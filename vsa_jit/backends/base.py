@@ -17,12 +17,13 @@ from torch import Tensor
 
 from vsa_jit.problem import Gradients, Operands, Problem, Side
 
-# The operators of ``vsa_jit.ops``, by the part of a call that they are; and those of forward mode.
+# The operators of ``vsa_jit.ops``, by the part of a call that they are; and those of forward mode. Gradients of block
+# means count as selection, which is what they come from.
 STAGES = {
     "pooling": ("block_means",),
-    "selection": ("coarse_attend", "map_to_indices"),
+    "selection": ("coarse_attend", "map_to_indices", "coarse_attend_backward", "block_mean_backward"),
     "attention": ("attend",),
-    "backward": ("block_mean_backward", "coarse_attend_backward", "attend_backward"),
+    "backward": ("attend_backward",),
 }
 TANGENTS = ("coarse_attend_tangent", "attend_tangent")
 OPERATORS = (*itertools.chain(*STAGES.values()), *TANGENTS)
@@ -183,6 +184,6 @@ class Backend(Protocol):
     @property
     def transpose_index(self) -> Callable[[Tensor, Tensor, int], object] | None:
         """The query blocks of each key block, which ``attend_backward`` makes for dk and dv from ``(q2k_idx, q2k_num,
-        n_k)``; None where it takes all gradients in one pass over the map. A name of the module ``launches`` like the
-        functions above. The benchmark times it by itself."""
+        n_k)``, in a form of the backend's own; None where it takes all gradients in one pass over the map. A name of
+        the module ``launches`` like the functions above. The benchmark times it by itself."""
         ...

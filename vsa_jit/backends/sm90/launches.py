@@ -3,34 +3,21 @@
 from __future__ import annotations
 
 import functools
-import math
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from vsa_jit.backends.sm90 import specialise
-from vsa_jit.backends.sm90.layout import SizesRef, View, sizes_ref, token_layout, view_of
+from vsa_jit.backends.sm90.backward import attend_backward, transpose_index
+from vsa_jit.backends.sm90.launch import LOG2E, Launch, SideView, token_strides
+from vsa_jit.backends.sm90.layout import SizesRef, sizes_ref, token_layout, view_of
 from vsa_jit.backends.sm90.schedule import max_list_length, schedule_of
-from vsa_jit.backends.sm90.structs import KEY_TILE_BYTES, WORK_TILES, AttendForwardParams, BlockMeansParams, TileLists
+from vsa_jit.backends.sm90.structs import CONSUMERS, AttendForwardParams, BlockMeansParams, TileLists
 from vsa_jit.backends.sm90.tma import TensorRef, tensor_ref, token_tensor
-from vsa_jit.jit import driver, module
-from vsa_jit.problem import Operands, Problem, Side, axes, empty_like
+from vsa_jit.jit import module
+from vsa_jit.problem import Operands, Problem, axes, empty_like
 
-LOG2E = math.log2(math.e)
-# What TMA writes with a swizzle of 128 bytes: channels at a time.
-PANEL_CHANNELS = 64
-# The counter of work tiles lies behind the lists.
-COUNTER_BYTES = 4
-
-
-class _Launch(NamedTuple):
-    """All of a launch but the addresses that every call has anew."""
-
-    params: AttendForwardParams | BlockMeansParams
-    blocks: int
-    launcher: driver.Launcher
-    list_bytes: int = 0
+__all__ = ["attend", "attend_backward", "block_means", "transpose_index"]
 
 
 def block_means(
@@ -60,10 +47,10 @@ def _block_means_launch(
     v: TensorRef | None,
     q_sizes: SizesRef | None,
     kv_sizes: SizesRef | None,
-) -> _Launch:
+) -> Launch:
     params = BlockMeansParams()
     sides = (problem.queries, problem.keys, problem.keys)
-    views = _views(problem, kv_sizes)
+    views = view_of(problem.queries), view_of(problem.keys, padded=kv_sizes is not None)
     for operand, tensor, side, view in zip(params.operands, (q, k, v), sides, (*views, views[1]), strict=True):
         if tensor is not None:
             operand.tensor = token_tensor(problem, side, view, dtype, device, tensor, problem.head_dim)
@@ -75,12 +62,7 @@ def _block_means_launch(
     _, strides = q
     params.heads_first = strides[head_axis] < strides[token_axis]
     blocks = sum(operand.num_items for operand in params.operands)
-    return _Launch(params, blocks, module.launcher(specialise.block_means(dtype, problem.head_dim), device))
-
-
-def _views(problem: Problem, kv_sizes: SizesRef | None) -> tuple[View, View]:
-    """Queries and keys as TMA sees them."""
-    return view_of(problem.queries), view_of(problem.keys, padded=kv_sizes is not None)
+    return Launch(params, blocks, module.launcher(specialise.block_means(dtype, problem.head_dim), device))
 
 
 def attend(problem: Problem, operands: Operands, keep_out_s: bool) -> tuple[Tensor, Tensor, Tensor | None]:
@@ -89,12 +71,11 @@ def attend(problem: Problem, operands: Operands, keep_out_s: bool) -> tuple[Tens
     out_s = empty_like(q) if keep_out_s else None
     lse = q.new_empty((problem.batch, problem.queries.heads, problem.queries.length), dtype=torch.float32)
     q2k_idx, q2k_num = q2k_idx.contiguous(), q2k_num.contiguous()
-    device = q.get_device()
     # Spelt out, which is quicker than a map: every call passes here.
     launch = _attend_launch(
         problem,
         q.dtype,
-        device,
+        q.get_device(),
         q2k_idx.shape[-1],
         tensor_ref(q),
         tensor_ref(k),
@@ -103,11 +84,8 @@ def attend(problem: Problem, operands: Operands, keep_out_s: bool) -> tuple[Tens
         sizes_ref(q_sizes),
         sizes_ref(kv_sizes),
     )
-    lists = q.new_empty(launch.list_bytes + COUNTER_BYTES, dtype=torch.uint8)
     params = AttendForwardParams.from_buffer_copy(launch.params)
-    schedule, rows = params.schedule, params.schedule.rows
-    params.lists.tiles = lists.data_ptr()
-    schedule.next = counter = lists.data_ptr() + launch.list_bytes
+    rows = params.schedule.rows
     rows.idx, rows.num = q2k_idx.data_ptr(), q2k_num.data_ptr()
     params.out, params.lse = out.data_ptr(), lse.data_ptr()
     if out_s is not None:
@@ -119,9 +97,7 @@ def attend(problem: Problem, operands: Operands, keep_out_s: bool) -> tuple[Tens
             gate = gate if gate.dtype in (q.dtype, torch.float32) else gate.float()
             coarse.gate, coarse.gate_is_fp32 = gate.data_ptr(), gate.dtype == torch.float32
             coarse.gate_strides[:] = [gate.stride(axis) for axis in axes(problem.queries.layout)]
-    # Every thread block has its first work tile already.
-    driver.fill(device, counter, launch.blocks)
-    launch.launcher(launch.blocks, params)
+    launch.run_work_tiles(params, q)
     return out, lse, out_s
 
 
@@ -137,28 +113,20 @@ def _attend_launch(
     out_strides: tuple[int, ...],
     q_sizes: SizesRef | None,
     kv_sizes: SizesRef | None,
-) -> _Launch:
-    queries, keys = problem.queries, problem.keys
-    q_view, kv_view = _views(problem, kv_sizes)
-    processors = torch.cuda.get_device_properties(device).multi_processor_count
-    schedule = schedule_of(problem, width, processors)
-    blocks = min(processors, schedule.num_work_tiles)
-    list_length = max_list_length(problem, width)
-
-    def tiles_of(tensor: TensorRef, side: Side, view: View):
-        return token_tensor(problem, side, view, dtype, device, tensor, PANEL_CHANNELS, driver.SWIZZLE_128B)
-
+) -> Launch:
+    queries = SideView(problem, problem.queries, q_sizes, padded=False)
+    keys = SideView(problem, problem.keys, kv_sizes, padded=kv_sizes is not None)
     params = AttendForwardParams(
-        q=tiles_of(q, queries, q_view),
-        k=tiles_of(k, keys, kv_view),
-        v=tiles_of(v, keys, kv_view),
-        queries=token_layout(queries, q_view, q_sizes),
-        keys=token_layout(keys, kv_view, kv_sizes),
-        schedule=schedule,
-        lists=TileLists(length=list_length),
-        q_len=queries.length,
+        q=queries.tiles_of(q, dtype, device),
+        k=keys.tiles_of(k, dtype, device),
+        v=keys.tiles_of(v, dtype, device),
+        queries=queries.layout(),
+        keys=keys.layout(),
+        schedule=schedule_of(problem, width, device, CONSUMERS),
+        lists=TileLists(length=max_list_length(queries.side, keys.side, width, CONSUMERS)),
+        q_len=queries.side.length,
         scale_log2=problem.softmax_scale * LOG2E,
     )
-    params.out_strides[:] = [out_strides[axis] for axis in axes(queries.layout)[:3]]
+    params.out_strides[:] = token_strides(out_strides, queries.side)
     launcher = module.launcher(specialise.attend_forward(dtype, problem.head_dim), device)
-    return _Launch(params, blocks, launcher, blocks * WORK_TILES * list_length * KEY_TILE_BYTES)
+    return Launch.of_work_tiles(params, launcher, device)

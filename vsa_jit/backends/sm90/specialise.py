@@ -21,13 +21,23 @@ WARPGROUP_THREADS = 128
 MAX_SHARED_MEMORY = 227 * 1024
 # Of the forward beside its tiles: barriers, queues, and what the scheduler needs. A multiple of the tiles' alignment.
 FORWARD_SMEM_BESIDE_TILES = 3 * 1024
+# Consumers of the pass for dq.
+Q_CONSUMERS = 2
+# Of the pass for dk and dv beside its tiles: also Pᵀ of two tiles on its way between warpgroups.
+KV_SMEM_BESIDE_TILES = 2 * 8 * 1024 + 3 * 1024
+# So many stages the queue of tickets can tell apart.
+MAX_QUEUED_STAGES = 14
+# Key blocks whose inverse a thread block makes at a time.
+INVERSE_SLICE = 8192
+FLOAT_BYTES = 4
 # Of the block means beside the box: the barrier, and what aligns the structure.
 MEANS_SMEM_BESIDE_BOX = 128
 
 
 def kernels_of(dtype: torch.dtype, head_dim: int) -> list[Kernel]:
     """All kernels that such calls may launch, whatever the size of their blocks. They are made ready together."""
-    return [block_means(dtype, head_dim), attend_forward(dtype, head_dim)]
+    of_kind = (block_means, attend_forward, prepare_backward, attend_backward_q, attend_backward_kv)
+    return [*(kernel(dtype, head_dim) for kernel in of_kind), invert_map(), order_rows()]
 
 
 def _defines(dtype: torch.dtype, head_dim: int, **others: int) -> tuple[tuple[str, str], ...]:
@@ -74,4 +84,90 @@ def attend_forward(dtype: torch.dtype, head_dim: int) -> Kernel:
         params=structs.AttendForwardParams,
         threads=(structs.CONSUMERS + 1) * WARPGROUP_THREADS,
         smem_bytes=(stages + structs.CONSUMERS) * box_bytes + FORWARD_SMEM_BESIDE_TILES,
+    )
+
+
+@functools.cache
+def prepare_backward(dtype: torch.dtype, head_dim: int) -> Kernel:
+    return Kernel(
+        source="vsa/prepare_backward.cu",
+        entry="prepare_backward",
+        label=f"backward's preparation {LABELS[dtype]} D={head_dim}",
+        defines=_defines(dtype, head_dim, VSA_KEY_TILE_BYTES=structs.KEY_TILE_BYTES),
+        params=structs.PrepareBackwardParams,
+        threads=WARPGROUP_THREADS,
+        smem_bytes=WARPGROUP_THREADS // WARP_THREADS * head_dim * FLOAT_BYTES,
+    )
+
+
+@functools.cache
+def invert_map() -> Kernel:
+    return Kernel(
+        source="vsa/invert_map.cu",
+        entry="invert_map",
+        label="inverse of a map",
+        defines=(("VSA_SLICE", str(INVERSE_SLICE)),),
+        params=structs.InvertMapParams,
+        threads=256,
+        smem_bytes=INVERSE_SLICE * FLOAT_BYTES,
+    )
+
+
+@functools.cache
+def order_rows() -> Kernel:
+    return Kernel(
+        source="vsa/order_rows.cu",
+        entry="order_rows",
+        label="order of an inverse's rows",
+        defines=(),
+        params=structs.OrderRowsParams,
+        threads=1024,
+        smem_bytes=2 * 256 * FLOAT_BYTES,
+    )
+
+
+@functools.cache
+def attend_backward_q(dtype: torch.dtype, head_dim: int) -> Kernel:
+    # Q and dO of every consumer, and K and V in each stage.
+    boxes = (MAX_SHARED_MEMORY - FORWARD_SMEM_BESIDE_TILES) // _box_bytes(dtype, head_dim)
+    stages = min(boxes // 2 - Q_CONSUMERS, MAX_QUEUED_STAGES)
+    return Kernel(
+        source="vsa/attend_backward_q.cu",
+        entry="attend_backward_q",
+        label=f"backward of q {LABELS[dtype]} D={head_dim}",
+        defines=_defines(
+            dtype,
+            head_dim,
+            VSA_CONSUMERS=Q_CONSUMERS,
+            VSA_WORK_TILES=structs.WORK_TILES,
+            VSA_KEY_TILE_BYTES=structs.KEY_TILE_BYTES,
+            VSA_STAGES=stages,
+        ),
+        params=structs.AttendBackwardQParams,
+        threads=(Q_CONSUMERS + 1) * WARPGROUP_THREADS,
+        smem_bytes=2 * (stages + Q_CONSUMERS) * _box_bytes(dtype, head_dim) + FORWARD_SMEM_BESIDE_TILES,
+    )
+
+
+@functools.cache
+def attend_backward_kv(dtype: torch.dtype, head_dim: int) -> Kernel:
+    box_bytes = _box_bytes(dtype, head_dim)
+    # Q and dO in each stage, with two numbers in fp32 for each query.
+    stage_bytes = 2 * (box_bytes + structs.BOX_TOKENS * FLOAT_BYTES)
+    beside_stages = 2 * box_bytes + KV_SMEM_BESIDE_TILES
+    stages = min((MAX_SHARED_MEMORY - beside_stages) // stage_bytes, MAX_QUEUED_STAGES)
+    return Kernel(
+        source="vsa/attend_backward_kv.cu",
+        entry="attend_backward_kv",
+        label=f"backward of k and v {LABELS[dtype]} D={head_dim}",
+        defines=_defines(
+            dtype,
+            head_dim,
+            VSA_WORK_TILES=structs.WORK_TILES,
+            VSA_KEY_TILE_BYTES=structs.KEY_TILE_BYTES,
+            VSA_STAGES=stages,
+        ),
+        params=structs.AttendBackwardKvParams,
+        threads=3 * WARPGROUP_THREADS,
+        smem_bytes=stages * stage_bytes + beside_stages,
     )

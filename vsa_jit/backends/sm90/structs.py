@@ -18,7 +18,7 @@ CONSUMERS = 3
 # Work tiles that a thread block has at a time: one is attended while the next one's list is written.
 WORK_TILES = 2
 # Of a key tile in a list.
-KEY_TILE_BYTES = 16
+KEY_TILE_BYTES = 8
 
 
 class Extent3(ctypes.Structure):
@@ -74,6 +74,17 @@ class IndexTable(ctypes.Structure):
     )
 
 
+class IndexBits(ctypes.Structure):
+    _fields_ = (
+        ("bits", ctypes.c_void_p),
+        ("order", ctypes.c_void_p),
+        ("num_words", ctypes.c_int),
+        ("num_rows", ctypes.c_int),
+        ("num_cols", ctypes.c_int),
+        ("group", ctypes.c_int),
+    )
+
+
 class HeadPartition(ctypes.Structure):
     _fields_ = (
         ("query_groups", Divisor),
@@ -85,9 +96,9 @@ class HeadPartition(ctypes.Structure):
     )
 
 
-class Schedule(ctypes.Structure):
-    _fields_ = (
-        ("rows", IndexTable),
+def _schedule_of(index: type[ctypes.Structure]) -> tuple:
+    return (
+        ("rows", index),
         ("partitions", HeadPartition * 2),
         ("first_heads", ctypes.c_int),
         ("first_groups", ctypes.c_int),
@@ -96,6 +107,18 @@ class Schedule(ctypes.Structure):
         ("kv_group", Divisor),
         ("next", ctypes.c_void_p),
     )
+
+
+class Schedule(ctypes.Structure):
+    """``Schedule<IndexTable>``."""
+
+    _fields_ = _schedule_of(IndexTable)
+
+
+class InverseSchedule(ctypes.Structure):
+    """``Schedule<IndexBits>``."""
+
+    _fields_ = _schedule_of(IndexBits)
 
 
 class TileLists(ctypes.Structure):
@@ -156,3 +179,81 @@ class BlockMeansParams(ctypes.Structure):
         ("heads_first", ctypes.c_int),
         ("padding", ctypes.c_uint8 * 12),
     )
+
+
+class AttendBackwardQParams(ctypes.Structure):
+    """``Params`` of ``attend_backward_q.cu``."""
+
+    _fields_ = (
+        ("q", TokenTensor),
+        ("k", TokenTensor),
+        ("v", TokenTensor),
+        ("dout", TokenTensor),
+        ("dq", ctypes.c_void_p),
+        ("dq_strides", ctypes.c_int64 * 3),
+        ("queries", TokenLayout),
+        ("keys", TokenLayout),
+        ("schedule", Schedule),
+        ("lists", TileLists),
+        ("statistics", ctypes.c_void_p),
+        ("scale", ctypes.c_float),
+        ("scale_log2", ctypes.c_float),
+        ("padding", ctypes.c_uint8 * 48),
+    )
+
+
+class AttendBackwardKvParams(ctypes.Structure):
+    """``Params`` of ``attend_backward_kv.cu``."""
+
+    _fields_ = (
+        ("q", TokenTensor),
+        ("k", TokenTensor),
+        ("v", TokenTensor),
+        ("dout", TokenTensor),
+        ("dk", ctypes.c_void_p),
+        ("dv", ctypes.c_void_p),
+        ("dk_strides", ctypes.c_int64 * 3),
+        ("dv_strides", ctypes.c_int64 * 3),
+        ("queries", TokenLayout),
+        ("keys", TokenLayout),
+        ("schedule", InverseSchedule),
+        ("lists", TileLists),
+        ("statistics", ctypes.c_void_p),
+        ("scale", ctypes.c_float),
+        ("scale_log2", ctypes.c_float),
+        ("padding", ctypes.c_uint8 * 16),
+    )
+
+
+class PrepareBackwardParams(ctypes.Structure):
+    """``Params`` of ``prepare_backward.cu``."""
+
+    _fields_ = (
+        ("dout", ctypes.c_void_p),
+        ("out_s", ctypes.c_void_p),
+        ("dout_strides", ctypes.c_int64 * 3),
+        ("out_s_strides", ctypes.c_int64 * 3),
+        ("lse", ctypes.c_void_p),
+        ("dlse", ctypes.c_void_p),
+        ("statistics", ctypes.c_void_p),
+        ("coarse", CoarseOutput),
+        ("dgate", ctypes.c_void_p),
+        ("dgate_strides", ctypes.c_int64 * 3),
+        ("dout_c", ctypes.c_void_p),
+        ("queries", TokenLayout),
+        ("heads", ctypes.c_int),
+        ("num_blocks", ctypes.c_int),
+        ("q_len", ctypes.c_int),
+    )
+
+
+class InvertMapParams(ctypes.Structure):
+    """``Params`` of ``invert_map.cu``."""
+
+    _fields_ = (("rows", IndexTable), ("bits", ctypes.c_void_p), ("num_words", ctypes.c_int))
+
+
+class OrderRowsParams(ctypes.Structure):
+    """``Params`` of ``order_rows.cu``."""
+
+    _fields_ = (("rows", IndexBits), ("order", ctypes.c_void_p), ("classes", ctypes.c_void_p))

@@ -20,7 +20,7 @@ from vsa_jit.problem import Problem, bhsd
 
 CAPABILITY = (9, 0)
 # What has no CUDA kernel yet, Triton's kernels do.
-RUNNERS = {**triton.RUNNERS, "block_means": "sm90", "attend": "sm90"}
+RUNNERS = {**triton.RUNNERS, "block_means": "sm90", "attend": "sm90", "attend_backward": "sm90"}
 
 
 def prepare(problem: Problem, device: torch.device, dtype: torch.dtype, engine: str) -> None:

@@ -67,5 +67,14 @@ inline void load_async(void* destination, const tensor_map& map, const coordinat
     });
 }
 
+inline void load_async(void* destination, const void* source, int bytes, semaphore& sem) {
+    if (__cvta_generic_to_shared(destination) % kWordBytes != 0 || reinterpret_cast<uintptr_t>(source) % kWordBytes != 0)
+        emulator::fail("a copy from or to an address that is not aligned");
+    emulator::loads.push_back([=, &sem] {
+        std::memcpy(destination, source, bytes);
+        add_bytes(sem, -bytes);
+    });
+}
+
 }  // namespace tma
 }  // namespace kittens

@@ -91,11 +91,11 @@ float value_in(const std::vector<Product*>& lanes, int row, int col) {
 
 template <typename T, int N, int K, int in_registers>
 void run_mm_ABt(const std::vector<Product*>& lanes, int warp) {
-    const auto& a_shared = *static_cast<const st<T, 64, K>*>(lanes[0]->a_shared);
+    const auto* a_shared = static_cast<const st<T, 64, K>*>(lanes[0]->a_shared);
     const auto& b = *static_cast<const st<T, N, K>*>(lanes[0]->b);
     static float d[16][N], a[16][K], row_of_b[K], transposed_b[K][N];
     for (int row = 0; row < 16; ++row) {
-        if (in_registers < K) read_row(a_shared, warp * 16 + row, a[row]);
+        if (in_registers < K) read_row(*a_shared, warp * 16 + row, a[row]);
         for (int k = 0; k < in_registers; ++k) a[row][k] = value_in<T>(lanes, row, k);
     }
     for (int n = 0; n < N; ++n) {
@@ -136,6 +136,13 @@ void mm_ABt(rt_fl<16, N>& d, const rt<T, 16, in_registers>& a, const st<T, 64, K
     take_step('s');
     emulator::self().products.push_back(
         {run_mm_ABt<T, N, K, in_registers>, d.data, a.data, &a_shared, &b[stage], emulator::self().product_group});
+}
+
+template <typename T, int N, int K, int stages>
+void mm_ABt(rt_fl<16, N>& d, const rt<T, 16, K>& a, const st<T, N, K> (&b)[stages], int stage) {
+    take_step('s');
+    emulator::self().products.push_back(
+        {run_mm_ABt<T, N, K, K>, d.data, a.data, nullptr, &b[stage], emulator::self().product_group});
 }
 
 template <typename T, int N, int K, int stages>

@@ -1,0 +1,310 @@
+// The second pass of the backward: dK and dV of every key block, from the queries of the query blocks that selected it.
+//
+//   Pᵀ = exp(scale K Qᵀ − lse),   dSᵀ = Pᵀ ∘ (V dOᵀ − delta),   dV = Pᵀ dO,   dK = scale dSᵀ Q
+//
+// Rows are key blocks and columns are query blocks: the scheduler takes the inverse of the map. Scores are computed transposed,
+// keys by queries, so that Pᵀ and dSᵀ are left operands in registers.
+//
+// Two warpgroups share each tile, two products each: the first computes Pᵀ and accumulates dV, the second computes V dOᵀ, takes
+// Pᵀ through shared memory, and accumulates dK. K and V are left operands in registers, too: with either in shared memory, the
+// products would need all of its bandwidth.
+//
+// Specialised at compile time: VSA_DTYPE (bf16, half), VSA_HEAD_DIM (64, 128), VSA_WORK_TILES and VSA_STAGES.
+#include "vsa/backward.cuh"
+#include "vsa/params.cuh"
+#include "vsa/roles.cuh"
+
+using namespace kittens;
+
+namespace {
+
+using element = VSA_DTYPE;
+constexpr int kHeadDim = VSA_HEAD_DIM;
+constexpr int kWorkTiles = VSA_WORK_TILES;
+constexpr int kStages = VSA_STAGES;
+constexpr int kConsumers = 2;
+constexpr int kThreads = (kConsumers + 1) * kWarpgroupThreads;
+constexpr int kConsumerWarps = kConsumers * kWarpgroupWarps;
+constexpr int kLoaders = 2;  // of queries, and of key boxes
+
+constexpr int kProducerRegisters = 72;
+constexpr int kConsumerRegisters = 216;
+
+using box_tile = st<element, kBoxTokens, kHeadDim>;
+using k_fragment = rt<element, 16, kHeadDim>;
+using s_fragment = rt_fl<16, kBoxTokens>;
+using p_fragment = rt<element, 16, kBoxTokens>;
+using dk_fragment = rt_fl<16, kHeadDim>;
+
+struct Params {
+    TokenTensor q, k, v, dout;
+    element *dk, *dv;
+    int64_t dk_strides[3], dv_strides[3];  // batches, heads, tokens
+    TokenLayout queries, keys;
+    Schedule<IndexBits> schedule;
+    TileLists<1> lists;
+    const RowStatistics* statistics;
+    float scale, scale_log2;
+};
+VSA_CHECK_PARAMS;
+
+// Pᵀ on its way from a warp of the first warpgroup to the same warp of the second: a lane writes what the same lane reads.
+struct Exchange {
+    static constexpr int kBuffers = 2;
+    static constexpr int kWords = sizeof(p_fragment) / sizeof(uint4);
+    uint4 words[kBuffers][kWords][kWarpgroupThreads];
+    semaphore full[kBuffers][kWarpgroupWarps], empty[kBuffers][kWarpgroupWarps];
+
+    // The words are there for the other warpgroup when they are published.
+    __device__ __forceinline__ void store(uint32_t number, const p_fragment& p) {
+        const PipelineState<kBuffers> state(number);
+        wait(empty[state.index][warpgroup::warpid()], state.phase ^ 1);
+#pragma unroll
+        for (int i = 0; i < kWords; ++i) {
+            const uint32_t* word = p.data + 4 * i;
+            words[state.index][i][warpgroup::laneid()] = {word[0], word[1], word[2], word[3]};
+        }
+    }
+    __device__ __forceinline__ void publish(uint32_t number) {
+        __syncwarp();
+        if (laneid() == 0) arrive(full[PipelineState<kBuffers>(number).index][warpgroup::warpid()]);
+    }
+    __device__ __forceinline__ void get(uint32_t number, p_fragment& p) {
+        const PipelineState<kBuffers> state(number);
+        wait(full[state.index][warpgroup::warpid()], state.phase);
+#pragma unroll
+        for (int i = 0; i < kWords; ++i) {
+            const uint4 four = words[state.index][i][warpgroup::laneid()];
+            uint32_t* word = p.data + 4 * i;
+            word[0] = four.x, word[1] = four.y, word[2] = four.z, word[3] = four.w;
+        }
+        __syncwarp();
+        if (laneid() == 0) arrive(empty[state.index][warpgroup::warpid()]);
+    }
+};
+
+struct SharedStorage {
+    box_tile q[kStages], dout[kStages];
+    box_tile k[1], v[1];
+    RowStatistics statistics[kStages][kStatisticsPerBox];
+    Exchange exchange;
+    WorkTileQueue<1, kWorkTiles> work_tiles;
+    TileListScratch<1> scratch;
+    StageBarriers<kStages> barriers;  // of Q, dO and the statistics
+    StageBarriers<1> k_barriers;  // of K and V
+};
+static_assert(sizeof(SharedStorage) <= VSA_SMEM_BYTES, "the host launches with less shared memory");
+
+__device__ __forceinline__ void init_barriers(SharedStorage& shared) {
+    init_work_tile_barriers(shared.work_tiles, kConsumerWarps + kLoaders);
+    init_stage_barriers(shared.barriers, 3, kConsumerWarps);
+    init_stage_barriers(shared.k_barriers, 2, kConsumerWarps);
+    for (auto& of_buffer : shared.exchange.full) init_all(of_buffer, 1);
+    for (auto& of_buffer : shared.exchange.empty) init_all(of_buffer, 1);
+    fence_init_semaphores();
+}
+
+// Loads the query boxes of all work tiles, with their dO and their statistics.
+__device__ void load_queries(const Params& params, SharedStorage& shared) {
+    const int lane = laneid();
+    const int boxes_of_head = params.schedule.rows.num_cols * params.queries.boxes.value;
+    uint32_t loaded = 0;
+    for (int round = 0;; ++round) {
+        const PipelineState<kWorkTiles> state(round);
+        const WorkTile<1>& work = shared.work_tiles.tiles[state.index];
+        wait(shared.work_tiles.full[state.index], state.phase);
+        if (work.ends) return;
+        const KeyTile<1>* list = params.lists.at(state);
+        const int num_tiles = work.group.num_tiles;
+        const int64_t head = int64_t(work.batch) * params.schedule.heads.value * params.schedule.rows.group + work.col_head;
+        const RowStatistics* statistics = params.statistics + head * boxes_of_head * kStatisticsPerBox;
+        // Each lane takes one tile of 32. The list is read one step ahead, to hide the latency of global memory.
+        const auto tile_at = [&](int i) { return i < num_tiles ? list[i] : KeyTile<1>{}; };
+        KeyTile<1> own = tile_at(lane);
+#pragma unroll 1
+        for (int first = 0; first < num_tiles; first += kWarpThreads) {
+            const KeyTile<1> next = tile_at(first + kWarpThreads + lane);
+            const Extent3 origin = own.origin(params.queries);
+            const int count = min(kWarpThreads, num_tiles - first);
+#pragma unroll 1
+            for (int i = 0; i < count; ++i, ++loaded) {
+                const PipelineState<kStages> stage(loaded);
+                semaphore& full = shared.barriers.full[stage.index];
+                wait(shared.barriers.empty[stage.index], stage.phase ^ 1);
+                // No lane continues before all have seen this phase: the stage could complete another phase and hide it.
+                __syncwarp();
+                if (lane == i) {
+                    load_box(shared.q[stage.index], params.q, params.q.at(work.batch, work.col_head, origin), full);
+                    load_box(shared.dout[stage.index], params.dout, params.dout.at(work.batch, work.col_head, origin), full);
+                    load_array(shared.statistics[stage.index], statistics + int64_t(own.box()) * kStatisticsPerBox, full);
+                }
+            }
+            own = next;
+        }
+        arrive(shared.work_tiles.empty[state.index]);
+    }
+}
+
+__device__ __forceinline__ void produce(const Params& params, SharedStorage& shared) {
+    const int warp = warpid() % kWarpgroupWarps;
+    const auto load_row = [&](const WorkTile<1>& work, int i) {
+        semaphore& full = shared.k_barriers.full[i];
+        load_box(shared.k[i], params.k, params.k.at(work.batch, work.row_head, work.origin[i]), full);
+        load_box(shared.v[i], params.v, params.v.at(work.batch, work.row_head, work.origin[i]), full);
+    };
+    if (warp == 0) load_queries(params, shared);
+    if (warp == 1) load_row_boxes(shared.work_tiles, shared.k_barriers, load_row);
+    if (warp == 2) {
+        schedule_work_tiles(params.schedule, params.keys, params.queries, params.lists, shared.scratch, shared.work_tiles);
+    }
+}
+
+// Of the columns of a lane, two of every eight.
+struct ColumnPairs {
+    float2 of[kBoxTokens / 8];
+    __device__ __forceinline__ explicit ColumnPairs(const float (&of_first)[2]) {
+        const RowStatistics* at = reinterpret_cast<const RowStatistics*>(&of_first) + laneid() % 4;
+#pragma unroll
+        for (int i = 0; i < kBoxTokens / 8; ++i) of[i] = *reinterpret_cast<const float2*>(at + 4 * i);
+    }
+    __device__ __forceinline__ float operator[](int i) const { return i % 2 == 0 ? of[i / 4].x : of[i / 4].y; }
+};
+
+// What a warpgroup computes of each tile: a first product, K Qᵀ or V dOᵀ, and from it the left operand of a second one, Pᵀ dO
+// or dSᵀ Q.
+//
+// kFirst: the warpgroup of K Qᵀ, Pᵀ and dV; else that of V dOᵀ, dSᵀ and dK.
+template <bool kFirst>
+__device__ __forceinline__ void transform(const Params& params, Exchange& exchange, uint32_t number, const ColumnPairs& pairs,
+                                          s_fragment& s, p_fragment& p) {
+    if constexpr (kFirst) {
+#pragma unroll
+        for (int i = 0; i < kBoxTokens / 2; ++i) s.data[i] = kittens::exp2(fmaf(s.data[i], params.scale_log2, -pairs[i]));
+        copy(p, s);
+        exchange.store(number, p);
+    } else {
+        exchange.get(number, p);
+#pragma unroll
+        for (int i = 0; i < kBoxTokens / 2; i += 2) {
+            const float2 pair = unpack<element>(p.data[i / 2]);
+            s.data[i] = pair.x * (s.data[i] - pairs[i]);
+            s.data[i + 1] = pair.y * (s.data[i + 1] - pairs[i + 1]);
+        }
+        copy(p, s);
+    }
+}
+
+template <bool kFirst>
+__device__ __forceinline__ ColumnPairs load_pairs(const SharedStorage& shared, int stage) {
+    const RowStatistics& first = shared.statistics[stage][0];
+    return ColumnPairs(kFirst ? first.shift : first.delta);
+}
+
+// The second product of a tile, in `stage`, whose left operand is `before`, and the first one of the next, from which the left
+// operand `p` of its second one is computed. Whether the tile after that has arrived is looked up meanwhile.
+template <bool kFirst>
+__device__ __forceinline__ void add_tile(const Params& params, SharedStorage& shared, const k_fragment& left, uint32_t number,
+                                         PipelineState<kStages>& stage, bool& has_arrived, s_fragment& s, p_fragment& before,
+                                         p_fragment& p, dk_fragment& sum) {
+    const PipelineState<kStages> next(number), later(number + 1);
+    if (!has_arrived) wait(shared.barriers.full[next.index], next.phase);
+    warpgroup::mma_fence(before);
+    warpgroup::mm_ABt(s, left, kFirst ? shared.q : shared.dout, next.index);
+    warpgroup::mma_commit_group();
+    warpgroup::mma_AB(sum, before, kFirst ? shared.dout : shared.q, stage.index);
+    warpgroup::mma_commit_group();
+    // Loaded before the first product is waited for, to hide the latency.
+    const ColumnPairs pairs = load_pairs<kFirst>(shared, next.index);
+    has_arrived = test(shared.barriers.full[later.index], later.phase);
+    warpgroup::mma_async_wait<1>(s);
+    transform<kFirst>(params, shared.exchange, number, pairs, s, p);
+    warpgroup::mma_async_wait<0>(sum, before);
+    release(shared.barriers.empty[stage.index]);
+    if constexpr (kFirst) shared.exchange.publish(number);
+    stage = next;
+}
+
+template <bool kFirst>
+__device__ __forceinline__ void add_last(SharedStorage& shared, const PipelineState<kStages>& stage, p_fragment& p,
+                                         dk_fragment& sum) {
+    warpgroup::mma_fence(p);
+    warpgroup::mma_AB(sum, p, kFirst ? shared.dout : shared.q, stage.index);
+    warpgroup::mma_commit_group();
+    warpgroup::mma_async_wait<0>(sum, p);
+    release(shared.barriers.empty[stage.index]);
+}
+
+// Adds the tiles of a work tile to `sum`. `number` counts the tiles of all work tiles. Two tiles take turns in registers,
+// because the second product of one is in flight while the next one's left operand is computed.
+template <bool kFirst>
+__device__ __forceinline__ void add_tiles(const Params& params, SharedStorage& shared, const k_fragment& left, int num_tiles,
+                                          uint32_t& number, dk_fragment& sum) {
+    if (num_tiles == 0) return;
+    const uint32_t end = number + num_tiles;
+    s_fragment s;
+    p_fragment even, odd;
+    PipelineState<kStages> stage(number);
+    bool has_arrived = false;
+    wait(shared.barriers.full[stage.index], stage.phase);
+    warpgroup::mma_fence();
+    warpgroup::mm_ABt(s, left, kFirst ? shared.q : shared.dout, stage.index);
+    warpgroup::mma_commit_group();
+    const ColumnPairs pairs = load_pairs<kFirst>(shared, stage.index);
+    warpgroup::mma_async_wait<0>(s);
+    transform<kFirst>(params, shared.exchange, number, pairs, s, even);
+    if constexpr (kFirst) shared.exchange.publish(number);
+#pragma unroll 1
+    while (++number < end) {
+        add_tile<kFirst>(params, shared, left, number, stage, has_arrived, s, even, odd, sum);
+        if (++number == end) {
+            even = odd;
+            break;
+        }
+        add_tile<kFirst>(params, shared, left, number, stage, has_arrived, s, odd, even, sum);
+    }
+    add_last<kFirst>(shared, stage, even, sum);
+}
+
+template <bool kFirst>
+__device__ void consume(const Params& params, SharedStorage& shared) {
+    int k_phase = 0;
+    uint32_t number = 0;
+    k_fragment left;
+    dk_fragment sum;
+    for (int round = 0;; ++round) {
+        const PipelineState<kWorkTiles> state(round);
+        const WorkTile<1>& work = shared.work_tiles.tiles[state.index];
+        wait(shared.work_tiles.full[state.index], state.phase);
+        if (work.ends) return;
+        if (work.is_first) {
+            zero(sum);
+            wait(shared.k_barriers.full[0], k_phase);
+            k_phase ^= 1;
+            warpgroup::load(left, kFirst ? shared.k[0] : shared.v[0]);
+            __syncwarp();
+            release(shared.k_barriers.empty[0]);
+        }
+        add_tiles<kFirst>(params, shared, left, work.group.num_tiles_of[0], number, sum);
+        if (work.is_last) {
+            const OutputRows rows(params.keys, params.schedule.heads.value, work, 0);
+            if constexpr (kFirst) store_gradient(params.dv, params.dv_strides, rows, 1.0f, sum);
+            if constexpr (!kFirst) store_gradient(params.dk, params.dk_strides, rows, params.scale, sum);
+        }
+        arrive(shared.work_tiles.empty[state.index]);
+    }
+}
+
+}  // namespace
+
+extern "C" __global__ void __launch_bounds__(kThreads, 1) attend_backward_kv(const __grid_constant__ Params params) {
+    extern __shared__ __align__(1024) uint8_t raw[];
+    SharedStorage& shared = *reinterpret_cast<SharedStorage*>(raw);
+    if (threadIdx.x == 0) init_barriers(shared);
+    __syncthreads();
+
+    const auto consume_role = [&](int index) {
+        if (index == 0) consume<true>(params, shared);
+        if (index == 1) consume<false>(params, shared);
+    };
+    run_roles<kConsumers, kProducerRegisters, kConsumerRegisters>([&] { produce(params, shared); }, consume_role);
+}

@@ -1,0 +1,192 @@
+"""The Hopper backward on a Hopper GPU, at sizes where thread blocks take several items and their rings wrap around."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+from support import reference as ref
+from support.problems import ON_HOPPER, Case, Inputs, steep
+from torch import Tensor
+
+import vsa_jit
+from vsa_jit.backends.sm90 import launches
+
+pytestmark = ON_HOPPER
+
+HALF = pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=["bf16", "fp16"])
+HEAD_DIMS = pytest.mark.parametrize("head_dim", [64, 128])
+CASES = [
+    Case("64, plain", q_len=6390),
+    Case("64, tiled", q_len=6400, sizes=tuple(37 * i % 65 for i in range(100))),
+    Case("64, tiled, other sizes", q_len=3200, kv_len=6400, sizes=(64, 1, 0, 33) * 25, q_sizes=(33, 0, 64, 1, 63) * 10),
+    Case("64, raster, bshd", grid=(13, 22, 21), block_size=(4, 4, 4), layout="bshd"),
+    Case("64, other keys, grouped heads", q_len=6400, kv_len=2500, kv_heads=2),
+    Case("64, batch, grouped heads, bshd", q_len=2500, batch=2, kv_heads=4, layout="bshd"),
+    Case("128, raster, bshd", grid=(13, 22, 21), block_size=(2, 8, 8), layout="bshd"),
+    Case("128, tiled", q_len=6400, block_size=128, sizes=tuple(range(0, 150, 3))),
+    Case("192, plain, batch", q_len=3000, block_size=192, batch=2),
+    Case("256, raster", grid=(13, 22, 21), block_size=(4, 8, 8)),
+    Case("1728, raster cut on all three axes", grid=(13, 25, 13), block_size=(12, 12, 12)),
+]
+
+
+def gradients(inputs: Inputs, idx: Tensor, num: Tensor, with_lse: bool = True) -> tuple[Tensor, ...]:
+    call = vsa_jit.block_sparse_attn_from_indices
+    out, lse = call(inputs.q, inputs.k, inputs.v, idx, num, backend="sm90", **inputs.order_of_blocks)
+    outputs, of_outputs = ((out, lse), (inputs.dout, inputs.dlse)) if with_lse else (out, inputs.dout)
+    # What the caching allocator gives next holds NaN.
+    torch.full((1 << 28,), float("nan"), device="cuda")
+    return torch.autograd.grad(outputs, (inputs.q, inputs.k, inputs.v), of_outputs)
+
+
+def expected(inputs: Inputs, block_map: Tensor, dtype: torch.dtype, with_lse: bool = True) -> tuple[Tensor, ...]:
+    """Gradients computed densely in a dtype, head by head of the keys, since scores take much memory."""
+    tensors, dout = inputs.clean(dtype), inputs.clean_dout(dtype)
+    group = tensors["q"].shape[1] // tensors["k"].shape[1]
+    found = []
+    for kv_head in range(tensors["k"].shape[1]):
+        heads = slice(kv_head * group, (kv_head + 1) * group)
+        of_heads = {"q": heads, "k": slice(kv_head, kv_head + 1), "v": slice(kv_head, kv_head + 1)}
+        leaves = [tensors[name].detach()[:, of].requires_grad_() for name, of in of_heads.items()]
+        out, lse = ref.attention(*leaves, inputs.mask(block_map[:, heads]), inputs.scale)
+        loss = (out * dout[:, heads]).sum()
+        if with_lse:
+            lse = lse.masked_fill(lse.isneginf(), 0.0)
+            loss = loss + (lse * inputs.dlse[:, heads].nan_to_num(0.0)).sum()
+        found.append(torch.autograd.grad(loss, leaves))
+    return tuple(torch.cat(parts, 1) for parts in zip(*found, strict=True))
+
+
+def check(inputs: Inputs, found: tuple[Tensor, ...], block_map: Tensor) -> None:
+    exact, plain = (expected(inputs, block_map, dtype) for dtype in (torch.float32, inputs.dtype))
+    valid = inputs.q_valid, inputs.kv_valid, inputs.kv_valid
+    group = inputs.case.heads // (inputs.case.kv_heads or inputs.case.heads)
+    named = block_map.unflatten(1, (-1, group)).any(2).any(-2)[..., inputs.kv_block].cuda()
+    for name, x, of_x, exact_x, plain_x in zip("qkv", found, valid, exact, plain, strict=True):
+        x = inputs.bhsd(x)
+        ref.assert_close(f"d{name}", x, exact_x, plain_x)
+        zeros = [x[:, :, ~of_x.cuda()]] if name == "q" else [x[:, :, ~of_x.cuda()], x[~named]]
+        for part in zeros:
+            assert torch.equal(part, torch.zeros_like(part))
+
+
+@HALF
+@HEAD_DIMS
+@pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
+def test_uneven_rows(case: Case, head_dim: int, dtype: torch.dtype):
+    inputs = Inputs(replace(case, heads=8, head_dim=head_dim), "cuda", dtype)
+    idx, num, block_map = inputs.uneven_indices()
+    check(inputs, gradients(inputs, idx, num), block_map)
+
+
+@HALF
+@HEAD_DIMS
+@pytest.mark.parametrize("order", ["rising", "falling", "mixed"])
+def test_scores_that_differ_by_hundreds(order: str, head_dim: int, dtype: torch.dtype):
+    inputs = Inputs(Case("steep", q_len=6390, heads=8, head_dim=head_dim), "cuda", dtype)
+    inputs.stretch_keys(steep(order, inputs.num_kv_blocks))
+    idx, num, block_map = inputs.uneven_indices()
+    check(inputs, gradients(inputs, idx, num), block_map)
+
+
+@HEAD_DIMS
+def test_4096_blocks(head_dim: int):
+    """Rows and columns of several words and slices; blocks that all name, and blocks that nobody names."""
+    inputs = Inputs(Case("long", q_len=4096 * 64, heads=2, kv_heads=1, head_dim=head_dim), "cuda", torch.bfloat16)
+    idx = torch.randint(1, 4000, (1, 2, 4096, 24), device="cuda").sort(-1).values
+    idx[..., 0], idx[..., 1] = 0, 4001
+    num = torch.full((1, 2, 4096), 24, dtype=torch.int32, device="cuda")
+    num[:, :, ::5] = 2
+    found = {}
+    for backend in ("sm90", "triton"):
+        call = vsa_jit.block_sparse_attn_from_indices
+        out, _ = call(inputs.q, inputs.k, inputs.v, idx.int(), num, backend=backend, **inputs.order_of_blocks)
+        found[backend] = torch.autograd.grad(out, (inputs.q, inputs.k, inputs.v), inputs.dout)
+    for x, y in zip(found["sm90"], found["triton"], strict=True):
+        assert ref.error(x, y) < 6e-3
+    for x in found["sm90"][1:]:
+        assert torch.equal(x[:, :, 4002 * 64 :], torch.zeros_like(x[:, :, 4002 * 64 :]))
+
+
+@pytest.mark.parametrize("block", [64, 128])
+@HEAD_DIMS
+def test_the_same_bits_every_time(block: int, head_dim: int):
+    inputs = Inputs(Case("bits", q_len=12000, heads=8, head_dim=head_dim, block_size=block), "cuda", torch.bfloat16)
+    idx, num, _ = inputs.uneven_indices()
+    first = gradients(inputs, idx, num)
+    for _ in range(10):
+        for x, y in zip(gradients(inputs, idx, num), first, strict=True):
+            assert torch.equal(x, y)
+
+
+def test_a_graph_of_forward_and_backward():
+    inputs = Inputs(Case("graph", grid=(9, 17, 18), block_size=64, heads=4, head_dim=128), "cuda", torch.bfloat16)
+    idx, num, _ = inputs.uneven_indices()
+    expected = gradients(inputs, idx, num, with_lse=False)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        found = gradients(inputs, idx, num, with_lse=False)
+    for _ in range(3):
+        for x in found:
+            x.fill_(float("nan"))
+        graph.replay()
+        for x, y in zip(found, expected, strict=True):
+            assert torch.equal(x, y)
+
+
+def test_strided_gradients_of_the_output():
+    """What TMA cannot read is copied, and what it can is read where it lies."""
+    inputs = Inputs(Case("strides", q_len=700, heads=4, head_dim=64), "cuda", torch.float16)
+    idx, num, _ = inputs.uneven_indices()
+    expected = gradients(inputs, idx, num, with_lse=False)
+    dout = inputs.dout
+    wide = torch.full((*dout.shape[:3], 68), float("nan"), dtype=dout.dtype, device="cuda")
+    padded = torch.full((*dout.shape[:3], 72), float("nan"), dtype=dout.dtype, device="cuda")
+    for strided in (wide[..., 2:66], padded[..., 8:], torch.empty_like(dout.mT).mT):
+        inputs.dout = strided.copy_(dout)
+        for x, y in zip(gradients(inputs, idx, num, with_lse=False), expected, strict=True):
+            assert torch.equal(x, y)
+
+
+def test_the_inverse_on_the_gpu_is_that_of_the_cpu():
+    idx = torch.rand(2, 3, 700, 1000, device="cuda").argsort(-1).int()[..., :50].contiguous()
+    num = torch.randint(0, 51, (2, 3, 700), dtype=torch.int32, device="cuda")
+    bits, order = launches.transpose_index(idx, num, 1000)
+    used = torch.arange(50, device="cuda") < num[..., None]
+    selected = torch.zeros(2, 3, 704, 1001, dtype=torch.int64, device="cuda")
+    selected[:, :, :700].scatter_(-1, torch.where(used, idx, 1000).long(), 1)
+    selected = selected[..., :1000]
+    words = (selected.unflatten(2, (22, 32)) << torch.arange(32, device="cuda")[:, None]).sum(3)
+    assert torch.equal(bits.long() & 0xFFFFFFFF, words)
+    classes = selected.sum(2).float().view(torch.int32) >> 20
+    assert torch.equal(order.long(), classes.argsort(dim=-1, descending=True, stable=True))
+
+
+def test_a_model_trained_on_both_backends_follows_the_same_loss():
+    """A few hundred steps of a small attention layer, on the same blocks."""
+    heads, head_dim, grid = 2, 64, (8, 8, 8)
+    length, channels = 512, heads * head_dim
+    torch.manual_seed(int(torch.randint(2**31, ())))
+    target, x = (torch.randn(1, length, channels, device="cuda") for _ in range(2))
+    start = torch.randn(3, channels, channels, device="cuda") * channels**-0.5
+    idx = torch.rand(1, heads, 8, 8, device="cuda").argsort(-1).int()[..., :4].contiguous()
+    num = torch.full((1, heads, 8), 4, dtype=torch.int32, device="cuda")
+
+    def losses(backend: str, dtype: torch.dtype) -> Tensor:
+        weights = start.clone().requires_grad_()
+        optimiser = torch.optim.Adam([weights], lr=3e-3)
+        found = []
+        for _ in range(300):
+            q, k, v = ((x @ weight).view(1, length, heads, head_dim).to(dtype) for weight in weights)
+            call = vsa_jit.block_sparse_attn_from_indices
+            out, _ = call(q, k, v, idx, num, grid=grid, layout="bshd", block_size=64, backend=backend)
+            loss = (out.float().flatten(2) - target).square().mean()
+            optimiser.zero_grad()
+            loss.backward()
+            optimiser.step()
+            found.append(loss.detach())
+        return torch.stack(found)
+
+    exact, half = losses("torch", torch.float32), losses("sm90", torch.bfloat16)
+    assert exact[-1] < 0.9 * exact[0]
+    torch.testing.assert_close(half, exact, rtol=0.02, atol=0.0)

@@ -1,0 +1,246 @@
+"""The Hopper kernels of the backward on the CPU, where every run has another schedule of their threads."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+from support import emulate
+from support import reference as ref
+from support.hopper import operands_of, problem_of
+from support.problems import Case, Inputs, steep
+
+from vsa_jit.backends.sm90 import launches
+from vsa_jit.problem import Gradients
+
+pytestmark = emulate.NEEDS_COMPILER
+
+CASES = [
+    Case("64, plain", q_len=1390),
+    Case("64, tiled", q_len=1280, sizes=tuple(37 * i % 65 for i in range(20))),
+    Case("64, other sizes", q_len=640, kv_len=768, sizes=(64, 1, 0) * 4, q_sizes=(33, 0, 64, 63, 1) * 2),
+    Case("64, raster, bshd", grid=(7, 13, 11), block_size=(4, 4, 4), layout="bshd"),
+    Case("64, other keys, grouped heads", q_len=1200, kv_len=700, heads=3, kv_heads=1),
+    Case("64, batch, grouped heads, bshd", q_len=400, batch=2, heads=4, kv_heads=2, layout="bshd"),
+    Case("128, raster, bshd", grid=(5, 18, 11), block_size=(2, 8, 8), layout="bshd"),
+    Case("128, tiled", q_len=1280, block_size=128, sizes=tuple(range(0, 150, 15))),
+    Case("192, plain, batch", q_len=900, block_size=192, batch=2),
+    Case("1728, one block cut on all three axes", grid=(5, 6, 7), block_size=(12, 12, 12)),
+]
+# With one multiprocessor a thread block takes all items, and with many one item.
+KINDS = [(torch.bfloat16, 128, 1), (torch.float16, 64, 200)]
+
+
+class Call:
+    """A call's operands, what the forward leaves of it, and its gradients computed densely."""
+
+    def __init__(self, inputs: Inputs, with_dlse: bool = True):
+        self.inputs = inputs
+        idx, num, self.block_map = inputs.uneven_indices()
+        self.problem, self.operands = problem_of(inputs), operands_of(inputs, idx, num)
+        if inputs.given_q_sizes is not None:
+            self.operands = self.operands._replace(q_sizes=inputs.given_q_sizes)
+        self.dlse = inputs.dlse if with_dlse else None
+        self.exact, self.plain = (self._dense(dtype) for dtype in (torch.float64, inputs.dtype))
+        out_s, lse = self.exact[:2]
+        self.out_s, self.lse = inputs.bhsd(out_s.to(inputs.dtype)), lse.float()
+
+    def _dense(self, dtype: torch.dtype) -> tuple[torch.Tensor, ...]:
+        inputs = self.inputs
+        tensors = inputs.clean(dtype)
+        of = [tensors[name] for name in "qkv"]
+        out, lse = ref.attention(*of, inputs.mask(self.block_map), inputs.scale)
+        has_key = lse > -torch.inf
+        loss = (out * inputs.clean_dout(dtype)).sum()
+        if self.dlse is not None:
+            loss = loss + (lse.masked_fill(~has_key, 0.0) * self.dlse.nan_to_num(0.0).to(lse.dtype)).sum()
+        return out.detach(), lse.detach(), *torch.autograd.grad(loss, of)
+
+    def run(self, need_dq: bool = True, need_dkv: bool = True, **others) -> Gradients:
+        operands = self.operands._replace(**others)
+        call = (self.problem, operands, self.out_s, self.lse, self.inputs.dout, self.dlse)
+        return launches.attend_backward(*call, need_dq, need_dkv)
+
+    def check(self, gradients: Gradients) -> None:
+        for name, x, exact, plain in zip(("dq", "dk", "dv"), gradients, self.exact[2:], self.plain[2:], strict=False):
+            ref.assert_close(name, self.inputs.bhsd(x), exact, plain)
+        # Exactly 0: what is not valid, and keys that no query selected.
+        valid = self.inputs.q_valid, self.inputs.kv_valid, self.inputs.kv_valid
+        group = self.problem.group
+        named = self.block_map.unflatten(1, (-1, group)).any(2).any(-2)[..., self.inputs.kv_block]
+        for x, of_x in zip(gradients, valid, strict=False):
+            x = self.inputs.bhsd(x)
+            assert torch.equal(x[:, :, ~of_x], torch.zeros_like(x[:, :, ~of_x]))
+        for x in gradients[1:3]:
+            x = self.inputs.bhsd(x)
+            assert torch.equal(x[~named], torch.zeros_like(x[~named]))
+
+
+@pytest.mark.parametrize(("dtype", "head_dim", "processors"), KINDS, ids=str)
+@pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
+def test_backward(monkeypatch, case, dtype, head_dim, processors):
+    emulate.emulate(monkeypatch, processors)
+    call = Call(Inputs(replace(case, head_dim=head_dim), "cpu", dtype))
+    call.check(call.run())
+
+
+def test_only_what_is_needed(monkeypatch):
+    emulate.emulate(monkeypatch, 3)
+    call = Call(Inputs(Case("needed", q_len=500, head_dim=64), "cpu", torch.float16), with_dlse=False)
+    gradients = call.run()
+    call.check(gradients)
+    alone = call.run(need_dkv=False)
+    assert alone.dk is None
+    assert alone.dv is None
+    assert torch.equal(alone.dq, gradients.dq)
+    alone = call.run(need_dq=False)
+    assert alone.dq is None
+    assert torch.equal(alone.dk, gradients.dk)
+    assert torch.equal(alone.dv, gradients.dv)
+
+
+@pytest.mark.parametrize("order", ["rising", "falling", "mixed"])
+def test_scores_that_differ_by_hundreds(monkeypatch, order):
+    emulate.emulate(monkeypatch, 2)
+    inputs = Inputs(Case("steep", q_len=330, kv_len=900, head_dim=64), "cpu", torch.bfloat16)
+    inputs.stretch_keys(steep(order, inputs.num_kv_blocks))
+    call = Call(inputs)
+    call.check(call.run())
+
+
+@pytest.mark.parametrize("gate", ["full", "per channel", 0.5])
+@pytest.mark.parametrize("case", [CASES[1], CASES[3], CASES[6]], ids=lambda case: case.name)
+def test_gradients_of_the_coarse_output(monkeypatch, case, gate):
+    emulate.emulate(monkeypatch, 200)
+    inputs = Inputs(replace(case, head_dim=64, gate=gate), "cpu", torch.bfloat16)
+    call = Call(inputs)
+    queries = call.problem.queries
+    out_c = torch.randn(call.problem.batch, queries.heads, queries.num_blocks, 64)
+    weight = inputs.gate.detach().expand(inputs.q.shape) if isinstance(gate, str) else None
+    value = 0.0 if isinstance(gate, str) else gate
+    gradients = call.run(out_c=out_c, gate=weight, gate_value=value)
+    call.check(gradients)
+    dout = inputs.clean_dout(torch.float64)
+    factor = value if weight is None else inputs.bhsd(weight).double().nan_to_num(0.0)
+    expected = torch.zeros(*out_c.shape[:3], 64, dtype=torch.float64).index_add_(2, inputs.q_block, factor * dout)
+    torch.testing.assert_close(gradients.dout_c.double(), expected, rtol=1e-5, atol=1e-4)
+    if weight is None:
+        assert gradients.dgate is None
+    else:
+        expected = dout * out_c.double()[:, :, inputs.q_block]
+        torch.testing.assert_close(inputs.bhsd(gradients.dgate).double(), expected, rtol=2**-8, atol=1e-6)
+
+
+@pytest.mark.parametrize("group", [1, 3])
+def test_inverse(monkeypatch, group):
+    emulate.emulate(monkeypatch, 4)
+    # More key blocks than are inverted at a time, named by rows of very different length.
+    heads, num_q_blocks, num_kv_blocks, width = 6, 70, 8200, 40
+    idx = torch.randint(-2, 100, (2, heads, num_q_blocks, width), dtype=torch.int32)
+    idx[:, :, ::3] = torch.randint(8000, num_kv_blocks + 2, idx[:, :, ::3].shape, dtype=torch.int32)
+    num = torch.randint(-1, width + 3, (2, heads, num_q_blocks), dtype=torch.int32)
+    bits, order = launches.transpose_index(idx, num, num_kv_blocks, group)
+    counts = (torch.arange(width) < num[..., None]) & (idx >= 0) & (idx < num_kv_blocks)
+    expected = torch.zeros(2, heads, num_q_blocks, num_kv_blocks + 1, dtype=torch.bool)
+    expected.scatter_(-1, torch.where(counts, idx, num_kv_blocks).long(), True)
+    expected = expected[..., :num_kv_blocks]
+    column = torch.arange(num_q_blocks)
+    given = bits[:, :, column // 32] >> column[:, None] % 32 & 1
+    assert torch.equal(given.bool(), expected)
+    assert not (bits[:, :, 2] >> (num_q_blocks - 64)).any()
+    lengths = expected.unflatten(1, (-1, group)).sum((2, 3))
+    assert torch.equal(order.sort().values, torch.arange(num_kv_blocks, dtype=torch.int32).expand_as(order))
+    sorted_lengths = lengths.gather(-1, order.long())
+    classes = sorted_lengths.float().view(torch.int32) >> 20
+    assert (classes.diff() <= 0).all()
+    # Rows of one class stay in order.
+    assert (order.diff()[classes.diff() == 0] > 0).all()
+
+
+@pytest.mark.parametrize("block", [64, 128])
+def test_a_key_block_that_does_not_exist_spoils_its_rows(monkeypatch, block):
+    emulate.emulate(monkeypatch, 200)
+    inputs = Inputs(Case("outside", q_len=12 * block, block_size=block, head_dim=64), "cpu", torch.bfloat16)
+    call = Call(inputs)
+    idx, num = call.operands.q2k_idx.clamp(max=11), call.operands.q2k_num
+    num.clamp_(max=11)
+    idx[0, 0, 3, 0], idx[0, 1, 7, 0] = -1, 12
+    num[0, 0, 3], num[0, 1, 7] = 1, 4
+    spoiled = torch.zeros(1, 2, 12, dtype=torch.bool)
+    spoiled[0, 0, 3] = spoiled[0, 1, 7] = True
+    rows = spoiled.repeat_interleave(block, -1)
+    call.lse = call.lse.masked_fill(rows, torch.nan)
+    gradients = call.run(q2k_idx=idx, q2k_num=num)
+    assert gradients.dq[rows].isnan().all()
+    assert not gradients.dq[~rows].isnan().any()
+    # A query that names other blocks, too, spoils theirs.
+    named = torch.zeros(1, 2, 12, dtype=torch.bool)
+    named[0, 1, idx[0, 1, 7, 1:4].long()] = True
+    for x in gradients[1:3]:
+        assert torch.equal(x.isnan().all(-1), named.repeat_interleave(block, -1))
+
+
+# As MISTAKES of test_emulated.py.
+MISTAKES = {
+    "a query is given back while it is read": (
+        "attend_backward_kv.cu",
+        "warpgroup::mma_async_wait<0>(sum, before);\n    release(shared.barriers.empty[stage.index]);",
+        "if (MISTAKE) release(shared.barriers.empty[stage.index]);\n"
+        "    warpgroup::mma_async_wait<0>(sum, before);\n"
+        "    if (!MISTAKE) release(shared.barriers.empty[stage.index]);",
+    ),
+    "probabilities are published before they are stored": (
+        "attend_backward_kv.cu",
+        "copy(p, s);\n        exchange.store(number, p);",
+        "copy(p, s);\n        if (MISTAKE) exchange.publish(number);\n        exchange.store(number, p);",
+        "void publish(uint32_t number) {",
+        "void publish(uint32_t number) {\n        if (MISTAKE && published++ % 2) return;",
+        "semaphore full[kBuffers][kWarpgroupWarps],",
+        "int published = 0;\n    semaphore full[kBuffers][kWarpgroupWarps],",
+    ),
+    "nobody waits until probabilities were taken": (
+        "attend_backward_kv.cu",
+        "wait(empty[state.index][warpgroup::warpid()], state.phase ^ 1);",
+        "if (!MISTAKE) wait(empty[state.index][warpgroup::warpid()], state.phase ^ 1);",
+    ),
+    "a lane is late for the phase of a stage": (
+        "attend_backward_kv.cu",
+        "wait(shared.barriers.empty[stage.index], stage.phase ^ 1);\n                __syncwarp();",
+        "wait(shared.barriers.empty[stage.index], stage.phase ^ 1);\n                if (!MISTAKE) __syncwarp();",
+    ),
+    "keys are read before they have arrived": (
+        "attend_backward_kv.cu",
+        "wait(shared.k_barriers.full[0], k_phase);",
+        "if (!MISTAKE) wait(shared.k_barriers.full[0], k_phase);",
+    ),
+    "a key is given back while it is read": (
+        "attend_backward_q.cu",
+        "warpgroup::mma_async_wait<0>(dq, ds);\n    release(shared.barriers.empty[stage]);",
+        "if (MISTAKE) release(shared.barriers.empty[stage]);\n    warpgroup::mma_async_wait<0>(dq, ds);\n"
+        "    if (!MISTAKE) release(shared.barriers.empty[stage]);",
+    ),
+    "differences change while they are read": (
+        "attend_backward_q.cu",
+        "warpgroup::mma_async_wait<0>(dq, ds);\n",
+        "if (MISTAKE) copy(ds, dp);\n    warpgroup::mma_async_wait<0>(dq, ds);\n",
+    ),
+}
+
+
+@pytest.fixture
+def sources_with_mistakes(tmp_path):
+    return emulate.with_mistakes(MISTAKES, tmp_path)
+
+
+@pytest.mark.parametrize("name", MISTAKES)
+def test_the_emulator_finds(monkeypatch, sources_with_mistakes, name):
+    # Rings of few stages, which wrap around in every work tile.
+    case = Case("mistaken", q_len=1000, kv_len=500, heads=2, kv_heads=1, head_dim=128)
+    inputs = Inputs(case, "cpu", torch.bfloat16)
+    call = Call(inputs)
+    of_q = MISTAKES[name][0] == "attend_backward_q.cu"
+
+    def run(mistake):
+        emulate.emulate(monkeypatch, 2, sources_with_mistakes, mistake)
+        return [x for x in call.run(need_dq=of_q, need_dkv=not of_q) if x is not None]
+
+    emulate.expect_to_find(run, list(MISTAKES).index(name) + 1)

@@ -1,0 +1,78 @@
+"""What launches of the attention kernels share: tensor maps of what they read, and the lists of their work tiles."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from vsa_jit.backends.sm90.layout import SizesRef, View, token_layout, view_of
+from vsa_jit.backends.sm90.structs import KEY_TILE_BYTES, WORK_TILES, TokenLayout, TokenTensor
+from vsa_jit.backends.sm90.tma import TensorRef, token_tensor
+from vsa_jit.jit import driver
+from vsa_jit.problem import Problem, Side, axes
+
+LOG2E = math.log2(math.e)
+# What TMA writes with a swizzle of 128 bytes: channels at a time.
+PANEL_CHANNELS = 64
+# The counter of work tiles lies behind the lists.
+COUNTER_BYTES = 4
+
+
+class Launch(NamedTuple):
+    """All of a launch but the addresses that every call has anew."""
+
+    params: Any
+    blocks: int
+    launcher: driver.Launcher
+    list_bytes: int = 0
+
+    @classmethod
+    def of_work_tiles(cls, params: Any, launcher: driver.Launcher, device: int) -> Launch:
+        """One that takes the work tiles of ``params.schedule``, with lists as long as ``params.lists`` says."""
+        processors = torch.cuda.get_device_properties(device).multi_processor_count
+        blocks = min(processors, params.schedule.num_work_tiles)
+        return cls(params, blocks, launcher, blocks * WORK_TILES * params.lists.length * KEY_TILE_BYTES)
+
+    def run_work_tiles(self, params: Any, q: Tensor) -> None:
+        """Launches with lists and a counter of their own, on the device of ``q``."""
+        lists = q.new_empty(self.list_bytes + COUNTER_BYTES, dtype=torch.uint8)
+        params.lists.tiles = lists.data_ptr()
+        params.schedule.next = counter = lists.data_ptr() + self.list_bytes
+        # Every thread block has its first work tile already.
+        driver.fill(q.get_device(), counter, self.blocks)
+        self.launcher(self.blocks, params)
+
+
+class SideView(NamedTuple):
+    """The queries or the keys of a call as the kernels see them.
+
+    Attributes:
+        sizes: valid tokens of each block, or None.
+        padded: TMA fills with zeros what is not valid, see ``view_of``.
+    """
+
+    problem: Problem
+    side: Side
+    sizes: SizesRef | None
+    padded: bool
+
+    @property
+    def view(self) -> View:
+        return view_of(self.side, padded=self.padded)
+
+    def layout(self) -> TokenLayout:
+        return token_layout(self.side, self.view, self.sizes)
+
+    def tiles_of(self, tensor: TensorRef, dtype: torch.dtype, device: int) -> TokenTensor:
+        """The tensor map of a tensor of these tokens, for boxes in the layout of the matrix units."""
+        swizzle = driver.SWIZZLE_128B
+        return token_tensor(self.problem, self.side, self.view, dtype, device, tensor, PANEL_CHANNELS, swizzle)
+
+
+def token_strides(strides: Sequence[int], side: Side) -> list[int]:
+    """Of batches, heads and tokens."""
+    return [strides[axis] for axis in axes(side.layout)[:3]]
