@@ -103,7 +103,11 @@ extern "C" __global__ void __launch_bounds__(kWarps* kWarpThreads) prepare_backw
             const bool valid = exists && row + first < kBoxTokens;
             const int token = (at.t * queries.extent.h + at.h) * queries.extent.w + at.w;
             Row dout = {}, out_s = {};
+            float lse = -infinity(), dlse = 0.0f;
             if (valid) {
+                const int64_t index = int64_t(bh) * params.q_len + token;
+                lse = params.lse[index];
+                if (params.dlse != nullptr) dlse = params.dlse[index];
                 dout = load_row(params.dout + offset_of(params.dout_strides, token));
                 out_s = load_row(params.out_s + offset_of(params.out_s_strides, token));
             }
@@ -113,15 +117,9 @@ extern "C" __global__ void __launch_bounds__(kWarps* kWarpThreads) prepare_backw
 #pragma unroll
             for (int lanes = 1; lanes < kLanesPerToken; lanes *= 2) delta += __shfl_xor_sync(kAllLanes, delta, lanes);
             if (channel == 0) {
-                float shift = infinity();
-                if (valid) {
-                    const int64_t index = int64_t(bh) * params.q_len + token;
-                    const float lse = params.lse[index];
-                    if (lse != -infinity()) shift = lse * kLog2e;
-                    if (params.dlse != nullptr) delta -= params.dlse[index];
-                }
+                const float shift = lse == -infinity() ? infinity() : lse * kLog2e;
                 statistics[place / 2].shift[place % 2] = shift;
-                statistics[place / 2].delta[place % 2] = delta;
+                statistics[place / 2].delta[place % 2] = delta - dlse;
             }
             if (!has_coarse) continue;
             if (params.coarse.gate == nullptr) {

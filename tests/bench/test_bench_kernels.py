@@ -35,6 +35,7 @@ def on_cpu(monkeypatch):
         kernels.Dense(32, SDPBackend.MATH),
         kernels.Forward("small, random", case(2, 512, 3)),
         kernels.Forward("small, neighbouring", case(2, 512, 3), (2, 2, 2)),
+        kernels.Backward("backward, hot", case(2, 512, 3), hot=0.3),
         kernels.Copy(),
         kernels.Means("block means, tiled", case(2, 512, 1), tiled=True),
         kernels.Means("block means, raster", case(2, 4 * 5 * 6, 1, grid=(4, 5, 6), layout="bshd"), tiled=False),
@@ -51,7 +52,7 @@ def case(heads: int, tokens: int, topk: int, grid=None, layout="bhsd") -> Case:
 
 def test_works_have_the_sizes_that_their_names_say():
     works = {work.name: work for work in kernels.works()}
-    assert len(works) == len(kernels.works()) == 4 + 11 + 1 + 16 + 2
+    assert len(works) == len(kernels.works()) == 4 + 11 + 13 + 1 + 16 + 2
     for name, heads, tokens, head_dim, block, topk in (
         ("W1, random", 12, 39_936, 128, 64, 64),
         ("W1, D=64, neighbouring", 12, 39_936, 64, 64, 64),
@@ -71,7 +72,8 @@ def test_works_have_the_sizes_that_their_names_say():
 
 
 def test_names_are_chosen_by_their_parts():
-    assert [work.name for work in kernels.named(["small", "copy"])] == ["small, random", "copy"]
+    small = ["small, random", "backward, small, random"]
+    assert [work.name for work in kernels.named(["small", "copy"])] == [*small, "copy"]
     assert kernels.named([]) == kernels.works()
     assert kernels.named(["nothing"]) == ()
 
@@ -85,6 +87,14 @@ def test_a_random_map_draws_other_blocks_for_each_row():
     assert rows.max() < 10
     assert (rows.diff() > 0).all()
     assert len(rows.unique(dim=0)) > 1
+
+
+def test_hot_blocks_are_in_every_row():
+    index = kernels.Forward("hot", case(3, 640, 4), hot=0.2).index(SETTING)
+    named = torch.zeros(1, 3, 10, 10, dtype=torch.bool).scatter_(-1, index.long(), True)
+    in_all = named.all((0, 1, 2))
+    assert in_all.sum() == 2
+    assert (named[..., ~in_all].sum(-1) == 2).all()
 
 
 def test_a_neighbouring_map_takes_blocks_that_are_near():
@@ -115,6 +125,8 @@ def test_all_works_on_a_cpu(on_cpu, capsys, tmp_path):
         row = rows[name]
         assert row["of_dense_min"] <= row["of_dense"] <= row["of_dense_max"]
         assert row["tflops"] == pytest.approx(4 * 2 * 512 * 3 * 64 * 32 / row["ms"] * 1e-9)
+    row = rows["backward, hot"]
+    assert row["tflops"] == pytest.approx(2.5 * 4 * 2 * 512 * 3 * 64 * 32 / row["ms"] * 1e-9)
     assert rows["copy"]["tb_per_s"] == pytest.approx(2 * (1 << 16) / rows["copy"]["ms"] * 1e-9)
     means = rows["block means, tiled"]
     assert means["of_copy"] / means["triton_of_copy"] == pytest.approx(means["triton_ms"] / means["ms"])

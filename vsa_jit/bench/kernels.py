@@ -1,6 +1,6 @@
-"""The kernels of a Hopper GPU by themselves: the forward, the block means, and the host time of their calls.
+"""The kernels of a Hopper GPU by themselves: forward, backward, the block means, and the host time of their calls.
 
-The forward and the block means are compared with Triton's kernels before they are timed. What is compared is timed in
+What they compute is compared with Triton's kernels before they are timed. What is compared is timed in
 turn, round after round: such work runs at the GPU's limit of power, so that its clock changes from one second to the
 next.
 """
@@ -23,9 +23,9 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 import vsa_jit
 from vsa_jit.backends.choose import backend_for
 from vsa_jit.bench.attention import SDPA_NAMES, dense
-from vsa_jit.bench.cases import BlockSize, Case, Inputs, Selection, Shape
+from vsa_jit.bench.cases import BlockSize, Case, Inputs, Selection, Shape, flops_factor
 from vsa_jit.bench.measure import host_times_us, median_ms, times_ms
-from vsa_jit.problem import BackendName, Layout
+from vsa_jit.problem import BackendName, Layout, Operands
 
 OURS: BackendName = "sm90"
 THEIRS: BackendName = "triton"
@@ -71,7 +71,7 @@ class DenseTime(Result):
 
 
 @dataclass(frozen=True)
-class ForwardTime(Result):
+class AttentionTime(Result):
     """``of_dense``: TFLOP/s as a share of those of W1's dense attention; the least and most are of single runs."""
 
     ms: float
@@ -86,6 +86,14 @@ class ForwardTime(Result):
             f"{self.ms:.3f} ms, {self.tflops:.0f} TFLOP/s, {self.of_dense:.3f} of dense "
             f"({self.of_dense_min:.3f} to {self.of_dense_max:.3f}), {self.times_triton:.2f} times Triton"
         )
+
+
+@dataclass(frozen=True)
+class KernelTime(Result):
+    ms: float
+
+    def figures(self) -> str:
+        return f"{self.ms:.4f} ms"
 
 
 @dataclass(frozen=True)
@@ -187,34 +195,48 @@ class Forward:
     """The forward of the fine branch, on a map of which each row has the case's number of key blocks.
 
     They are drawn uniformly, or are the nearest ones in a video of ``neighbouring`` blocks, by Euclidean distance less
-    twice a uniform number.
+    twice a uniform number. ``hot``: every row names this share of all key blocks, and draws the others.
     """
 
     name: str
     case: Case
     neighbouring: tuple[int, int, int] | None = None
+    hot: float = 0.0
 
-    def measure(self, setting: Setting) -> ForwardTime | Failed:
+    def measure(self, setting: Setting) -> AttentionTime | Failed:
         case = self.case
         inputs = setting.inputs(case.shape)
         q2k_idx = self.index(setting)
-        ours, theirs = (attend_call(case, inputs, q2k_idx, backend) for backend in (OURS, THEIRS))
-        if not _agree(ours(), theirs(), (2e-2, 1e-5)):
+        ours, theirs = (self.call(inputs, q2k_idx, backend) for backend in (OURS, THEIRS))
+        if not self.agree(ours(), theirs()):
             return Failed(self.name)
         shape = _w1(case.shape.head_dim).shape
-        calls = (ours, theirs, dense_call(setting.inputs(shape), DENSE))
+        calls = (ours, theirs, self.dense_call(setting.inputs(shape)))
         runs = [setting.times_ms(*calls) for _ in range(RUNS)]
         of_dense = [case.flops / ms / (shape.dense_flops / dense_ms) for ms, _, dense_ms in runs]
         ms = median(ms for ms, _, _ in runs)
-        return ForwardTime(
+        return AttentionTime(
             self.name,
             ms,
-            case.flops / ms * 1e-9,
+            self.flops / ms * 1e-9,
             median(of_dense),
             min(of_dense),
             max(of_dense),
             median(triton_ms / ms for ms, triton_ms, _ in runs),
         )
+
+    @property
+    def flops(self) -> float:
+        return self.case.flops
+
+    def call(self, inputs: Inputs, q2k_idx: Tensor, backend: BackendName) -> Callable[[], tuple[Tensor, ...]]:
+        return attend_call(self.case, inputs, q2k_idx, backend)
+
+    def dense_call(self, inputs: Inputs) -> Callable[[], object]:
+        return dense_call(inputs, DENSE)
+
+    def agree(self, ours: tuple[Tensor, ...], theirs: tuple[Tensor, ...]) -> bool:
+        return _agree(ours, theirs, (2e-2, 1e-5))
 
     def index(self, setting: Setting) -> Tensor:
         """The key blocks of each query block, int32 [1, H, n, topk]."""
@@ -226,7 +248,45 @@ class Forward:
             sides = (torch.arange(side, device=device).float() for side in self.neighbouring)
             places = torch.cartesian_prod(*sides)
             scores = 2 * scores - torch.cdist(places, places)
+        scores[..., torch.randperm(blocks, generator=generator, device=device)[: int(self.hot * blocks)]] += 2
         return scores.topk(self.case.topk, -1).indices.int()
+
+
+@dataclass(frozen=True)
+class Backward(Forward):
+    """Gradients of q, k and v on such a map: the backend's own function, with all that it prepares."""
+
+    @property
+    def flops(self) -> float:
+        return flops_factor("backward") * self.case.flops
+
+    def call(self, inputs: Inputs, q2k_idx: Tensor, backend: BackendName) -> Callable[[], tuple[Tensor, ...]]:
+        return attend_backward_call(self.case, inputs, q2k_idx, backend)
+
+    def dense_call(self, inputs: Inputs) -> Callable[[], object]:
+        return dense_backward_call(inputs, DENSE)
+
+    def agree(self, ours: tuple[Tensor, ...], theirs: tuple[Tensor, ...]) -> bool:
+        return all((x - y).norm() <= 1e-2 * y.norm() for x, y in zip(ours, theirs, strict=True))
+
+
+@dataclass(frozen=True)
+class Inverse:
+    """The query blocks of each key block, as the backward makes them from a random map."""
+
+    name: str
+    case: Case
+
+    def measure(self, setting: Setting) -> KernelTime:
+        index = Forward(self.name, self.case).index(setting)
+        num = torch.full(index.shape[:3], self.case.topk, dtype=torch.int32, device=setting.device)
+        inputs, blocks = setting.inputs(self.case.shape), self.case.problem.keys.num_blocks
+        qkv = inputs.q, inputs.k, inputs.v
+        transpose_index = backend_for("attend_backward", self.case.problem, OURS, *qkv).transpose_index
+        if transpose_index is None:
+            return KernelTime(self.name, 0.0)
+        (ms,) = setting.times_ms(lambda: transpose_index(index, num, blocks))
+        return KernelTime(self.name, ms)
 
 
 @dataclass(frozen=True)
@@ -320,6 +380,22 @@ def _block_means() -> Iterator[Means]:
         yield Means(f"block means, D={head_dim}, {layout}, {order}", case, tiled=order == "tiled")
 
 
+def _backward() -> Iterator[Work]:
+    yield Backward("backward, W1, random", _w1())
+    yield Backward("backward, W1, neighbouring", _w1(), W1_BLOCKS)
+    yield Backward("backward, W1, 5 % of key blocks in every row", _w1(), hot=0.05)
+    yield Backward("backward, W1, D=64, random", _w1(head_dim=64))
+    yield Backward("backward, W1, D=64, neighbouring", _w1(head_dim=64), W1_BLOCKS)
+    yield Backward("backward, W1, raster, bhsd", _w1(block_size=(4, 4, 4), grid=W1_VIDEO))
+    yield Backward("backward, W1, raster, bshd", _w1(block_size=(4, 4, 4), grid=W1_VIDEO, layout="bshd"))
+    yield Backward("backward, W1, blocks of 128", _w1(block_size=128, topk=32))
+    yield Backward("backward, W1, blocks of 256", _w1(block_size=256, topk=16))
+    yield Backward("backward, W14, random", _case(40, 92_160, 128, 64, 144))
+    yield Backward("backward, small, random", _case(8, 8192, 128, 64, 16))
+    yield Inverse("inverse of a map, W1", _w1())
+    yield Inverse("inverse of a map, W14", _case(40, 92_160, 128, 64, 144))
+
+
 @functools.cache
 def works() -> tuple[Work, ...]:
     return (
@@ -335,6 +411,7 @@ def works() -> tuple[Work, ...]:
         Forward("W1, blocks of 256", _w1(block_size=256, topk=16)),
         Forward("W14, random", _case(40, 92_160, 128, 64, 144)),
         Forward("small, random", _case(8, 8192, 128, 64, 16)),
+        *_backward(),
         Copy(),
         *_block_means(),
         HostCall("host time of a call", _case(2, 1024, 128, 64, 4)),
@@ -358,6 +435,31 @@ def dense_call(inputs: Inputs, backend: SDPBackend) -> Callable[[], object]:
     def call() -> object:
         with sdpa_kernel(backend):
             return run.forward()
+
+    return call
+
+
+def dense_backward_call(inputs: Inputs, backend: SDPBackend) -> Callable[[], object]:
+    with sdpa_kernel(backend):
+        return dense(inputs).call("backward")
+
+
+def attend_backward_call(
+    case: Case, inputs: Inputs, q2k_idx: Tensor, backend: BackendName
+) -> Callable[[], tuple[Tensor, ...]]:
+    """A backend's own function for the gradients of q, k and v, after the forward."""
+    q, k, v, problem = inputs.q, inputs.k, inputs.v, case.problem
+    out, lse = attend_call(case, inputs, q2k_idx, backend)()
+    num = torch.full(q2k_idx.shape[:3], case.topk, dtype=torch.int32, device=inputs.device)
+    operands = Operands(q, k, v, q2k_idx, num, None, None, None, None, 0.0)
+    run = backend_for("attend_backward", problem, backend, q, k, v)
+
+    def call() -> tuple[Tensor, ...]:
+        dq, dk, dv, *_ = run.attend_backward(problem, operands, out, lse, inputs.dout, None, True, True)
+        assert dq is not None
+        assert dk is not None
+        assert dv is not None
+        return dq, dk, dv
 
     return call
 
