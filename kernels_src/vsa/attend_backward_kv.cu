@@ -1,4 +1,4 @@
-// The second pass of the backward: dK and dV of every key block, from the queries of the query blocks that selected it.
+// dK and dV of every key block, from the queries of the query blocks that selected it.
 //
 //   Pᵀ = exp(scale K Qᵀ − lse),   dSᵀ = Pᵀ ∘ (V dOᵀ − delta),   dV = Pᵀ dO,   dK = scale dSᵀ Q
 //
@@ -224,6 +224,7 @@ __device__ __forceinline__ void add_tile(const Params& params, SharedStorage& sh
     stage = next;
 }
 
+// The second product of the last tile.
 template <bool kFirst>
 __device__ __forceinline__ void add_last(SharedStorage& shared, const PipelineState<kStages>& stage, p_fragment& p,
                                          dk_fragment& sum) {

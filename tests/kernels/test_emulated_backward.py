@@ -101,7 +101,7 @@ def test_only_what_is_needed(monkeypatch):
 @pytest.mark.parametrize("order", ["rising", "falling", "mixed"])
 def test_scores_that_differ_by_hundreds(monkeypatch, order):
     emulate.emulate(monkeypatch, 2)
-    inputs = Inputs(Case("steep", q_len=330, kv_len=900, head_dim=64), "cpu", torch.bfloat16)
+    inputs = Inputs(Case("steep", q_len=330, kv_len=900, head_dim=64), "cpu", torch.float16)
     inputs.stretch_keys(steep(order, inputs.num_kv_blocks))
     call = Call(inputs)
     call.check(call.run())
@@ -111,7 +111,7 @@ def test_scores_that_differ_by_hundreds(monkeypatch, order):
 @pytest.mark.parametrize("case", [CASES[1], CASES[3], CASES[6]], ids=lambda case: case.name)
 def test_gradients_of_the_coarse_output(monkeypatch, case, gate):
     emulate.emulate(monkeypatch, 200)
-    inputs = Inputs(replace(case, head_dim=64, gate=gate), "cpu", torch.bfloat16)
+    inputs = Inputs(replace(case, head_dim=64, gate=gate), "cpu", torch.float16)
     call = Call(inputs)
     queries = call.problem.queries
     out_c = torch.randn(call.problem.batch, queries.heads, queries.num_blocks, 64)
@@ -127,7 +127,7 @@ def test_gradients_of_the_coarse_output(monkeypatch, case, gate):
         assert gradients.dgate is None
     else:
         expected = dout * out_c.double()[:, :, inputs.q_block]
-        torch.testing.assert_close(inputs.bhsd(gradients.dgate).double(), expected, rtol=2**-8, atol=1e-6)
+        torch.testing.assert_close(inputs.bhsd(gradients.dgate).double(), expected, rtol=2**-11, atol=1e-6)
 
 
 @pytest.mark.parametrize("group", [1, 3])
@@ -159,7 +159,7 @@ def test_inverse(monkeypatch, group):
 @pytest.mark.parametrize("block", [64, 128])
 def test_a_key_block_that_does_not_exist_spoils_its_rows(monkeypatch, block):
     emulate.emulate(monkeypatch, 200)
-    inputs = Inputs(Case("outside", q_len=12 * block, block_size=block, head_dim=64), "cpu", torch.bfloat16)
+    inputs = Inputs(Case("outside", q_len=12 * block, block_size=block, head_dim=64), "cpu", torch.float16)
     call = Call(inputs)
     idx, num = call.operands.q2k_idx.clamp(max=11), call.operands.q2k_num
     num.clamp_(max=11)
