@@ -5,6 +5,7 @@ from dataclasses import replace
 import pytest
 import torch
 from support import reference as ref
+from support.hopper import check_gradients, dense_gradients
 from support.problems import ON_HOPPER, Case, Inputs, steep
 from torch import Tensor
 
@@ -39,35 +40,10 @@ def gradients(inputs: Inputs, idx: Tensor, num: Tensor, with_lse: bool = True) -
     return torch.autograd.grad(outputs, (inputs.q, inputs.k, inputs.v), of_outputs)
 
 
-def expected(inputs: Inputs, block_map: Tensor, dtype: torch.dtype, with_lse: bool = True) -> tuple[Tensor, ...]:
-    """Gradients computed densely in a dtype, head by head of the keys, since scores take much memory."""
-    tensors, dout = inputs.clean(dtype), inputs.clean_dout(dtype)
-    group = tensors["q"].shape[1] // tensors["k"].shape[1]
-    found = []
-    for kv_head in range(tensors["k"].shape[1]):
-        heads = slice(kv_head * group, (kv_head + 1) * group)
-        of_heads = {"q": heads, "k": slice(kv_head, kv_head + 1), "v": slice(kv_head, kv_head + 1)}
-        leaves = [tensors[name].detach()[:, of].requires_grad_() for name, of in of_heads.items()]
-        out, lse = ref.attention(*leaves, inputs.mask(block_map[:, heads]), inputs.scale)
-        loss = (out * dout[:, heads]).sum()
-        if with_lse:
-            lse = lse.masked_fill(lse.isneginf(), 0.0)
-            loss = loss + (lse * inputs.dlse[:, heads].nan_to_num(0.0)).sum()
-        found.append(torch.autograd.grad(loss, leaves))
-    return tuple(torch.cat(parts, 1) for parts in zip(*found, strict=True))
-
-
 def check(inputs: Inputs, found: tuple[Tensor, ...], block_map: Tensor) -> None:
-    exact, plain = (expected(inputs, block_map, dtype) for dtype in (torch.float32, inputs.dtype))
-    valid = inputs.q_valid, inputs.kv_valid, inputs.kv_valid
-    group = inputs.case.heads // (inputs.case.kv_heads or inputs.case.heads)
-    named = block_map.unflatten(1, (-1, group)).any(2).any(-2)[..., inputs.kv_block].cuda()
-    for name, x, of_x, exact_x, plain_x in zip("qkv", found, valid, exact, plain, strict=True):
-        x = inputs.bhsd(x)
-        ref.assert_close(f"d{name}", x, exact_x, plain_x)
-        zeros = [x[:, :, ~of_x.cuda()]] if name == "q" else [x[:, :, ~of_x.cuda()], x[~named]]
-        for part in zeros:
-            assert torch.equal(part, torch.zeros_like(part))
+    dtypes = torch.float32, inputs.dtype
+    exact, plain = (dense_gradients(inputs, block_map, dtype, with_dlse=True)[2:] for dtype in dtypes)
+    check_gradients(inputs, block_map, found, exact, plain)
 
 
 @HALF

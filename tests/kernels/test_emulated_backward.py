@@ -5,8 +5,7 @@ from dataclasses import replace
 import pytest
 import torch
 from support import emulate
-from support import reference as ref
-from support.hopper import operands_of, problem_of
+from support.hopper import check_gradients, dense_gradients, operands_of, problem_of
 from support.problems import Case, Inputs, steep
 
 from vsa_jit.backends.sm90 import launches
@@ -40,20 +39,11 @@ class Call:
         if inputs.given_q_sizes is not None:
             self.operands = self.operands._replace(q_sizes=inputs.given_q_sizes)
         self.dlse = inputs.dlse if with_dlse else None
-        self.exact, self.plain = (self._dense(dtype) for dtype in (torch.float64, inputs.dtype))
+        self.exact, self.plain = (
+            dense_gradients(inputs, self.block_map, dtype, with_dlse) for dtype in (torch.float64, inputs.dtype)
+        )
         out_s, lse = self.exact[:2]
         self.out_s, self.lse = inputs.bhsd(out_s.to(inputs.dtype)), lse.float()
-
-    def _dense(self, dtype: torch.dtype) -> tuple[torch.Tensor, ...]:
-        inputs = self.inputs
-        tensors = inputs.clean(dtype)
-        of = [tensors[name] for name in "qkv"]
-        out, lse = ref.attention(*of, inputs.mask(self.block_map), inputs.scale)
-        has_key = lse > -torch.inf
-        loss = (out * inputs.clean_dout(dtype)).sum()
-        if self.dlse is not None:
-            loss = loss + (lse.masked_fill(~has_key, 0.0) * self.dlse.nan_to_num(0.0).to(lse.dtype)).sum()
-        return out.detach(), lse.detach(), *torch.autograd.grad(loss, of)
 
     def run(self, need_dq: bool = True, need_dkv: bool = True, **others) -> Gradients:
         operands = self.operands._replace(**others)
@@ -61,18 +51,7 @@ class Call:
         return launches.attend_backward(*call, need_dq, need_dkv)
 
     def check(self, gradients: Gradients) -> None:
-        for name, x, exact, plain in zip(("dq", "dk", "dv"), gradients, self.exact[2:], self.plain[2:], strict=False):
-            ref.assert_close(name, self.inputs.bhsd(x), exact, plain)
-        # Exactly 0: what is not valid, and keys that no query selected.
-        valid = self.inputs.q_valid, self.inputs.kv_valid, self.inputs.kv_valid
-        group = self.problem.group
-        named = self.block_map.unflatten(1, (-1, group)).any(2).any(-2)[..., self.inputs.kv_block]
-        for x, of_x in zip(gradients, valid, strict=False):
-            x = self.inputs.bhsd(x)
-            assert torch.equal(x[:, :, ~of_x], torch.zeros_like(x[:, :, ~of_x]))
-        for x in gradients[1:3]:
-            x = self.inputs.bhsd(x)
-            assert torch.equal(x[~named], torch.zeros_like(x[~named]))
+        check_gradients(self.inputs, self.block_map, gradients[:3], self.exact[2:], self.plain[2:])
 
 
 @pytest.mark.parametrize(("dtype", "head_dim", "processors"), KINDS, ids=str)

@@ -137,6 +137,7 @@ def emulate(monkeypatch: pytest.MonkeyPatch, processors: int, sources: Path | No
     # What is kept of earlier launches knows their launcher.
     launches._attend_launch.cache_clear()
     launches._block_means_launch.cache_clear()
+    backward._prepare_launch.cache_clear()
     backward._backward_q_launch.cache_clear()
     backward._backward_kv_launch.cache_clear()
     monkeypatch.setattr(module, "launcher", functools.partial(launcher, sources=sources, mistake=mistake))

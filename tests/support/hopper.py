@@ -1,8 +1,11 @@
 """What tests of the Hopper kernels share: a call, its operands, exact means, where groups of rows start."""
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
+from support import reference as ref
 from support.problems import Inputs
 from vsa_jit.checks import check_problem
 from vsa_jit.grid import block_tokens
@@ -46,3 +49,39 @@ def starts_of(partition, num_rows: int, boxes: int) -> tuple[list[int], list[int
     rows = [min(i * partition.group_rows + min(i, partition.longer_groups), num_rows) for i in range(groups + 1)]
     windows = range(partition.windows.value + 1)
     return rows, [i * partition.window_groups + min(i, partition.longer_windows) for i in windows]
+
+
+def dense_gradients(inputs: Inputs, block_map: Tensor, dtype: torch.dtype, with_dlse: bool) -> tuple[Tensor, ...]:
+    """Output, log-sum-exp and gradients of q, k and v, computed densely in a dtype; one key head at a time, since
+    scores take much memory."""
+    tensors, dout = inputs.clean(dtype), inputs.clean_dout(dtype)
+    group = tensors["q"].shape[1] // tensors["k"].shape[1]
+    found = []
+    for kv_head in range(tensors["k"].shape[1]):
+        heads = slice(kv_head * group, (kv_head + 1) * group)
+        of_heads = {"q": heads, "k": slice(kv_head, kv_head + 1), "v": slice(kv_head, kv_head + 1)}
+        leaves = [tensors[name].detach()[:, of].requires_grad_() for name, of in of_heads.items()]
+        out, lse = ref.attention(*leaves, inputs.mask(block_map[:, heads]), inputs.scale)
+        loss = (out * dout[:, heads]).sum()
+        if with_dlse:
+            dlse = inputs.dlse[:, heads].nan_to_num(0.0).to(lse.dtype)
+            loss = loss + (lse.masked_fill(lse.isneginf(), 0.0) * dlse).sum()
+        found.append((out.detach(), lse.detach(), *torch.autograd.grad(loss, leaves)))
+    return tuple(torch.cat(parts, 1) for parts in zip(*found, strict=True))
+
+
+def check_gradients(
+    inputs: Inputs, block_map: Tensor, found: Sequence[Tensor], exact: Sequence[Tensor], plain: Sequence[Tensor]
+) -> None:
+    """Checks dq, dk and dv against dense ones, and that what is not valid, and keys that no query selected, get 0."""
+    valid = inputs.q_valid, inputs.kv_valid, inputs.kv_valid
+    group = inputs.case.heads // (inputs.case.kv_heads or inputs.case.heads)
+    named = block_map.unflatten(1, (-1, group)).any(2).any(-2)[..., inputs.kv_block]
+    for name, x, of_x, exact_x, plain_x in zip("qkv", found, valid, exact, plain, strict=True):
+        x = inputs.bhsd(x)
+        ref.assert_close(f"d{name}", x, exact_x, plain_x)
+        zeros = [x[:, :, ~of_x.to(x.device)]]
+        if name != "q":
+            zeros.append(x[~named.to(x.device)])
+        for part in zeros:
+            assert torch.equal(part, torch.zeros_like(part))
