@@ -28,7 +28,7 @@ struct Schedule {
     HeadPartition partitions[2];
     int first_heads, first_groups;
     int num_work_tiles;       // of all heads
-    Divisor heads, kv_group;  // query heads, and query heads of one key/value head
+    Divisor heads, kv_group;  // heads of rows, and those that share one head of columns
     int* next;                // the next work tile, initially the number of thread blocks
 };
 
@@ -72,11 +72,7 @@ struct TileLists {
     }
 };
 
-// The rows of a row group are first .. end in the order in which rows are dealt out.
-struct RowRange {
-    int first, end;
-};
-
+// Where the rows of a row group begin, in the order in which rows are dealt out.
 __device__ __forceinline__ int first_row_of(const HeadPartition& partition, int num_rows, int group) {
     return min(group * partition.group_rows + min(group, partition.longer_groups), num_rows);
 }

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from vsa_jit.backends.sm90 import specialise
 from vsa_jit.backends.sm90.launch import LOG2E, Launch, SideView, token_strides
-from vsa_jit.backends.sm90.layout import SizesRef, sizes_ref, token_layout, view_of
+from vsa_jit.backends.sm90.layout import SizesRef, sizes_ref
 from vsa_jit.backends.sm90.schedule import inverse_schedule_of, max_list_length, schedule_of, words_of
 from vsa_jit.backends.sm90.structs import (
     BOX_TOKENS,
@@ -69,17 +69,10 @@ def prepare(
     rows = (problem.batch, queries.heads, queries.num_blocks * queries.block)
     statistics = q.new_empty((*rows, STATISTICS), dtype=torch.float32)
     lse = lse.contiguous()
-    layout = token_layout(queries, view_of(queries), sizes_ref(operands.q_sizes))
-    params = PrepareBackwardParams(
-        dout=dout.data_ptr(),
-        out_s=out_s.data_ptr(),
-        lse=lse.data_ptr(),
-        statistics=statistics.data_ptr(),
-        queries=layout,
-        heads=queries.heads,
-        num_blocks=queries.num_blocks,
-        q_len=queries.length,
-    )
+    launch = _prepare_launch(problem, q.dtype, q.get_device(), sizes_ref(operands.q_sizes))
+    params = PrepareBackwardParams.from_buffer_copy(launch.params)
+    params.dout, params.out_s = dout.data_ptr(), out_s.data_ptr()
+    params.lse, params.statistics = lse.data_ptr(), statistics.data_ptr()
     params.dout_strides[:] = token_strides(dout.stride(), queries)
     params.out_s_strides[:] = token_strides(out_s.stride(), queries)
     if dlse is not None:
@@ -97,10 +90,22 @@ def prepare(
             coarse.gate_strides[:] = [read.stride(axis) for axis in axes(queries.layout)]
             params.dgate = computed.data_ptr()
             params.dgate_strides[:] = token_strides(computed.stride(), queries)
-    launcher = module.launcher(specialise.prepare_backward(q.dtype, problem.head_dim), q.get_device())
-    launcher(problem.batch * queries.heads * queries.num_blocks, params)
+    launch.launcher(launch.blocks, params)
     dgate = computed if computed is None or gate is None else computed.to(gate.dtype)
     return statistics, dgate, dout_c
+
+
+@functools.lru_cache(maxsize=256)
+def _prepare_launch(problem: Problem, dtype: torch.dtype, device: int, q_sizes: SizesRef | None) -> Launch:
+    queries = problem.queries
+    params = PrepareBackwardParams(
+        queries=SideView(problem, queries, q_sizes, padded=False).layout(),
+        heads=queries.heads,
+        num_blocks=queries.num_blocks,
+        q_len=queries.length,
+    )
+    launcher = module.launcher(specialise.prepare_backward(dtype, problem.head_dim), device)
+    return Launch(params, problem.batch * queries.heads * queries.num_blocks, launcher)
 
 
 def transpose_index(q2k_idx: Tensor, q2k_num: Tensor, num_kv_blocks: int, group: int = 1) -> tuple[Tensor, Tensor]:
