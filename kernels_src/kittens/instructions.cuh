@@ -47,6 +47,12 @@ __device__ __forceinline__ float exp2(float x) {
     return y;
 }
 
+// Adds to four floats in memory, at an address that is a multiple of 16 bytes.
+__device__ __forceinline__ void add_to(float* address, float a, float b, float c, float d) {
+    asm volatile("red.relaxed.gpu.global.add.v4.f32 [%0], {%1, %2, %3, %4};" ::"l"(address), "f"(a), "f"(b), "f"(c), "f"(d)
+                 : "memory");
+}
+
 // Brings what is at an address as far as L2.
 __device__ __forceinline__ void prefetch(const void* pointer) { asm volatile("prefetch.global.L2 [%0];" ::"l"(pointer)); }
 

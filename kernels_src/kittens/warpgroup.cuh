@@ -1,5 +1,6 @@
-// What a warpgroup of four warps does together: matrix products whose left operand and result are in registers, 16 rows a
-// warp, and whose right operand is a tile in shared memory; and tiles between registers and shared memory.
+// What a warpgroup of four warps does together: matrix products whose result is in registers, 16 rows a warp, whose left
+// operand is in registers or in shared memory, and whose right operand is a tile in shared memory; and tiles between registers
+// and shared memory.
 #pragma once
 
 #include "kittens/register_tile.cuh"
@@ -25,12 +26,12 @@ __device__ __forceinline__ void decrease_registers() {
 template <int cols>
 __device__ __forceinline__ void fence_operand(rt_fl<16, cols>& tile) {
 #pragma unroll
-    for (float& x : tile.data) asm volatile("" : "+f"(x)::"memory");
+    for (int i = 0; i < cols / 2; ++i) asm volatile("" : "+f"(tile.data[i])::"memory");
 }
 template <typename T, int cols>
 __device__ __forceinline__ void fence_operand(rt<T, 16, cols>& tile) {
 #pragma unroll
-    for (uint32_t& x : tile.data) asm volatile("" : "+r"(x)::"memory");
+    for (int i = 0; i < cols / 4; ++i) asm volatile("" : "+r"(tile.data[i])::"memory");
 }
 
 // Before products that take tiles which other instructions wrote.
@@ -85,10 +86,10 @@ __device__ __forceinline__ uint64_t descriptor(const ST* tiles, int index, int l
     asm volatile(KITTENS_WGMMA("128", TYPE, ADD, KITTENS_NAMES_64) "{%64, %65, %66, %67}, %68, add, 1, 1, %69;\n}" \
                  : KITTENS_D32(MODE, 0), KITTENS_D32(MODE, 32) \
                  : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "n"(transposed))
-#define KITTENS_WGMMA_SHARED_64(TYPE) \
-    asm volatile(KITTENS_WGMMA("64", TYPE, "1", KITTENS_NAMES_32) "%32, %33, add, 1, 1, 0, %34;\n}" \
-                 : KITTENS_D32("+", 0) \
-                 : "l"(a), "l"(b), "n"(transposed))
+#define KITTENS_WGMMA_SHARED_64(TYPE, MODE, ADD) \
+    asm volatile(KITTENS_WGMMA("64", TYPE, ADD, KITTENS_NAMES_32) "%32, %33, add, 1, 1, %34, %35;\n}" \
+                 : KITTENS_D32(MODE, 0) \
+                 : "l"(a), "l"(b), "n"(a_transposed), "n"(transposed))
 
 template <typename T, int N, int transposed, bool add>
 __device__ __forceinline__ void mma_step(float (&d)[N / 2], const uint32_t* a, uint64_t b) {
@@ -102,13 +103,15 @@ __device__ __forceinline__ void mma_step(float (&d)[N / 2], const uint32_t* a, u
     if constexpr (N == 128 && !kIsBf16) KITTENS_WGMMA_128("f16", "+", "1");
 }
 
-// Adds.
-template <typename T, int N, int transposed>
+// The same with a in shared memory.
+template <typename T, int N, int a_transposed, int transposed, bool add>
 __device__ __forceinline__ void mma_step(float (&d)[N / 2], uint64_t a, uint64_t b) {
     constexpr bool kIsBf16 = is_same<T, bf16>;
     static_assert((kIsBf16 || is_same<T, half>) && N == 64);
-    if constexpr (kIsBf16) KITTENS_WGMMA_SHARED_64("bf16");
-    if constexpr (!kIsBf16) KITTENS_WGMMA_SHARED_64("f16");
+    if constexpr (kIsBf16 && add) KITTENS_WGMMA_SHARED_64("bf16", "+", "1");
+    if constexpr (kIsBf16 && !add) KITTENS_WGMMA_SHARED_64("bf16", "+", "0");
+    if constexpr (!kIsBf16 && add) KITTENS_WGMMA_SHARED_64("f16", "+", "1");
+    if constexpr (!kIsBf16 && !add) KITTENS_WGMMA_SHARED_64("f16", "+", "0");
 }
 
 #undef KITTENS_D4
@@ -141,7 +144,8 @@ __device__ __forceinline__ void mm_ABt(rt_fl<16, N>& d, const rt<T, 16, in_regis
         } else if (k < in_registers) {
             mma_step<T, N, 0, true>(d.data, a.data + k / 4, b_step);
         } else {
-            mma_step<T, N, 0>(d.data, a_start + (k / A::panel_cols * A::panel_bytes + in_panel) / kDescriptorBytes, b_step);
+            mma_step<T, N, 0, 0, true>(d.data, a_start + (k / A::panel_cols * A::panel_bytes + in_panel) / kDescriptorBytes,
+                                       b_step);
         }
     }
 }
@@ -160,6 +164,20 @@ __device__ __forceinline__ void mm_ABt(rt_fl<16, N>& d, const rt<T, 16, K>& a, c
     }
 }
 
+// d += a bᵀ, asynchronously, a in shared memory, b the tile of a ring that is in a stage.
+template <typename T, int N, int K, int stages>
+__device__ __forceinline__ void mma_ABt(rt_fl<16, N>& d, const st<T, 64, K>& a, const st<T, N, K> (&b)[stages], int stage) {
+    using A = st<T, 64, K>;
+    using B = st<T, N, K>;
+    const uint64_t a_start = descriptor(&a, 0, 0, kSwizzleAtomBytes), start = descriptor(b, stage, 0, kSwizzleAtomBytes);
+#pragma unroll
+    for (int k = 0; k < K; k += kStepCols) {
+        const int in_panel = k % B::panel_cols * sizeof(T);
+        mma_step<T, N, 0, 0, true>(d.data, a_start + (k / A::panel_cols * A::panel_bytes + in_panel) / kDescriptorBytes,
+                                   start + (k / B::panel_cols * B::panel_bytes + in_panel) / kDescriptorBytes);
+    }
+}
+
 // d += a b, asynchronously, b the tile of a ring that is in a stage.
 template <typename T, int N, int K, int stages>
 __device__ __forceinline__ void mma_AB(rt_fl<16, N>& d, const rt<T, 16, K>& a, const st<T, K, N> (&b)[stages], int stage) {
@@ -167,6 +185,24 @@ __device__ __forceinline__ void mma_AB(rt_fl<16, N>& d, const rt<T, 16, K>& a, c
 #pragma unroll
     for (int k = 0; k < K; k += kStepCols) {
         mma_step<T, N, 1, true>(d.data, a.data + k / 4, start + k * kSwizzleBytes / kDescriptorBytes);
+    }
+}
+
+// d = aᵀ b or, where `add`, d += aᵀ b, asynchronously: 64 columns of d, from a multiple of 64 on. Both are tiles of rings.
+template <int first_col, bool add, typename T, int K, int N, int a_stages, int stages>
+__device__ __forceinline__ void mm_AtB(rt_fl<16, 64>& d, const st<T, K, 64> (&a)[a_stages], int a_stage,
+                                       const st<T, K, N> (&b)[stages], int stage) {
+    using B = st<T, K, N>;
+    static_assert(first_col % B::panel_cols == 0 && B::panel_cols == 64);
+    const uint64_t a_start = descriptor(a, a_stage, 0, kSwizzleAtomBytes);
+    const uint64_t start =
+        descriptor(b, stage, 0, kSwizzleAtomBytes) + first_col / B::panel_cols * B::panel_bytes / kDescriptorBytes;
+#pragma unroll
+    for (int k = 0; k < K; k += kStepCols) {
+        const uint64_t a_step = a_start + k * kSwizzleBytes / kDescriptorBytes;
+        const uint64_t step = start + k * kSwizzleBytes / kDescriptorBytes;
+        if (k == 0) mma_step<T, 64, 1, 1, add>(d.data, a_step, step);
+        if (k > 0) mma_step<T, 64, 1, 1, true>(d.data, a_step, step);
     }
 }
 
@@ -189,6 +225,21 @@ __device__ __forceinline__ void load(rt<T, 16, K>& destination, const st<T, 64, 
                      : "memory");
     }
 }
+
+// All columns of a tile.
+template <typename T, int cols>
+__device__ __forceinline__ void store(st<T, 64, cols>& destination, const rt<T, 16, cols>& source) {
+#pragma unroll
+    for (int k = 0; k < cols; k += kStepCols) {
+        const uint32_t* words = source.data + k / 4;
+        asm volatile("stmatrix.sync.aligned.m8n8.x4.shared.b16 [%0], {%1, %2, %3, %4};" ::"r"(address_of_lane(destination, k)),
+                     "r"(words[0]), "r"(words[1]), "r"(words[2]), "r"(words[3])
+                     : "memory");
+    }
+}
+
+// Makes what this thread has stored to shared memory visible to the products and copies that start after it.
+__device__ __forceinline__ void fence_stores() { asm volatile("fence.proxy.async.shared::cta;" ::: "memory"); }
 
 }  // namespace warpgroup
 }  // namespace kittens

@@ -104,47 +104,6 @@ __device__ __forceinline__ void init_barriers(SharedStorage& shared) {
     fence_init_semaphores();
 }
 
-// Loads the query boxes of all work tiles, with their dO and their statistics.
-__device__ void load_queries(const Params& params, SharedStorage& shared) {
-    const int lane = laneid();
-    const int boxes_of_head = params.schedule.rows.num_cols * params.queries.boxes.value;
-    uint32_t loaded = 0;
-    for (int round = 0;; ++round) {
-        const PipelineState<kWorkTiles> state(round);
-        const WorkTile<1>& work = shared.work_tiles.tiles[state.index];
-        wait(shared.work_tiles.full[state.index], state.phase);
-        if (work.ends) return;
-        const KeyTile<1>* list = params.lists.at(state);
-        const int num_tiles = work.group.num_tiles;
-        const int64_t head = int64_t(work.batch) * params.schedule.heads.value * params.schedule.rows.group + work.col_head;
-        const RowStatistics* statistics = params.statistics + head * boxes_of_head * kStatisticsPerBox;
-        // Each lane takes one tile of 32. The list is read one step ahead, to hide the latency of global memory.
-        const auto tile_at = [&](int i) { return i < num_tiles ? list[i] : KeyTile<1>{}; };
-        KeyTile<1> own = tile_at(lane);
-#pragma unroll 1
-        for (int first = 0; first < num_tiles; first += kWarpThreads) {
-            const KeyTile<1> next = tile_at(first + kWarpThreads + lane);
-            const Extent3 origin = own.origin(params.queries);
-            const int count = min(kWarpThreads, num_tiles - first);
-#pragma unroll 1
-            for (int i = 0; i < count; ++i, ++loaded) {
-                const PipelineState<kStages> stage(loaded);
-                semaphore& full = shared.barriers.full[stage.index];
-                wait(shared.barriers.empty[stage.index], stage.phase ^ 1);
-                // No lane continues before all have seen this phase: the stage could complete another phase and hide it.
-                __syncwarp();
-                if (lane == i) {
-                    load_box(shared.q[stage.index], params.q, params.q.at(work.batch, work.col_head, origin), full);
-                    load_box(shared.dout[stage.index], params.dout, params.dout.at(work.batch, work.col_head, origin), full);
-                    load_array(shared.statistics[stage.index], statistics + int64_t(own.box()) * kStatisticsPerBox, full);
-                }
-            }
-            own = next;
-        }
-        arrive(shared.work_tiles.empty[state.index]);
-    }
-}
-
 __device__ __forceinline__ void produce(const Params& params, SharedStorage& shared) {
     const int warp = warpid() % kWarpgroupWarps;
     const auto load_row = [&](const WorkTile<1>& work, int i) {
@@ -152,23 +111,12 @@ __device__ __forceinline__ void produce(const Params& params, SharedStorage& sha
         load_box(shared.k[i], params.k, params.k.at(work.batch, work.row_head, work.origin[i]), full);
         load_box(shared.v[i], params.v, params.v.at(work.batch, work.row_head, work.origin[i]), full);
     };
-    if (warp == 0) load_queries(params, shared);
+    if (warp == 0) load_queries(params, shared, [](uint32_t, int64_t) {});
     if (warp == 1) load_row_boxes(shared.work_tiles, shared.k_barriers, load_row);
     if (warp == 2) {
         schedule_work_tiles(params.schedule, params.keys, params.queries, params.lists, shared.scratch, shared.work_tiles);
     }
 }
-
-// Of the columns of a lane, two of every eight.
-struct ColumnPairs {
-    float2 of[kBoxTokens / 8];
-    __device__ __forceinline__ explicit ColumnPairs(const float (&of_first)[2]) {
-        const RowStatistics* at = reinterpret_cast<const RowStatistics*>(&of_first) + laneid() % 4;
-#pragma unroll
-        for (int i = 0; i < kBoxTokens / 8; ++i) of[i] = *reinterpret_cast<const float2*>(at + 4 * i);
-    }
-    __device__ __forceinline__ float operator[](int i) const { return i % 2 == 0 ? of[i / 4].x : of[i / 4].y; }
-};
 
 // What a warpgroup computes of each tile: a first product, K Qᵀ or V dOᵀ, and from it the left operand of a second one, Pᵀ dO
 // or dSᵀ Q.

@@ -3,13 +3,13 @@
 
 #include "vsa/epilogue.cuh"
 
-// Of two neighbouring queries of a box. `shift` is the log-sum-exp in base 2, or +inf where a query is not valid or has no
-// keys, so that its probabilities are 0. `delta` is Σ dO ∘ O less the gradient of the log-sum-exp. Queries are in the order in
-// which the tokens of a box arrive, see KeyTile::origin: of a block with a size, the valid ones come last.
+// Of two neighbouring queries of a box. `shift` is the log-sum-exp, or +inf where a query is not valid or has no keys, so that
+// its probabilities are 0. `delta` is Σ dO ∘ O less the gradient of the log-sum-exp. Both are multiplied by factors: two passes
+// take the shift in base 2, and one pass takes what it adds to products, −shift / scale and −delta. Queries are in the order
+// in which the tokens of a box arrive, see KeyTile::origin: of a block with a size, the valid ones come last.
 struct alignas(16) RowStatistics {
     float shift[2], delta[2];
 };
-constexpr float kLog2e = 1.44269504f;
 constexpr int kStatisticsPerBox = kBoxTokens / 2;
 
 // How many places the tokens of a query box are moved by in the order in which they arrive.
@@ -32,6 +32,64 @@ __device__ __forceinline__ void load_statistics(const RowStatistics* statistics,
         const int row = kittens::warpgroup::warpid() * 16 + kittens::laneid() / 4 + 8 * i, place = (first + row) % kBoxTokens;
         shift[i] = of_box[place / 2].shift[place % 2];
         delta[i] = of_box[place / 2].delta[place % 2];
+    }
+}
+
+// A value for each of a lane's columns of scores, two of every eight, where columns are queries.
+struct ColumnPairs {
+    float2 of[kBoxTokens / 8];
+    __device__ __forceinline__ explicit ColumnPairs(const float (&of_first)[2]) {
+        const RowStatistics* at = reinterpret_cast<const RowStatistics*>(&of_first) + kittens::laneid() % 4;
+#pragma unroll
+        for (int i = 0; i < kBoxTokens / 8; ++i) of[i] = *reinterpret_cast<const float2*>(at + 4 * i);
+    }
+    __device__ __forceinline__ float operator[](int i) const { return i % 2 == 0 ? of[i / 4].x : of[i / 4].y; }
+};
+
+// A loader of a pass that keeps keys in place: it loads the query boxes of all work tiles, with their dO and their statistics.
+// `prepare(number, box)` writes what else the readers of a tile need to know: its box is counted over all heads.
+template <typename Params, typename SharedStorage, typename Prepare>
+__device__ __forceinline__ void load_queries(const Params& params, SharedStorage& shared, Prepare prepare) {
+    using kittens::kWarpThreads;
+    constexpr int kStages = sizeof(shared.q) / sizeof(shared.q[0]);
+    constexpr int kWorkTiles = sizeof(shared.work_tiles.tiles) / sizeof(shared.work_tiles.tiles[0]);
+    const int lane = kittens::laneid();
+    const int boxes_of_head = params.schedule.rows.num_cols * params.queries.boxes.value;
+    uint32_t loaded = 0;
+    for (int round = 0;; ++round) {
+        const PipelineState<kWorkTiles> state(round);
+        const WorkTile<1>& work = shared.work_tiles.tiles[state.index];
+        kittens::wait(shared.work_tiles.full[state.index], state.phase);
+        if (work.ends) return;
+        const KeyTile<1>* list = params.lists.at(state);
+        const int num_tiles = work.group.num_tiles;
+        const int64_t head = int64_t(work.batch) * params.schedule.heads.value * params.schedule.rows.group + work.col_head;
+        // Each lane takes one tile of 32. The list is read one step ahead, to hide the latency of global memory.
+        const auto tile_at = [&](int i) { return i < num_tiles ? list[i] : KeyTile<1>{}; };
+        KeyTile<1> own = tile_at(lane);
+#pragma unroll 1
+        for (int first = 0; first < num_tiles; first += kWarpThreads) {
+            const KeyTile<1> next = tile_at(first + kWarpThreads + lane);
+            const Extent3 origin = own.origin(params.queries);
+            const int count = min(kWarpThreads, num_tiles - first);
+#pragma unroll 1
+            for (int i = 0; i < count; ++i, ++loaded) {
+                const PipelineState<kStages> stage(loaded);
+                kittens::semaphore& full = shared.barriers.full[stage.index];
+                kittens::wait(shared.barriers.empty[stage.index], stage.phase ^ 1);
+                // No lane continues before all have seen this phase: the stage could complete another phase and hide it.
+                __syncwarp();
+                if (lane == i) {
+                    const int64_t box = head * boxes_of_head + own.box();
+                    prepare(loaded, box);
+                    load_box(shared.q[stage.index], params.q, params.q.at(work.batch, work.col_head, origin), full);
+                    load_box(shared.dout[stage.index], params.dout, params.dout.at(work.batch, work.col_head, origin), full);
+                    load_array(shared.statistics[stage.index], params.statistics + box * kStatisticsPerBox, full);
+                }
+            }
+            own = next;
+        }
+        kittens::arrive(shared.work_tiles.empty[state.index]);
     }
 }
 

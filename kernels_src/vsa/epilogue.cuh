@@ -4,7 +4,7 @@
 #include "kittens/warpgroup.cuh"
 #include "vsa/scheduler.cuh"
 
-// Where the 64 rows of a consumer's query box belong. A lane has two of them.
+// Where the 64 rows of a consumer's box belong. A lane has two of them.
 struct OutputRows {
     int batch, head, block;
     int64_t bh;
@@ -14,19 +14,23 @@ struct OutputRows {
     bool valid[2];
 
     template <int kConsumers>
-    __device__ __forceinline__ OutputRows(const TokenLayout& queries, int heads, const WorkTile<kConsumers>& work, int consumer)
-        : batch(work.batch), head(work.row_head), block(work.group.block[consumer]), bh(int64_t(batch) * heads + head),
-          origin(work.origin[consumer]) {
-        const int box = work.group.box[consumer];
-        const int size = queries.sizes == nullptr ? kBoxTokens : valid_tokens_of_box(queries, block, box);
+    __device__ __forceinline__ OutputRows(const TokenLayout& layout, int heads, const WorkTile<kConsumers>& work, int consumer)
+        : OutputRows(layout, heads, work.batch, work.row_head, work.group.block[consumer], work.group.box[consumer],
+                     work.origin[consumer], 0) {}
+
+    // `moved`: by how many rows the tokens of the box are moved.
+    __device__ __forceinline__ OutputRows(const TokenLayout& layout, int heads, int batch, int head, int block, int box,
+                                          const Extent3& origin, int moved)
+        : batch(batch), head(head), block(block), bh(int64_t(batch) * heads + head), origin(origin) {
+        const int size = layout.sizes == nullptr ? kBoxTokens : valid_tokens_of_box(layout, block, box);
 #pragma unroll
         for (int i = 0; i < 2; ++i) {
-            const int row = kittens::warpgroup::warpid() * 16 + kittens::laneid() / 4 + 8 * i;
-            const Extent3 inside = position_in_box(queries, row);
+            const int row = (kittens::warpgroup::warpid() * 16 + kittens::laneid() / 4 + 8 * i - moved) & (kBoxTokens - 1);
+            const Extent3 inside = position_in_box(layout, row);
             const Extent3 at = {origin.t + inside.t, origin.h + inside.h, origin.w + inside.w};
-            exists[i] = at.t < queries.extent.t && at.h < queries.extent.h && at.w < queries.extent.w;
+            exists[i] = at.t < layout.extent.t && at.h < layout.extent.h && at.w < layout.extent.w;
             valid[i] = exists[i] && row < size;
-            token[i] = (at.t * queries.extent.h + at.h) * queries.extent.w + at.w;
+            token[i] = (at.t * layout.extent.h + at.h) * layout.extent.w + at.w;
         }
     }
 };

@@ -32,6 +32,7 @@ struct Params {
     float* dout_c;  // like out_c
     TokenLayout queries;
     int heads, num_blocks, q_len;
+    float shift_factor, delta_factor;  // see RowStatistics
 };
 VSA_CHECK_PARAMS;
 
@@ -117,9 +118,8 @@ extern "C" __global__ void __launch_bounds__(kWarps* kWarpThreads) prepare_backw
 #pragma unroll
             for (int lanes = 1; lanes < kLanesPerToken; lanes *= 2) delta += __shfl_xor_sync(kAllLanes, delta, lanes);
             if (channel == 0) {
-                const float shift = lse == -infinity() ? infinity() : lse * kLog2e;
-                statistics[place / 2].shift[place % 2] = shift;
-                statistics[place / 2].delta[place % 2] = delta - dlse;
+                statistics[place / 2].shift[place % 2] = (lse == -infinity() ? infinity() : lse) * params.shift_factor;
+                statistics[place / 2].delta[place % 2] = (delta - dlse) * params.delta_factor;
             }
             if (!has_coarse) continue;
             if (params.coarse.gate == nullptr) {

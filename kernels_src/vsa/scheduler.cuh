@@ -29,6 +29,8 @@ struct Schedule {
     int first_heads, first_groups;
     int num_work_tiles;       // of all heads
     Divisor heads, kv_group;  // heads of rows, and those that share one head of columns
+    Divisor consumers;        // how many consumers take the boxes of a block
+    int boxes_of_consumer;
     int* next;                // the next work tile, initially the number of thread blocks
 };
 
@@ -134,19 +136,20 @@ __device__ __forceinline__ void find_row_group(const IndexBits& rows, const Head
 template <int kConsumers, typename Index>
 __device__ __forceinline__ void assign_rows(const Schedule<Index>& schedule, const TokenLayout& row_tokens, int number,
                                             int part, RowReaders<kConsumers>& readers, WorkTile<kConsumers>& work) {
-    const Divisor& boxes = row_tokens.boxes;
+    const Divisor& consumers = schedule.consumers;
     const bool in_first = number < schedule.first_groups;
     const HeadPartition& partition = schedule.partitions[in_first ? 0 : 1];
     if (!in_first) number -= schedule.first_groups;
     const int of_head = partition.query_groups.quotient(number), group = number - of_head * partition.query_groups.value;
-    const int bh = of_head + (in_first ? 0 : schedule.first_heads), row_group = boxes.quotient(group);
+    const int bh = of_head + (in_first ? 0 : schedule.first_heads), row_group = consumers.quotient(group);
     find_row_group(schedule.rows, partition, bh, row_group, readers.rows);
 
     const int lane = kittens::laneid();
     if (lane < kConsumers) {
-        const int index = (group - row_group * boxes.value) * kConsumers + lane;
-        const int row = boxes.quotient(index), box = index - row * boxes.value;
-        const int block = readers.rows.block[row], reader = max(0, lane - box);
+        const int index = (group - row_group * consumers.value) * kConsumers + lane;
+        const int row = consumers.quotient(index), of_block = index - row * consumers.value;
+        const int block = readers.rows.block[row], reader = max(0, lane - of_block);
+        const int box = of_block * schedule.boxes_of_consumer;
         readers.reader[lane] = reader;
         readers.length[lane] = reader == lane ? readers.rows.length[row] : 0;
         work.group.block[lane] = block;

@@ -25,7 +25,7 @@ struct RowReaders {
 template <int kConsumers>
 struct QueryGroup {
     int block[kConsumers];      // -1: none
-    int box[kConsumers];        // of the block
+    int box[kConsumers];        // of the block; where a consumer takes several, the first
     int num_tiles_of[kConsumers];  // tiles that each attends
     int num_tiles;              // tiles that are loaded for all of them
     int poisoned;               // bit i: the row of consumer i names a column that does not exist
@@ -158,35 +158,6 @@ __device__ __forceinline__ bool select_boxes(const IndexTable& rows, const Token
     return poisoned;
 }
 
-// The same for rows that are bits already; their columns all exist.
-template <int kConsumers>
-__device__ __forceinline__ bool select_boxes(const IndexBits& rows, const TokenLayout& col_tokens,
-                                             const QueryGroup<kConsumers>& group, int head, int first_box,
-                                             TileListScratch<kConsumers>& scratch) {
-    const int lane = kittens::laneid(), word = col_tokens.boxes.quotient(first_box) / 32 + lane;
-    const bool is_whole = col_tokens.boxes.value == 1 && !col_tokens.partial;
-    uint32_t bits[kConsumers];
-#pragma unroll
-    for (int i = 0; i < kConsumers; ++i) {
-        bits[i] = scratch.readers.length[i] > 0 ? rows.word(head, group.block[i], word) : 0;
-        scratch.selected[i][lane] = is_whole ? bits[i] : 0;
-    }
-    __syncwarp();
-    if (!is_whole) {
-#pragma unroll 1
-        for (int i = 0; i < kConsumers; ++i) {
-#pragma unroll 1
-            for (uint32_t left = bits[i]; left != 0;) {
-                const int bit = 31 - __clz(left);
-                left ^= 1u << bit;
-                select_block<kConsumers>(col_tokens, word * 32 + bit, first_box, scratch.selected[i]);
-            }
-        }
-        __syncwarp();
-    }
-    return false;
-}
-
 // Where a box goes in a slice's part of the list. The boxes of each mask are spread evenly, so that all consumers advance at
 // the same rate, and are in ascending order, so that thread blocks that run at the same time read the same col_tokens. Box p of
 // the n of its mask is at (2p + 1) / 2n of the list; its position is the number of boxes of all masks that come before that,
@@ -221,8 +192,8 @@ __device__ __forceinline__ void prefix_sums(uint32_t (&x)[n]) {
 //
 // Loops are unrolled only where that is needed: the first list of a thread block waits for every instruction to be fetched, and
 // other warps' loops need the instruction cache.
-template <int kConsumers, typename Index>
-__device__ __forceinline__ void write_list(const Index& rows, const TokenLayout& col_tokens, int head,
+template <int kConsumers>
+__device__ __forceinline__ void write_list(const IndexTable& rows, const TokenLayout& col_tokens, int head,
                                            TileListScratch<kConsumers>& scratch, QueryGroup<kConsumers>& group,
                                            KeyTile<kConsumers>* tiles) {
     using Scratch = TileListScratch<kConsumers>;
@@ -304,6 +275,38 @@ __device__ __forceinline__ void write_list(const Index& rows, const TokenLayout&
     if (lane == 0) {
         group.poisoned = poisoned_consumers;
         group.num_tiles = num_tiles;
+    }
+    __syncwarp();
+}
+
+// The same for a single row that is bits already; its columns all exist.
+__device__ __forceinline__ void write_list(const IndexBits& rows, const TokenLayout& col_tokens, int head, TileListScratch<1>&,
+                                           QueryGroup<1>& group, KeyTile<1>* tiles) {
+    constexpr int kWordBits = 32;
+    const int lane = kittens::laneid();
+    int num_tiles = 0;
+#pragma unroll 1
+    for (int first = 0; first < rows.num_words; first += kittens::kWarpThreads) {
+        const uint32_t own = rows.word(head, group.block[0], first + lane);
+        // Words in turn, in which each lane looks at one column.
+#pragma unroll 1
+        for (uint32_t left = __ballot_sync(kittens::kAllLanes, own != 0); left != 0; left &= left - 1) {
+            const int word = __popc((left & -left) - 1);
+            const bool is_selected = __shfl_sync(kittens::kAllLanes, own, word) >> lane & 1;
+#pragma unroll 1
+            for (int box = 0; box < col_tokens.boxes.value; ++box) {
+                KeyTile<1> tile = {};
+                if (is_selected) tile = KeyTile<1>::of(col_tokens, (first + word) * kWordBits + lane, box, 1);
+                const bool is_listed = is_selected && !tile.is_empty();
+                const uint32_t listed = __ballot_sync(kittens::kAllLanes, is_listed);
+                if (is_listed) tiles[num_tiles + __popc(listed & ((1u << lane) - 1))] = tile;
+                num_tiles += __popc(listed);
+            }
+        }
+    }
+    if (lane == 0) {
+        group.num_tiles_of[0] = group.num_tiles = num_tiles;
+        group.poisoned = 0;
     }
     __syncwarp();
 }

@@ -31,6 +31,13 @@ CASES = [
 ]
 
 
+@pytest.fixture
+def deterministic():
+    torch.use_deterministic_algorithms(True)
+    yield
+    torch.use_deterministic_algorithms(False)
+
+
 def gradients(inputs: Inputs, idx: Tensor, num: Tensor, with_lse: bool = True) -> tuple[Tensor, ...]:
     call = vsa_jit.block_sparse_attn_from_indices
     out, lse = call(inputs.q, inputs.k, inputs.v, idx, num, backend="sm90", **inputs.order_of_blocks)
@@ -57,9 +64,20 @@ def test_uneven_rows(case: Case, head_dim: int, dtype: torch.dtype):
 
 @HALF
 @HEAD_DIMS
+@pytest.mark.parametrize("case", CASES[6:], ids=lambda case: case.name)
+def test_two_passes_of_larger_blocks(deterministic, case: Case, head_dim: int, dtype: torch.dtype):
+    inputs = Inputs(replace(case, heads=8, head_dim=head_dim), "cuda", dtype)
+    idx, num, block_map = inputs.uneven_indices()
+    check(inputs, gradients(inputs, idx, num), block_map)
+
+
+@HALF
+@HEAD_DIMS
 @pytest.mark.parametrize("order", ["rising", "falling", "mixed"])
-def test_scores_that_differ_by_hundreds(order: str, head_dim: int, dtype: torch.dtype):
-    inputs = Inputs(Case("steep", q_len=6390, heads=8, head_dim=head_dim), "cuda", dtype)
+@pytest.mark.parametrize("block", [64, 128])
+def test_scores_that_differ_by_hundreds(block: int, order: str, head_dim: int, dtype: torch.dtype):
+    case = Case("steep", q_len=6390, heads=8, head_dim=head_dim, block_size=block)
+    inputs = Inputs(case, "cuda", dtype)
     inputs.stretch_keys(steep(order, inputs.num_kv_blocks))
     idx, num, block_map = inputs.uneven_indices()
     check(inputs, gradients(inputs, idx, num), block_map)
@@ -84,7 +102,13 @@ def test_4096_blocks(head_dim: int):
         assert torch.equal(x[:, :, 4002 * 64 :], torch.zeros_like(x[:, :, 4002 * 64 :]))
 
 
-@pytest.mark.parametrize("block", [64, 128])
+@pytest.mark.parametrize("block", [128, 256])
+@HEAD_DIMS
+def test_the_same_bits_where_algorithms_are_deterministic(deterministic, block: int, head_dim: int):
+    test_the_same_bits_every_time(block, head_dim)
+
+
+@pytest.mark.parametrize("block", [64])
 @HEAD_DIMS
 def test_the_same_bits_every_time(block: int, head_dim: int):
     inputs = Inputs(Case("bits", q_len=12000, heads=8, head_dim=head_dim, block_size=block), "cuda", torch.bfloat16)

@@ -36,6 +36,7 @@ def on_cpu(monkeypatch):
         kernels.Forward("small, random", case(2, 512, 3)),
         kernels.Forward("small, neighbouring", case(2, 512, 3), (2, 2, 2)),
         kernels.Backward("backward, hot", case(2, 512, 3), hot=0.3),
+        kernels.Backward("backward, deterministic", case(2, 512, 3), deterministic=True),
         kernels.Copy(),
         kernels.Means("block means, tiled", case(2, 512, 1), tiled=True),
         kernels.Means("block means, raster", case(2, 4 * 5 * 6, 1, grid=(4, 5, 6), layout="bshd"), tiled=False),
@@ -52,7 +53,7 @@ def case(heads: int, tokens: int, topk: int, grid=None, layout="bhsd") -> Case:
 
 def test_works_have_the_sizes_that_their_names_say():
     works = {work.name: work for work in kernels.works()}
-    assert len(works) == len(kernels.works()) == 4 + 11 + 13 + 1 + 16 + 2
+    assert len(works) == len(kernels.works()) == 4 + 13 + 13 + 1 + 16 + 2
     for name, heads, tokens, head_dim, block, topk in (
         ("W1, random", 12, 39_936, 128, 64, 64),
         ("W1, D=64, neighbouring", 12, 39_936, 64, 64, 64),

@@ -45,7 +45,7 @@ def no_gpu(monkeypatch):
 @pytest.fixture
 def small_kernels(sources, monkeypatch):
     """Instead of the package's, which take seconds to compile."""
-    monkeypatch.setattr(warmup, "kernels_of", lambda dtype, head_dim: [toy(1), toy(2)])
+    monkeypatch.setattr(warmup, "kernels_of", lambda dtype, head_dim, block: [toy(1), toy(2)])
 
 
 @pytest.fixture
@@ -168,10 +168,11 @@ def test_warmup_loads_on_the_gpu_that_is_here(monkeypatch):
     ((kernels, device, engine),) = loaded
     labels = [kernel.label for kernel in kernels]
     assert labels[0] == "block means fp16 D=64"
-    assert labels[1:5] == [
-        f"{name} fp16 D=64" for name in ("forward", "backward's preparation", "backward of q", "backward of k and v")
-    ]
-    assert labels[5:] == ["inverse of a map", "order of an inverse's rows"]
+    backward = ["backward's preparation", "backward of q", "backward of k and v"]
+    assert labels[1:5] == [f"{name} fp16 D=64" for name in ("forward", *backward)]
+    # Blocks of 128 tokens need two more.
+    assert labels[5:7] == ["inverse of a map", "order of an inverse's rows"]
+    assert labels[7:] == ["backward in one pass fp16 D=64", "store of dq fp16 D=64"]
     assert (device, engine) == (3, "nvrtc")
 
 

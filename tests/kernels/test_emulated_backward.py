@@ -25,6 +25,21 @@ CASES = [
     Case("192, plain, batch", q_len=900, block_size=192, batch=2),
     Case("1728, one block cut on all three axes", grid=(5, 6, 7), block_size=(12, 12, 12)),
 ]
+# Calls of several boxes a block take one pass, or two where algorithms must be deterministic.
+ONE_PASS = [case for case in CASES if not case.name.startswith("64")]
+GROUPED = [
+    Case("128, grouped heads", q_len=900, kv_len=700, block_size=128, batch=2, heads=4, kv_heads=2),
+    Case(
+        "192, sizes, grouped heads",
+        q_len=768,
+        kv_len=1344,
+        block_size=192,
+        heads=3,
+        kv_heads=1,
+        sizes=(192, 0, 5, 130, 64, 65, 191),
+        q_sizes=(0, 192, 100, 1),
+    ),
+]
 # With one multiprocessor a thread block takes all items, and with many one item.
 KINDS = [(torch.bfloat16, 128, 1), (torch.float16, 64, 200)]
 
@@ -62,9 +77,37 @@ def test_backward(monkeypatch, case, dtype, head_dim, processors):
     call.check(call.run())
 
 
-def test_only_what_is_needed(monkeypatch):
+@pytest.mark.parametrize(("dtype", "head_dim", "processors"), KINDS, ids=str)
+@pytest.mark.parametrize("case", ONE_PASS, ids=lambda case: case.name)
+def test_two_passes_of_larger_blocks(monkeypatch, case, dtype, head_dim, processors):
+    emulate.emulate(monkeypatch, processors)
+    monkeypatch.setattr(torch, "are_deterministic_algorithms_enabled", lambda: True)
+    call = Call(Inputs(replace(case, head_dim=head_dim), "cpu", dtype))
+    call.check(call.run())
+
+
+@pytest.mark.parametrize("case", GROUPED, ids=lambda case: case.name)
+def test_one_pass_of_grouped_heads(monkeypatch, case):
+    emulate.emulate(monkeypatch, 2)
+    call = Call(Inputs(replace(case, head_dim=128), "cpu", torch.bfloat16))
+    call.check(call.run())
+
+
+@pytest.mark.parametrize("scale", [1e-37, 1e-6, 8.0])
+def test_unusual_scales(monkeypatch, scale):
+    """One pass divides by the scale, unless the quotient may be infinite."""
+    emulate.emulate(monkeypatch, 2)
+    case = Case("scaled", q_len=500, head_dim=64, block_size=128, softmax_scale=scale)
+    call = Call(Inputs(case, "cpu", torch.float16))
+    call.check(call.run())
+
+
+@pytest.mark.parametrize("block", [64, 128])
+def test_only_what_is_needed(monkeypatch, block):
     emulate.emulate(monkeypatch, 3)
-    call = Call(Inputs(Case("needed", q_len=500, head_dim=64), "cpu", torch.float16), with_dlse=False)
+    monkeypatch.setattr(torch, "are_deterministic_algorithms_enabled", lambda: True)
+    inputs = Inputs(Case("needed", q_len=500, head_dim=64, block_size=block), "cpu", torch.float16)
+    call = Call(inputs, with_dlse=False)
     gradients = call.run()
     call.check(gradients)
     alone = call.run(need_dkv=False)
@@ -182,7 +225,7 @@ MISTAKES = {
         "if (!MISTAKE) wait(empty[state.index][warpgroup::warpid()], state.phase ^ 1);",
     ),
     "a lane is late for the phase of a stage": (
-        "attend_backward_kv.cu",
+        "backward.cuh",
         "wait(shared.barriers.empty[stage.index], stage.phase ^ 1);\n                __syncwarp();",
         "wait(shared.barriers.empty[stage.index], stage.phase ^ 1);\n                if (!MISTAKE) __syncwarp();",
     ),
@@ -190,6 +233,19 @@ MISTAKES = {
         "attend_backward_kv.cu",
         "wait(shared.k_barriers.full[0], k_phase);",
         "if (!MISTAKE) wait(shared.k_barriers.full[0], k_phase);",
+    ),
+    "differences are overwritten before dQ is computed": (
+        "attend_backward_qkv.cu",
+        "wait(shared.ds_barriers.empty[buffer], state.phase ^ 1);",
+        "if (!MISTAKE) wait(shared.ds_barriers.empty[buffer], state.phase ^ 1);",
+    ),
+    "a query is given back before its dK is added": (
+        "attend_backward_qkv.cu",
+        "        warpgroup::mma_async_wait<0>(keys.dk, ds);\n        release(shared.barriers.empty[stage.index]);\n"
+        "        stage = next;",
+        "        if (MISTAKE) release(shared.barriers.empty[stage.index]);\n"
+        "        warpgroup::mma_async_wait<0>(keys.dk, ds);\n"
+        "        if (!MISTAKE) release(shared.barriers.empty[stage.index]);\n        stage = next;",
     ),
     "a key is given back while it is read": (
         "attend_backward_q.cu",
@@ -213,13 +269,18 @@ def sources_with_mistakes(tmp_path):
 @pytest.mark.parametrize("name", MISTAKES)
 def test_the_emulator_finds(monkeypatch, sources_with_mistakes, name):
     # Rings of few stages, which wrap around in every work tile.
-    case = Case("mistaken", q_len=1000, kv_len=500, heads=2, kv_heads=1, head_dim=128)
+    source = MISTAKES[name][0]
+    in_one_pass = source == "attend_backward_qkv.cu"
+    case = Case(
+        "mistaken", q_len=1000, kv_len=500, heads=2, kv_heads=1, head_dim=128, block_size=128 if in_one_pass else 64
+    )
     inputs = Inputs(case, "cpu", torch.bfloat16)
     call = Call(inputs)
-    of_q = MISTAKES[name][0] == "attend_backward_q.cu"
+    of_q = in_one_pass or source == "attend_backward_q.cu"
+    of_kv = in_one_pass or not of_q
 
     def run(mistake):
         emulate.emulate(monkeypatch, 2, sources_with_mistakes, mistake)
-        return [x for x in call.run(need_dq=of_q, need_dkv=not of_q) if x is not None]
+        return [x for x in call.run(need_dq=of_q, need_dkv=of_kv) if x is not None]
 
     emulate.expect_to_find(run, list(MISTAKES).index(name) + 1)

@@ -123,7 +123,7 @@ def test_a_field_that_the_host_has_elsewhere_does_not_compile(label, names, tmp_
 
 
 def test_every_dtype_and_head_dim_is_here():
-    # Of each the block means, the forward, and three of the backward; two of the inverse of a map.
-    assert len(KERNELS) == 4 * 5 + 2
+    # Of each the block means, the forward, and five of the backward; two of the inverse of a map.
+    assert len(KERNELS) == 4 * 7 + 2
     assert set(DTYPES) == {torch.bfloat16, torch.float16}
     assert HEAD_DIMS == (64, 128)

@@ -52,12 +52,9 @@ class Group:
 
 
 def groups_of(
-    monkeypatch, inputs: Inputs, idx: Tensor, num: Tensor, processors: int = 2, *, bits: bool = False
+    monkeypatch, inputs: Inputs, idx: Tensor, num: Tensor, processors: int = 2
 ) -> tuple[list[Group], AttendForwardParams]:
-    """All work tiles of a call on a GPU with so many multiprocessors, and the parameters of its launch.
-
-    ``bits``: the scheduler is given the same rows as bits, in an order of its own.
-    """
+    """All work tiles of a call on a GPU with so many multiprocessors, and the parameters of its launch."""
     emulate.emulate(monkeypatch, processors)
     groups, launched = [], []
     case = inputs.case
@@ -77,9 +74,6 @@ def groups_of(
             of_groups.lse, of_groups.lists.tiles = items.data_ptr(), tiles.data_ptr()
             # Nobody takes work tiles.
             of_groups.schedule.next = None
-            if bits:
-                words, order = as_bits(idx, num, params.schedule.rows.num_cols)
-                of_groups.coarse.out_c, of_groups.coarse.gate = words.data_ptr(), order.data_ptr()
             run(1, of_groups)
             for item, tiles_of_item in zip(items.tolist(), tiles.tolist(), strict=True):
                 num_tiles, poisoned = item[9:11]
@@ -94,17 +88,6 @@ def groups_of(
     monkeypatch.setattr(module, "launcher", launcher)
     launches.attend(problem_of(inputs), operands_of(inputs, idx, num), False)
     return groups, launched[0]
-
-
-def as_bits(idx: Tensor, num: Tensor, num_cols: int) -> tuple[Tensor, Tensor]:
-    """Rows as ``IndexBits`` has them, and the order in which they are dealt out: backwards."""
-    batch, heads, num_rows, width = idx.shape
-    used = torch.arange(width) < num[..., None]
-    selected = torch.zeros(batch, heads, num_rows, -(-num_cols // 32) * 32, dtype=torch.int64)
-    selected.scatter_add_(-1, torch.where(used, idx, 0).long(), used.long())
-    words = (selected.unflatten(-1, (-1, 32)) << torch.arange(32)).sum(-1).mT
-    order = torch.arange(num_rows, dtype=torch.int32).flip(0).expand(batch, heads, -1)
-    return words.to(torch.uint32).view(torch.int32).contiguous(), order.contiguous()
 
 
 def tile_of(inputs: Inputs, box_and_mask: int, valid: int) -> tuple[int, int]:
@@ -215,24 +198,6 @@ def test_uneven_rows(monkeypatch, case):
     inputs = Inputs(replace(case, head_dim=64), "cpu", torch.bfloat16)
     idx, num, _ = inputs.uneven_indices()
     check(inputs, idx, num, *groups_of(monkeypatch, inputs, idx, num))
-
-
-@pytest.mark.parametrize("case", [CASES[0], CASES[2], CASES[4], CASES[5]], ids=lambda case: case.name)
-def test_rows_as_bits(monkeypatch, case):
-    """What the inverse of a map is: the same rows have the same lists, in the order in which they are dealt out."""
-    inputs = Inputs(replace(case, head_dim=64), "cpu", torch.bfloat16)
-    idx, num, _ = inputs.uneven_indices()
-    boxes, num_rows = problem_of(inputs).block // BOX_TOKENS, inputs.num_q_blocks
-    groups, params = groups_of(monkeypatch, inputs, idx, num, bits=True)
-    check_lists(inputs, idx, num, groups)
-    partition = params.schedule.partitions[0]
-    starts, _ = starts_of(partition, num_rows, boxes)
-    for head in range(case.batch * case.heads):
-        of_head = [group for group in groups if group.head == head]
-        for row_group, (start, end) in enumerate(itertools.pairwise(starts)):
-            members = [b for group in of_head[row_group * boxes : (row_group + 1) * boxes] for b in group.q_block]
-            rows = [num_rows - 1 - row for row in range(start, end) for _ in range(boxes)]
-            assert [block for block in members if block >= 0] == rows
 
 
 @pytest.mark.parametrize(("case", "processors"), CUT_TWICE, ids=[case.name for case, _ in CUT_TWICE])

@@ -140,6 +140,7 @@ def emulate(monkeypatch: pytest.MonkeyPatch, processors: int, sources: Path | No
     backward._prepare_launch.cache_clear()
     backward._backward_q_launch.cache_clear()
     backward._backward_kv_launch.cache_clear()
+    backward._store_dq_launch.cache_clear()
     monkeypatch.setattr(module, "launcher", functools.partial(launcher, sources=sources, mistake=mistake))
     monkeypatch.setattr(driver, "fill", fill)
     monkeypatch.setattr(tma, "encode_tensor_map", encode_tensor_map)

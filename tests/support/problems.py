@@ -78,7 +78,7 @@ class Inputs:
         self.num_q_blocks, self.num_kv_blocks = int(self.q_block.max()) + 1, int(self.kv_block.max()) + 1
         self.kv_nonempty = torch.zeros(self.num_kv_blocks, dtype=torch.bool)
         self.kv_nonempty[self.kv_block[self.kv_valid]] = True
-        self.scale = case.softmax_scale or case.head_dim**-0.5
+        self.scale = case.head_dim**-0.5 if case.softmax_scale is None else case.softmax_scale
 
         shape_q = (case.batch, case.heads, q_len, case.head_dim)
         shape_kv = (case.batch, kv_heads, kv_len, case.head_dim)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from itertools import product
 from pathlib import Path
@@ -30,12 +31,10 @@ def warmup(arch: str | None, dtype: Any, head_dim: Any, block_size: Any, engine:
     arch = check_choice("arch", arch_named(asked) if isinstance(asked, str) else asked, tuple(ARCHS))
     dtypes = _several("dtype", dtype, torch.dtype, tuple(DTYPES))
     head_dims = _several("head_dim", head_dim, int, HEAD_DIMS)
-    # Blocks of every size run the same kernels.
-    for size in _block_sizes(block_size):
-        check_block_size(size, with_grid=False)
+    blocks = [math.prod(check_block_size(size, with_grid=False)) for size in _block_sizes(block_size)]
     check_choice("engine", engine, engines.NAMES)
 
-    kernels = list(dict.fromkeys(kernel for kind in product(dtypes, head_dims) for kernel in kernels_of(*kind)))
+    kernels = list(dict.fromkeys(kernel for kind in product(dtypes, head_dims, blocks) for kernel in kernels_of(*kind)))
     chosen = engines.choose(kernels, arch, engine)
     entries = entries_of(kernels, arch, chosen, target=f"compute capability {arch}")
     if arch == here:

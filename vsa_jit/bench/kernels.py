@@ -14,7 +14,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass
 from statistics import median
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -254,14 +254,21 @@ class Forward:
 
 @dataclass(frozen=True)
 class Backward(Forward):
-    """Gradients of q, k and v on such a map: the backend's own function, with all that it prepares."""
+    """Gradients of q, k and v on such a map: the backend's own function, with all that it prepares.
+
+    Attributes:
+        deterministic: under ``torch.use_deterministic_algorithms``, without its filling of new tensors.
+    """
+
+    deterministic: bool = False
 
     @property
     def flops(self) -> float:
         return flops_factor("backward") * self.case.flops
 
     def call(self, inputs: Inputs, q2k_idx: Tensor, backend: BackendName) -> Callable[[], tuple[Tensor, ...]]:
-        return attend_backward_call(self.case, inputs, q2k_idx, backend)
+        call = attend_backward_call(self.case, inputs, q2k_idx, backend)
+        return _deterministic(call) if self.deterministic else call
 
     def dense_call(self, inputs: Inputs) -> Callable[[], object]:
         return dense_backward_call(inputs, DENSE)
@@ -388,8 +395,10 @@ def _backward() -> Iterator[Work]:
     yield Backward("backward, W1, D=64, neighbouring", _w1(head_dim=64), W1_BLOCKS)
     yield Backward("backward, W1, raster, bhsd", _w1(block_size=(4, 4, 4), grid=W1_VIDEO))
     yield Backward("backward, W1, raster, bshd", _w1(block_size=(4, 4, 4), grid=W1_VIDEO, layout="bshd"))
-    yield Backward("backward, W1, blocks of 128", _w1(block_size=128, topk=32))
-    yield Backward("backward, W1, blocks of 256", _w1(block_size=256, topk=16))
+    for block, topk in ((128, 32), (256, 16)):
+        case = _w1(block_size=block, topk=topk)
+        yield Backward(f"backward, W1, blocks of {block}", case)
+        yield Backward(f"backward, W1, blocks of {block}, deterministic", case, deterministic=True)
     yield Backward("backward, W14, random", _case(40, 92_160, 128, 64, 144))
     yield Backward("backward, small, random", _case(8, 8192, 128, 64, 16))
     yield Inverse("inverse of a map, W1", _w1())
@@ -442,6 +451,23 @@ def dense_call(inputs: Inputs, backend: SDPBackend) -> Callable[[], object]:
 def dense_backward_call(inputs: Inputs, backend: SDPBackend) -> Callable[[], object]:
     with sdpa_kernel(backend):
         return dense(inputs).call("backward")
+
+
+def _deterministic(call: Callable[[], tuple[Tensor, ...]]) -> Callable[[], tuple[Tensor, ...]]:
+    # Its attribute is a property, of which type checkers do not know.
+    settings: Any = torch.utils.deterministic
+
+    def run() -> tuple[Tensor, ...]:
+        before = torch.are_deterministic_algorithms_enabled(), settings.fill_uninitialized_memory
+        torch.use_deterministic_algorithms(True)
+        settings.fill_uninitialized_memory = False
+        try:
+            return call()
+        finally:
+            torch.use_deterministic_algorithms(before[0])
+            settings.fill_uninitialized_memory = before[1]
+
+    return run
 
 
 def attend_backward_call(

@@ -1,8 +1,11 @@
-"""The launches of the backward: its preparation, the inverse of the map, and two passes over the tiles.
+"""The launches of the backward: its preparation, the inverse of the map, and one pass or two over the tiles.
 
-The pass for dq keeps query blocks in place and streams keys, that for dk and dv keeps key blocks in place and streams
-queries. Each computes the probabilities again, and nothing is added in memory: gradients are the same bits on every
-run.
+Two passes compute the probabilities twice. That for dq keeps query blocks in place and streams keys, that for dk and dv
+keeps key blocks in place and streams queries. Nothing is added in memory: gradients are the same bits on every run.
+
+One pass computes them once: it keeps key blocks in place and adds dq up in memory, in fp32. Of larger blocks that takes
+less time than computing the probabilities again. The order of the additions, and with it the last bits of dq, differ
+from run to run, so that it is not taken where ``torch.are_deterministic_algorithms_enabled()``.
 """
 
 from __future__ import annotations
@@ -20,12 +23,14 @@ from vsa_jit.backends.sm90.schedule import inverse_schedule_of, max_list_length,
 from vsa_jit.backends.sm90.structs import (
     BOX_TOKENS,
     AttendBackwardKvParams,
+    AttendBackwardQkvParams,
     AttendBackwardQParams,
     IndexBits,
     IndexTable,
     InvertMapParams,
     OrderRowsParams,
     PrepareBackwardParams,
+    StoreDqParams,
     TileLists,
     TokenTensor,
 )
@@ -33,6 +38,8 @@ from vsa_jit.backends.sm90.tma import TensorRef, why_not_tma
 from vsa_jit.jit import module
 from vsa_jit.problem import Gradients, Operands, Problem, axes, bhsd, contiguous_like, empty_like
 
+# One pass divides by the scale: with a smaller one the quotient might be infinite.
+SMALLEST_SCALE = 2.0**-64
 # Of the log-sum-exp and of delta, for a query.
 STATISTICS = 2
 
@@ -50,18 +57,35 @@ def attend_backward(
     operands = operands._replace(q2k_idx=operands.q2k_idx.contiguous(), q2k_num=operands.q2k_num.contiguous())
     if dout.stride(-1) != 1 or why_not_tma(bhsd(dout, problem.queries.layout), problem.queries.grid) is not None:
         dout = dout.contiguous()
-    statistics, dgate, dout_c = prepare(problem, operands, out_s, lse, dout, dlse)
+    in_one_pass = need_dq and need_dkv and takes_one_pass(problem)
+    statistics, dgate, dout_c = prepare(problem, operands, out_s, lse, dout, dlse, in_one_pass)
     dq = dk = dv = None
-    if need_dq:
+    if need_dq and not in_one_pass:
         dq = backward_q(problem, operands, dout, statistics)
     if need_dkv:
         inverse = transpose_index(operands.q2k_idx, operands.q2k_num, problem.keys.num_blocks, problem.group)
-        dk, dv = backward_kv(problem, operands, dout, statistics, *inverse)
+        if in_one_pass:
+            dq, dk, dv = backward_qkv(problem, operands, lse, dout, statistics, *inverse)
+        else:
+            dk, dv = backward_kv(problem, operands, dout, statistics, *inverse)
     return Gradients(dq, dk, dv, dgate, dout_c)
 
 
+def takes_one_pass(problem: Problem) -> bool:
+    """Whether all three gradients are computed in one pass, which adds up dq in memory, in an order that varies."""
+    if problem.block < specialise.ONE_PASS_BLOCK or torch.are_deterministic_algorithms_enabled():
+        return False
+    return problem.softmax_scale >= SMALLEST_SCALE
+
+
 def prepare(
-    problem: Problem, operands: Operands, out_s: Tensor, lse: Tensor, dout: Tensor, dlse: Tensor | None
+    problem: Problem,
+    operands: Operands,
+    out_s: Tensor,
+    lse: Tensor,
+    dout: Tensor,
+    dlse: Tensor | None,
+    in_one_pass: bool = False,
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
     """The statistics of all queries, ``RowStatistics`` of ``backward.cuh``; dgate and dout_c, or None."""
     q, out_c, gate = operands.q, operands.out_c, operands.gate
@@ -69,7 +93,7 @@ def prepare(
     rows = (problem.batch, queries.heads, queries.num_blocks * queries.block)
     statistics = q.new_empty((*rows, STATISTICS), dtype=torch.float32)
     lse = lse.contiguous()
-    launch = _prepare_launch(problem, q.dtype, q.get_device(), sizes_ref(operands.q_sizes))
+    launch = _prepare_launch(problem, q.dtype, q.get_device(), sizes_ref(operands.q_sizes), in_one_pass)
     params = PrepareBackwardParams.from_buffer_copy(launch.params)
     params.dout, params.out_s = dout.data_ptr(), out_s.data_ptr()
     params.lse, params.statistics = lse.data_ptr(), statistics.data_ptr()
@@ -96,13 +120,17 @@ def prepare(
 
 
 @functools.lru_cache(maxsize=256)
-def _prepare_launch(problem: Problem, dtype: torch.dtype, device: int, q_sizes: SizesRef | None) -> Launch:
+def _prepare_launch(
+    problem: Problem, dtype: torch.dtype, device: int, q_sizes: SizesRef | None, in_one_pass: bool
+) -> Launch:
     queries = problem.queries
     params = PrepareBackwardParams(
         queries=SideView(problem, queries, q_sizes, padded=False).layout(),
         heads=queries.heads,
         num_blocks=queries.num_blocks,
         q_len=queries.length,
+        shift_factor=-1.0 / problem.softmax_scale if in_one_pass else LOG2E,
+        delta_factor=-1.0 if in_one_pass else 1.0,
     )
     launcher = module.launcher(specialise.prepare_backward(dtype, problem.head_dim), device)
     return Launch(params, problem.batch * queries.heads * queries.num_blocks, launcher)
@@ -189,7 +217,7 @@ def backward_kv(
     problem: Problem, operands: Operands, dout: Tensor, statistics: Tensor, bits: Tensor, order: Tensor
 ) -> tuple[Tensor, Tensor]:
     dk, dv = empty_like(operands.k), empty_like(operands.v)
-    launch = _backward_kv_launch(problem, _Refs.of(operands, dout), dk.stride(), dv.stride())
+    launch = _backward_kv_launch(problem, _Refs.of(operands, dout), dk.stride(), dv.stride(), False)
     params = AttendBackwardKvParams.from_buffer_copy(launch.params)
     rows = params.schedule.rows
     rows.bits, rows.order = bits.data_ptr(), order.data_ptr()
@@ -200,24 +228,75 @@ def backward_kv(
 
 @functools.lru_cache(maxsize=256)
 def _backward_kv_launch(
-    problem: Problem, refs: _Refs, dk_strides: tuple[int, ...], dv_strides: tuple[int, ...]
+    problem: Problem, refs: _Refs, dk_strides: tuple[int, ...], dv_strides: tuple[int, ...], in_one_pass: bool
 ) -> Launch:
+    """Of the pass for dk and dv, or of that for all three, which must not read keys that are not valid."""
     queries = SideView(problem, problem.queries, refs.q_sizes, padded=refs.q_sizes is not None)
-    keys = SideView(problem, problem.keys, refs.kv_sizes, padded=False)
+    keys = SideView(problem, problem.keys, refs.kv_sizes, padded=in_one_pass and refs.kv_sizes is not None)
     side = queries.side
-    params = AttendBackwardKvParams(
+    params = (AttendBackwardQkvParams if in_one_pass else AttendBackwardKvParams)(
         *_tensors(queries, keys, refs),
         queries=queries.layout(),
         keys=keys.layout(),
-        schedule=inverse_schedule_of(problem, refs.device),
+        schedule=inverse_schedule_of(problem, refs.device, boxes=2 if in_one_pass else 1),
         lists=TileLists(length=side.num_blocks * (side.block // BOX_TOKENS)),
         scale=problem.softmax_scale,
         scale_log2=problem.softmax_scale * LOG2E,
     )
     params.dk_strides[:] = token_strides(dk_strides, keys.side)
     params.dv_strides[:] = token_strides(dv_strides, keys.side)
-    launcher = module.launcher(specialise.attend_backward_kv(refs.dtype, problem.head_dim), refs.device)
+    kernel = specialise.attend_backward_qkv if in_one_pass else specialise.attend_backward_kv
+    launcher = module.launcher(kernel(refs.dtype, problem.head_dim), refs.device)
     return Launch.of_work_tiles(params, launcher, refs.device)
+
+
+def backward_qkv(
+    problem: Problem,
+    operands: Operands,
+    lse: Tensor,
+    dout: Tensor,
+    statistics: Tensor,
+    bits: Tensor,
+    order: Tensor,
+) -> tuple[Tensor, Tensor, Tensor]:
+    q = operands.q
+    dq, dk, dv = empty_like(q), empty_like(operands.k), empty_like(operands.v)
+    queries = problem.queries
+    # What is summed up of dq, by query boxes, in the order of the lanes of a product.
+    sums = q.new_zeros((*bits.shape[:2], queries.num_blocks * queries.block, problem.head_dim), dtype=torch.float32)
+    launch = _backward_kv_launch(problem, _Refs.of(operands, dout), dk.stride(), dv.stride(), True)
+    params = AttendBackwardQkvParams.from_buffer_copy(launch.params)
+    rows = params.schedule.rows
+    rows.bits, rows.order = bits.data_ptr(), order.data_ptr()
+    params.dq, params.dk, params.dv = sums.data_ptr(), dk.data_ptr(), dv.data_ptr()
+    params.statistics = statistics.data_ptr()
+    launch.run_work_tiles(params, dk)
+    _store_dq(problem, operands.q_sizes, sums, lse.contiguous(), dq)
+    return dq, dk, dv
+
+
+def _store_dq(problem: Problem, q_sizes: Tensor | None, sums: Tensor, lse: Tensor, dq: Tensor) -> None:
+    launch = _store_dq_launch(problem, dq.dtype, dq.get_device(), sizes_ref(q_sizes), dq.stride())
+    params = StoreDqParams.from_buffer_copy(launch.params)
+    params.sums, params.lse, params.dq = sums.data_ptr(), lse.data_ptr(), dq.data_ptr()
+    launch.launcher(launch.blocks, params)
+
+
+@functools.lru_cache(maxsize=256)
+def _store_dq_launch(
+    problem: Problem, dtype: torch.dtype, device: int, q_sizes: SizesRef | None, dq_strides: tuple[int, ...]
+) -> Launch:
+    queries = problem.queries
+    params = StoreDqParams(
+        queries=SideView(problem, queries, q_sizes, padded=q_sizes is not None).layout(),
+        heads=queries.heads,
+        num_blocks=queries.num_blocks,
+        q_len=queries.length,
+        scale=problem.softmax_scale,
+    )
+    params.dq_strides[:] = token_strides(dq_strides, queries)
+    boxes = problem.batch * queries.heads * queries.num_blocks * (queries.block // BOX_TOKENS)
+    return Launch(params, boxes, module.launcher(specialise.store_dq(dtype, problem.head_dim), device))
 
 
 def _tensors(queries: SideView, keys: SideView, refs: _Refs) -> list[TokenTensor]:

@@ -35,14 +35,16 @@ def schedule_of(problem: Problem, width: int, device: int, consumers: int) -> Sc
     """The work tiles of query blocks, whose map names up to ``width`` key blocks for each of them."""
     side = problem.queries
     rows = IndexTable(width=width, num_rows=side.num_blocks, num_cols=problem.keys.num_blocks)
-    return Schedule(rows, *_work_tiles(problem, side, device, consumers), divisor(side.heads), divisor(problem.group))
+    heads = divisor(side.heads), divisor(problem.group)
+    return Schedule(rows, *_work_tiles(problem, side, device, consumers), *heads, divisor(_consumers_of(side)), 1)
 
 
-def inverse_schedule_of(problem: Problem, device: int) -> InverseSchedule:
-    """The work tiles of key blocks, a box each, and the query blocks that name them."""
+def inverse_schedule_of(problem: Problem, device: int, boxes: int = 1) -> InverseSchedule:
+    """The work tiles of key blocks, so many boxes each, and the query blocks that name them."""
     side, columns = problem.keys, problem.queries.num_blocks
     rows = IndexBits(num_words=words_of(columns), num_rows=side.num_blocks, num_cols=columns, group=problem.group)
-    return InverseSchedule(rows, *_work_tiles(problem, side, device, 1), divisor(side.heads), divisor(1))
+    heads, consumers = (divisor(side.heads), divisor(1)), divisor(_consumers_of(side, boxes))
+    return InverseSchedule(rows, *_work_tiles(problem, side, device, 1, boxes), *heads, consumers, boxes)
 
 
 def words_of(bits: int) -> int:
@@ -50,12 +52,21 @@ def words_of(bits: int) -> int:
     return -(-bits // 32)
 
 
-def _work_tiles(problem: Problem, side: Side, device: int, consumers: int) -> tuple:
-    """The fields of a schedule from ``partitions`` to ``num_work_tiles``."""
+def _consumers_of(side: Side, boxes: int = 1) -> int:
+    """How many consumers take a block, so many boxes each."""
+    return -(-side.block // (BOX_TOKENS * boxes))
+
+
+def _work_tiles(problem: Problem, side: Side, device: int, consumers: int, boxes: int = 1) -> tuple:
+    """The fields of a schedule from ``partitions`` to ``num_work_tiles``.
+
+    Args:
+        consumers: of a thread block, each with so many ``boxes`` of a block.
+    """
     processors = torch.cuda.get_device_properties(device).multi_processor_count
-    num_rows, boxes, heads = side.num_blocks, side.block // BOX_TOKENS, problem.batch * side.heads
-    first_heads, group_rows = _row_groups(num_rows, boxes, heads, processors, consumers)
-    partitions = [head_partition(num_rows, rows, boxes, consumers) for rows in (group_rows, max(1, group_rows - 1))]
+    num_rows, of_block, heads = side.num_blocks, _consumers_of(side, boxes), problem.batch * side.heads
+    first_heads, group_rows = _row_groups(num_rows, of_block, heads, processors, consumers)
+    partitions = [head_partition(num_rows, rows, of_block, consumers) for rows in (group_rows, max(1, group_rows - 1))]
     first_groups = first_heads * partitions[0].query_groups.value
     num_work_tiles = first_groups + (heads - first_heads) * partitions[1].query_groups.value
     return (HeadPartition * 2)(*partitions), first_heads, first_groups, num_work_tiles

@@ -25,8 +25,12 @@ FORWARD_SMEM_BESIDE_TILES = 3 * 1024
 Q_CONSUMERS = 2
 # Of the pass for dk and dv beside its tiles: also Pᵀ of two tiles on its way between warpgroups.
 KV_SMEM_BESIDE_TILES = 2 * 8 * 1024 + 3 * 1024
+# Of the pass for all three beside its tiles.
+QKV_SMEM_BESIDE_TILES = 3 * 1024
 # So many stages the queue of tickets can tell apart.
 MAX_QUEUED_STAGES = 14
+# The backward of blocks of as many tokens may take one pass.
+ONE_PASS_BLOCK = 128
 # Key blocks whose inverse a thread block makes at a time.
 INVERSE_SLICE = 8192
 FLOAT_BYTES = 4
@@ -34,9 +38,11 @@ FLOAT_BYTES = 4
 MEANS_SMEM_BESIDE_BOX = 128
 
 
-def kernels_of(dtype: torch.dtype, head_dim: int) -> list[Kernel]:
-    """All kernels that such calls may launch, whatever the size of their blocks. They are made ready together."""
-    of_kind = (block_means, attend_forward, prepare_backward, attend_backward_q, attend_backward_kv)
+def kernels_of(dtype: torch.dtype, head_dim: int, block: int | None = None) -> list[Kernel]:
+    """All kernels that calls with such blocks may launch, or with blocks of any size. They are made ready together."""
+    of_kind = [block_means, attend_forward, prepare_backward, attend_backward_q, attend_backward_kv]
+    if block is None or block >= ONE_PASS_BLOCK:
+        of_kind += [attend_backward_qkv, store_dq]
     return [*(kernel(dtype, head_dim) for kernel in of_kind), invert_map(), order_rows()]
 
 
@@ -170,4 +176,43 @@ def attend_backward_kv(dtype: torch.dtype, head_dim: int) -> Kernel:
         params=structs.AttendBackwardKvParams,
         threads=3 * WARPGROUP_THREADS,
         smem_bytes=stages * stage_bytes + beside_stages,
+    )
+
+
+@functools.cache
+def attend_backward_qkv(dtype: torch.dtype, head_dim: int) -> Kernel:
+    box_bytes = _box_bytes(dtype, head_dim)
+    # Q and dO in each stage, with two numbers in fp32 for each query. Beside them K and V of two boxes, and two buffers
+    # for dSᵀ of each.
+    stage_bytes = 2 * (box_bytes + structs.BOX_TOKENS * FLOAT_BYTES)
+    ds_bytes = structs.BOX_TOKENS * structs.BOX_TOKENS * dtype.itemsize
+    beside_stages = 4 * box_bytes + 4 * ds_bytes + QKV_SMEM_BESIDE_TILES
+    stages = min((MAX_SHARED_MEMORY - beside_stages) // stage_bytes, MAX_QUEUED_STAGES)
+    return Kernel(
+        source="vsa/attend_backward_qkv.cu",
+        entry="attend_backward_qkv",
+        label=f"backward in one pass {LABELS[dtype]} D={head_dim}",
+        defines=_defines(
+            dtype,
+            head_dim,
+            VSA_WORK_TILES=structs.WORK_TILES,
+            VSA_KEY_TILE_BYTES=structs.KEY_TILE_BYTES,
+            VSA_STAGES=stages,
+        ),
+        params=structs.AttendBackwardQkvParams,
+        threads=4 * WARPGROUP_THREADS,
+        smem_bytes=stages * stage_bytes + beside_stages,
+    )
+
+
+@functools.cache
+def store_dq(dtype: torch.dtype, head_dim: int) -> Kernel:
+    return Kernel(
+        source="vsa/store_dq.cu",
+        entry="store_dq",
+        label=f"store of dq {LABELS[dtype]} D={head_dim}",
+        defines=_defines(dtype, head_dim, VSA_KEY_TILE_BYTES=structs.KEY_TILE_BYTES),
+        params=structs.StoreDqParams,
+        threads=WARPGROUP_THREADS,
+        smem_bytes=0,
     )

@@ -105,6 +105,8 @@ def _schedule_of(index: type[ctypes.Structure]) -> tuple:
         ("num_work_tiles", ctypes.c_int),
         ("heads", Divisor),
         ("kv_group", Divisor),
+        ("consumers", Divisor),
+        ("boxes_of_consumer", ctypes.c_int),
         ("next", ctypes.c_void_p),
     )
 
@@ -153,7 +155,7 @@ class AttendForwardParams(ctypes.Structure):
         ("coarse", CoarseOutput),
         ("q_len", ctypes.c_int),
         ("scale_log2", ctypes.c_float),
-        ("padding", ctypes.c_uint8 * 48),
+        ("padding", ctypes.c_uint8 * 32),
     )
 
 
@@ -198,7 +200,7 @@ class AttendBackwardQParams(ctypes.Structure):
         ("statistics", ctypes.c_void_p),
         ("scale", ctypes.c_float),
         ("scale_log2", ctypes.c_float),
-        ("padding", ctypes.c_uint8 * 48),
+        ("padding", ctypes.c_uint8 * 32),
     )
 
 
@@ -221,7 +223,46 @@ class AttendBackwardKvParams(ctypes.Structure):
         ("statistics", ctypes.c_void_p),
         ("scale", ctypes.c_float),
         ("scale_log2", ctypes.c_float),
-        ("padding", ctypes.c_uint8 * 16),
+    )
+
+
+class AttendBackwardQkvParams(ctypes.Structure):
+    """``Params`` of ``attend_backward_qkv.cu``."""
+
+    _fields_ = (
+        ("q", TokenTensor),
+        ("k", TokenTensor),
+        ("v", TokenTensor),
+        ("dout", TokenTensor),
+        ("dq", ctypes.c_void_p),
+        ("dk", ctypes.c_void_p),
+        ("dv", ctypes.c_void_p),
+        ("dk_strides", ctypes.c_int64 * 3),
+        ("dv_strides", ctypes.c_int64 * 3),
+        ("queries", TokenLayout),
+        ("keys", TokenLayout),
+        ("schedule", InverseSchedule),
+        ("lists", TileLists),
+        ("statistics", ctypes.c_void_p),
+        ("scale", ctypes.c_float),
+        ("scale_log2", ctypes.c_float),
+        ("padding", ctypes.c_uint8 * 56),
+    )
+
+
+class StoreDqParams(ctypes.Structure):
+    """``Params`` of ``store_dq.cu``."""
+
+    _fields_ = (
+        ("sums", ctypes.c_void_p),
+        ("dq", ctypes.c_void_p),
+        ("dq_strides", ctypes.c_int64 * 3),
+        ("lse", ctypes.c_void_p),
+        ("queries", TokenLayout),
+        ("heads", ctypes.c_int),
+        ("num_blocks", ctypes.c_int),
+        ("q_len", ctypes.c_int),
+        ("scale", ctypes.c_float),
     )
 
 
@@ -244,6 +285,8 @@ class PrepareBackwardParams(ctypes.Structure):
         ("heads", ctypes.c_int),
         ("num_blocks", ctypes.c_int),
         ("q_len", ctypes.c_int),
+        ("shift_factor", ctypes.c_float),
+        ("delta_factor", ctypes.c_float),
     )
 
 

@@ -25,7 +25,7 @@ RUNNERS = {**triton.RUNNERS, "block_means": "sm90", "attend": "sm90", "attend_ba
 
 def prepare(problem: Problem, device: torch.device, dtype: torch.dtype, engine: str) -> None:
     """Loads the kernels of a call on its device, compiling those that the cache does not hold."""
-    module.load(kernels_of(dtype, problem.head_dim), device.index, engine)
+    module.load(kernels_of(dtype, problem.head_dim, problem.block), device.index, engine)
 
 
 def is_native_on(device: torch.device) -> bool:
@@ -78,7 +78,7 @@ def why_no_engine(name: str) -> str | None:
 
 def engine_of(problem: Problem, device: torch.device, dtype: torch.dtype) -> str:
     """The engine whose kernels run a call: the one that has loaded them already, or the one to compile them with."""
-    kernels = kernels_of(dtype, problem.head_dim)
+    kernels = kernels_of(dtype, problem.head_dim, problem.block)
     return module.loaded_engine(kernels, device.index) or engines.choose(kernels, ARCH).name
 
 

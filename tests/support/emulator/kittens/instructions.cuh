@@ -52,6 +52,11 @@ uint32_t pack(float low, float high) {
 
 inline float exp2(float x) { return std::exp2(x); }
 
+inline void add_to(float* address, float a, float b, float c, float d) {
+    if (reinterpret_cast<uintptr_t>(address) % 16 != 0) emulator::fail("an addition at an address that is not aligned");
+    address[0] += a, address[1] += b, address[2] += c, address[3] += d;
+}
+
 inline void prefetch(const void*) {}
 
 }  // namespace kittens

@@ -89,7 +89,7 @@ float value_in(const std::vector<Product*>& lanes, int row, int col) {
     return value_of<T>(col % 2 == 0 ? word : word >> 16);
 }
 
-template <typename T, int N, int K, int in_registers>
+template <typename T, int N, int K, int in_registers, bool add>
 void run_mm_ABt(const std::vector<Product*>& lanes, int warp) {
     const auto* a_shared = static_cast<const st<T, 64, K>*>(lanes[0]->a_shared);
     const auto& b = *static_cast<const st<T, N, K>*>(lanes[0]->b);
@@ -109,7 +109,10 @@ void run_mm_ABt(const std::vector<Product*>& lanes, int warp) {
         }
     }
     for (int lane = 0; lane < kWarpThreads; ++lane) {
-        for (int i = 0; i < N / 2; ++i) lanes[lane]->d[i] = d[lane / 4 + 8 * row_of(i)][i / 4 * 8 + lane % 4 * 2 + i % 2];
+        for (int i = 0; i < N / 2; ++i) {
+            float& own = lanes[lane]->d[i];
+            own = (add ? own : 0.0f) + d[lane / 4 + 8 * row_of(i)][i / 4 * 8 + lane % 4 * 2 + i % 2];
+        }
     }
 }
 
@@ -135,14 +138,21 @@ void mm_ABt(rt_fl<16, N>& d, const rt<T, 16, in_registers>& a, const st<T, 64, K
             int stage) {
     take_step('s');
     emulator::self().products.push_back(
-        {run_mm_ABt<T, N, K, in_registers>, d.data, a.data, &a_shared, &b[stage], emulator::self().product_group});
+        {run_mm_ABt<T, N, K, in_registers, false>, d.data, a.data, &a_shared, &b[stage], emulator::self().product_group});
 }
 
 template <typename T, int N, int K, int stages>
 void mm_ABt(rt_fl<16, N>& d, const rt<T, 16, K>& a, const st<T, N, K> (&b)[stages], int stage) {
     take_step('s');
     emulator::self().products.push_back(
-        {run_mm_ABt<T, N, K, K>, d.data, a.data, nullptr, &b[stage], emulator::self().product_group});
+        {run_mm_ABt<T, N, K, K, false>, d.data, a.data, nullptr, &b[stage], emulator::self().product_group});
+}
+
+template <typename T, int N, int K, int stages>
+void mma_ABt(rt_fl<16, N>& d, const st<T, 64, K>& a, const st<T, N, K> (&b)[stages], int stage) {
+    take_step('a');
+    emulator::self().products.push_back(
+        {run_mm_ABt<T, N, K, 0, true>, d.data, nullptr, &a, &b[stage], emulator::self().product_group});
 }
 
 template <typename T, int N, int K, int stages>
@@ -150,6 +160,34 @@ void mma_AB(rt_fl<16, N>& d, const rt<T, 16, K>& a, const st<T, K, N> (&b)[stage
     take_step('o');
     emulator::self().products.push_back(
         {run_mma_AB<T, N, K>, d.data, a.data, nullptr, &b[stage], emulator::self().product_group});
+}
+
+template <typename T, int K, int N, int first_col, bool add>
+void run_mm_AtB(const std::vector<Product*>& lanes, int warp) {
+    const auto& a = *static_cast<const st<T, K, 64>*>(lanes[0]->a_shared);
+    const auto& b = *static_cast<const st<T, K, N>*>(lanes[0]->b);
+    static float d[16][64], row_of_a[64], row_of_b[N];
+    std::memset(d, 0, sizeof d);
+    for (int k = 0; k < K; ++k) {
+        read_row(a, k, row_of_a);
+        read_row(b, k, row_of_b);
+        for (int row = 0; row < 16; ++row) {
+            for (int n = 0; n < 64; ++n) d[row][n] += row_of_a[warp * 16 + row] * row_of_b[first_col + n];
+        }
+    }
+    for (int lane = 0; lane < kWarpThreads; ++lane) {
+        for (int i = 0; i < 32; ++i) {
+            float& own = lanes[lane]->d[i];
+            own = (add ? own : 0.0f) + d[lane / 4 + 8 * row_of(i)][i / 4 * 8 + lane % 4 * 2 + i % 2];
+        }
+    }
+}
+
+template <int first_col, bool add, typename T, int K, int N, int a_stages, int stages>
+void mm_AtB(rt_fl<16, 64>& d, const st<T, K, 64> (&a)[a_stages], int a_stage, const st<T, K, N> (&b)[stages], int stage) {
+    take_step('t');
+    emulator::self().products.push_back(
+        {run_mm_AtB<T, K, N, first_col, add>, d.data, nullptr, &a[a_stage], &b[stage], emulator::self().product_group});
 }
 
 // Where a word of a lane's fragment is in a tile.
@@ -163,6 +201,13 @@ template <typename T, int K, int cols>
 void load(rt<T, 16, K>& destination, const st<T, 64, cols>& source) {
     for (int i = 0; i < K / 4; ++i) std::memcpy(&destination.data[i], address_of_word(source, i), sizeof(uint32_t));
 }
+
+template <typename T, int cols>
+void store(st<T, 64, cols>& destination, const rt<T, 16, cols>& source) {
+    for (int i = 0; i < cols / 4; ++i) std::memcpy(address_of_word(destination, i), &source.data[i], sizeof(uint32_t));
+}
+
+inline void fence_stores() {}
 
 }  // namespace warpgroup
 }  // namespace kittens

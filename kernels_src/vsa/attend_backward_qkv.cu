@@ -1,0 +1,316 @@
+// dQ, dK and dV in one pass, for blocks of more than one box:
+//
+//   Pᵀ = exp(scale K Qᵀ − lse),   dSᵀ = Pᵀ ∘ (V dOᵀ − delta),   dV = Pᵀ dO,   dK = scale dSᵀ Q,   dQ = Σ dS K
+//
+// As in attend_backward_kv.cu, rows are key blocks and columns are the query blocks that selected them. A thread block keeps
+// two boxes of keys. A consumer warpgroup of each computes its scores, transposed, and adds to its dK and dV in registers. dSᵀ
+// of both go through shared memory to a third warpgroup: it multiplies them with K, and adds the product to dQ in global
+// memory, in fp32. The order of these additions differs from run to run.
+//
+// Specialised at compile time: VSA_DTYPE (bf16, half), VSA_HEAD_DIM (64, 128), VSA_WORK_TILES and VSA_STAGES.
+#include "vsa/backward.cuh"
+#include "vsa/params.cuh"
+
+using namespace kittens;
+
+namespace {
+
+using element = VSA_DTYPE;
+constexpr int kHeadDim = VSA_HEAD_DIM;
+constexpr int kWorkTiles = VSA_WORK_TILES;
+constexpr int kStages = VSA_STAGES;
+constexpr int kConsumers = 2;
+constexpr int kThreads = (kConsumers + 2) * kWarpgroupThreads;
+constexpr int kConsumerWarps = (kConsumers + 1) * kWarpgroupWarps;  // with those of dQ
+constexpr int kLoaders = 2;  // of queries, and of key boxes
+constexpr int kDsBuffers = 2;
+constexpr int kBoxEntries = 16;
+static_assert(kStages + kDsBuffers < kBoxEntries);
+
+constexpr int kProducerRegisters = 32;
+constexpr int kDqRegisters = 64;
+constexpr int kConsumerRegisters = 208;
+static_assert(kProducerRegisters + kDqRegisters + kConsumers * kConsumerRegisters <= 65536 / kWarpgroupThreads);
+
+// Columns of dQ that are computed at a time.
+constexpr int kDqCols = 64;
+
+using box_tile = st<element, kBoxTokens, kHeadDim>;
+using ds_tile = st<element, kBoxTokens, kBoxTokens>;
+using s_fragment = rt_fl<16, kBoxTokens>;
+using p_fragment = rt<element, 16, kBoxTokens>;
+using dk_fragment = rt_fl<16, kHeadDim>;
+using dq_fragment = rt_fl<16, kDqCols>;
+
+struct Params {
+    TokenTensor q, k, v, dout;
+    float* dq;  // of every query box of all heads, a dq_fragment of each lane after the other: see store_dq.cu
+    element *dk, *dv;
+    int64_t dk_strides[3], dv_strides[3];  // batches, heads, tokens
+    TokenLayout queries, keys;
+    Schedule<IndexBits> schedule;
+    TileLists<1> lists;
+    const RowStatistics* statistics;
+    float scale, scale_log2;
+};
+VSA_CHECK_PARAMS;
+
+struct SharedStorage {
+    box_tile q[kStages], dout[kStages];
+    box_tile k[kConsumers], v[kConsumers];
+    ds_tile ds[kConsumers * kDsBuffers];  // dSᵀ of each consumer
+    RowStatistics statistics[kStages][kStatisticsPerBox];
+    // The query box of a tile, counted over all heads. An entry needs no barrier: when a tile is loaded, its stage has been
+    // released by the consumers, who then had buffers for dSᵀ that the warpgroup of dQ had released.
+    int boxes[kBoxEntries];
+    WorkTileQueue<1, kWorkTiles> work_tiles;
+    TileListScratch<1> scratch;
+    StageBarriers<kStages> barriers;  // of Q, dO and the statistics
+    StageBarriers<1> k_barriers;      // of K and V
+    StageBarriers<kConsumers * kDsBuffers> ds_barriers;
+};
+static_assert(sizeof(SharedStorage) <= VSA_SMEM_BYTES, "the host launches with less shared memory");
+
+__device__ __forceinline__ void init_barriers(SharedStorage& shared) {
+    init_work_tile_barriers(shared.work_tiles, kConsumerWarps + kLoaders);
+    init_stage_barriers(shared.barriers, 3, kConsumers * kWarpgroupWarps);
+    init_stage_barriers(shared.k_barriers, 2 * kConsumers, kConsumerWarps);
+    init_stage_barriers(shared.ds_barriers, kWarpgroupWarps, kWarpgroupWarps);
+    fence_init_semaphores();
+}
+
+// The key box of a consumer. Of a block with an odd number of boxes, the last consumer has none: it takes the one before again,
+// and counts none of its tokens.
+struct KeyBox {
+    int box;
+    bool exists;
+    Extent3 origin;
+    int moved;
+
+    __device__ __forceinline__ KeyBox(const TokenLayout& keys, const WorkTile<1>& work, int consumer) {
+        const int block = work.group.block[0], own = work.group.box[0] + consumer;
+        exists = own < keys.boxes.value;
+        box = exists ? own : own - consumer;
+        origin = origin_of_box(keys, block, box);
+        moved = first_place_of(keys, block, box);
+    }
+    // Where the load starts: what is not valid then arrives as zeros, see KeyTile::origin.
+    __device__ __forceinline__ Extent3 loaded_from() const { return {origin.t, origin.h, origin.w - moved}; }
+
+    __device__ __forceinline__ OutputRows rows(const Params& params, const WorkTile<1>& work) const {
+        return {params.keys, params.schedule.heads.value, work.batch, work.row_head, work.group.block[0], box, origin, moved};
+    }
+};
+
+__device__ __forceinline__ void produce(const Params& params, SharedStorage& shared) {
+    const int warp = warpid() % kWarpgroupWarps;
+    const auto load_row = [&](const WorkTile<1>& work, int) {
+        semaphore& full = shared.k_barriers.full[0];
+#pragma unroll 1
+        for (int i = 0; i < kConsumers; ++i) {
+            const Extent3 from = KeyBox(params.keys, work, i).loaded_from();
+            load_box(shared.k[i], params.k, params.k.at(work.batch, work.row_head, from), full);
+            load_box(shared.v[i], params.v, params.v.at(work.batch, work.row_head, from), full);
+        }
+    };
+    if (warp == 0) {
+        load_queries(params, shared, [&](uint32_t number, int64_t box) { shared.boxes[number % kBoxEntries] = box; });
+    }
+    if (warp == 1) load_row_boxes(shared.work_tiles, shared.k_barriers, load_row);
+    if (warp == 2) {
+        schedule_work_tiles(params.schedule, params.keys, params.queries, params.lists, shared.scratch, shared.work_tiles);
+    }
+}
+
+// What a consumer adds up, and which of its keys count.
+struct Keys {
+    dk_fragment dk, dv;
+    uint32_t mask[2];  // of packed values of a lane's two keys: 0 where a key is not valid
+};
+
+// Products that are added to what is subtracted from them anyway, one number for each column, need no other registers for it.
+__device__ __forceinline__ void set_columns(s_fragment& s, const ColumnPairs& pairs) {
+#pragma unroll
+    for (int i = 0; i < kBoxTokens / 2; ++i) s.data[i] = pairs[i];
+}
+
+__device__ __forceinline__ void exponentiate(float scale_log2, const uint32_t (&mask)[2], s_fragment& s, p_fragment& p) {
+#pragma unroll
+    for (int i = 0; i < kBoxTokens / 2; ++i) s.data[i] = kittens::exp2(s.data[i] * scale_log2);
+    copy(p, s);
+#pragma unroll
+    for (int i = 0; i < kBoxTokens / 4; ++i) p.data[i] &= mask[i % 2];
+}
+
+// dSᵀ of a tile, also for the warpgroup of dQ.
+__device__ __forceinline__ void differentiate(SharedStorage& shared, int consumer, uint32_t number, const p_fragment& p,
+                                              s_fragment& s, p_fragment& ds) {
+#pragma unroll
+    for (int i = 0; i < kBoxTokens / 2; i += 2) {
+        const float2 pair = unpack<element>(p.data[i / 2]);
+        s.data[i] *= pair.x;
+        s.data[i + 1] *= pair.y;
+    }
+    copy(ds, s);
+    const PipelineState<kDsBuffers> state(number);
+    const int buffer = consumer * kDsBuffers + state.index;
+    wait(shared.ds_barriers.empty[buffer], state.phase ^ 1);
+    warpgroup::store(shared.ds[buffer], ds);
+    warpgroup::fence_stores();
+    __syncwarp();
+    release(shared.ds_barriers.full[buffer]);
+}
+
+// The tiles of a work tile. `number` counts those of all work tiles. The products of each tile are issued in two pairs: its
+// scores with dK of the tile before, so that the scores are exponentiated while dK is being added; and dP with dV.
+__device__ __forceinline__ void add_tiles(const Params& params, SharedStorage& shared, int consumer, int num_tiles,
+                                          uint32_t& number, Keys& keys) {
+    if (num_tiles == 0) return;
+    const uint32_t end = number + num_tiles;
+    s_fragment s;
+    p_fragment p, ds;
+    PipelineState<kStages> stage(number);
+    wait(shared.barriers.full[stage.index], stage.phase);
+    set_columns(s, ColumnPairs(shared.statistics[stage.index][0].shift));
+    warpgroup::mma_fence(s);
+    warpgroup::mma_ABt(s, shared.k[consumer], shared.q, stage.index);
+    warpgroup::mma_commit_group();
+    warpgroup::mma_async_wait<0>(s);
+    exponentiate(params.scale_log2, keys.mask, s, p);
+#pragma unroll 1
+    while (true) {
+        set_columns(s, ColumnPairs(shared.statistics[stage.index][0].delta));
+        warpgroup::mma_fence(s, p);
+        warpgroup::mma_ABt(s, shared.v[consumer], shared.dout, stage.index);
+        warpgroup::mma_commit_group();
+        warpgroup::mma_AB(keys.dv, p, shared.dout, stage.index);
+        warpgroup::mma_commit_group();
+        warpgroup::mma_async_wait<0>(s, keys.dv, p);
+        differentiate(shared, consumer, number, p, s, ds);
+        if (++number == end) break;
+
+        const PipelineState<kStages> next(number);
+        wait(shared.barriers.full[next.index], next.phase);
+        set_columns(s, ColumnPairs(shared.statistics[next.index][0].shift));
+        warpgroup::mma_fence(s, ds);
+        warpgroup::mma_ABt(s, shared.k[consumer], shared.q, next.index);
+        warpgroup::mma_commit_group();
+        warpgroup::mma_AB(keys.dk, ds, shared.q, stage.index);
+        warpgroup::mma_commit_group();
+        warpgroup::mma_async_wait<1>(s);
+        exponentiate(params.scale_log2, keys.mask, s, p);
+        warpgroup::mma_async_wait<0>(keys.dk, ds);
+        release(shared.barriers.empty[stage.index]);
+        stage = next;
+    }
+    warpgroup::mma_fence(ds);
+    warpgroup::mma_AB(keys.dk, ds, shared.q, stage.index);
+    warpgroup::mma_commit_group();
+    warpgroup::mma_async_wait<0>(keys.dk, ds);
+    release(shared.barriers.empty[stage.index]);
+}
+
+__device__ void consume(const Params& params, SharedStorage& shared, int consumer) {
+    int k_phase = 0;
+    uint32_t number = 0;
+    Keys keys;
+    for (int round = 0;; ++round) {
+        const PipelineState<kWorkTiles> state(round);
+        const WorkTile<1>& work = shared.work_tiles.tiles[state.index];
+        wait(shared.work_tiles.full[state.index], state.phase);
+        if (work.ends) return;
+        if (work.is_first) {
+            zero(keys.dk);
+            zero(keys.dv);
+            const KeyBox box(params.keys, work, consumer);
+            const OutputRows rows = box.rows(params, work);
+#pragma unroll
+            for (int i = 0; i < 2; ++i) keys.mask[i] = box.exists && rows.valid[i] ? 0xffffffffu : 0;
+            wait(shared.k_barriers.full[0], k_phase);
+            k_phase ^= 1;
+        }
+        add_tiles(params, shared, consumer, work.group.num_tiles, number, keys);
+        if (work.is_last) {
+            __syncwarp();
+            release(shared.k_barriers.empty[0]);
+            const KeyBox box(params.keys, work, consumer);
+            if (box.exists) {
+                const OutputRows rows = box.rows(params, work);
+                store_gradient(params.dv, params.dv_strides, rows, 1.0f, keys.dv);
+                store_gradient(params.dk, params.dk_strides, rows, params.scale, keys.dk);
+            }
+        }
+        arrive(shared.work_tiles.empty[state.index]);
+    }
+}
+
+// Adds some columns of the product of a tile to those of its query box.
+template <int first_col>
+__device__ __forceinline__ void add_columns(SharedStorage& shared, int buffer, float* sums, dq_fragment& dq) {
+    warpgroup::mma_fence();
+    warpgroup::mm_AtB<first_col, false>(dq, shared.ds, buffer, shared.k, 0);
+    warpgroup::mm_AtB<first_col, true>(dq, shared.ds, kDsBuffers + buffer, shared.k, 1);
+    warpgroup::mma_commit_group();
+    warpgroup::mma_async_wait<0>(dq);
+    if (first_col + kDqCols == kHeadDim) {
+#pragma unroll
+        for (int i = 0; i < kConsumers; ++i) release(shared.ds_barriers.empty[i * kDsBuffers + buffer]);
+    }
+#pragma unroll
+    for (int i = 0; i < kDqCols / 2; i += 4) {
+        add_to(sums + (first_col / 2 + i) * kWarpgroupThreads, dq.data[i], dq.data[i + 1], dq.data[i + 2], dq.data[i + 3]);
+    }
+}
+
+// The warpgroup of dQ.
+__device__ void add_dq(const Params& params, SharedStorage& shared) {
+    dq_fragment dq;
+    zero(dq);
+    int k_phase = 0;
+    uint32_t number = 0;
+    for (int round = 0;; ++round) {
+        const PipelineState<kWorkTiles> state(round);
+        const WorkTile<1>& work = shared.work_tiles.tiles[state.index];
+        wait(shared.work_tiles.full[state.index], state.phase);
+        if (work.ends) return;
+        if (work.is_first) {
+            wait(shared.k_barriers.full[0], k_phase);
+            k_phase ^= 1;
+        }
+#pragma unroll 1
+        for (const uint32_t end = number + work.group.num_tiles; number < end; ++number) {
+            const PipelineState<kDsBuffers> ds(number);
+#pragma unroll
+            for (int i = 0; i < kConsumers; ++i) wait(shared.ds_barriers.full[i * kDsBuffers + ds.index], ds.phase);
+            float* const sums =
+                params.dq + int64_t(shared.boxes[number % kBoxEntries]) * kBoxTokens * kHeadDim + warpgroup::laneid() * 4;
+            add_columns<0>(shared, ds.index, sums, dq);
+            if constexpr (kHeadDim > kDqCols) add_columns<kDqCols>(shared, ds.index, sums, dq);
+        }
+        // Every lane has seen the phase of K before it can end again.
+        __syncwarp();
+        if (work.is_last) release(shared.k_barriers.empty[0]);
+        arrive(shared.work_tiles.empty[state.index]);
+    }
+}
+
+}  // namespace
+
+extern "C" __global__ void __launch_bounds__(kThreads, 1) attend_backward_qkv(const __grid_constant__ Params params) {
+    extern __shared__ __align__(1024) uint8_t raw[];
+    SharedStorage& shared = *reinterpret_cast<SharedStorage*>(raw);
+    if (threadIdx.x == 0) init_barriers(shared);
+    __syncthreads();
+
+    const int index = uniform(threadIdx.x / kWarpgroupThreads);
+    if (index < kConsumers) {
+        warpgroup::increase_registers<kConsumerRegisters>();
+        consume(params, shared, index);
+    } else if (index == kConsumers) {
+        warpgroup::decrease_registers<kDqRegisters>();
+        add_dq(params, shared);
+    } else {
+        warpgroup::decrease_registers<kProducerRegisters>();
+        produce(params, shared);
+    }
+}
