@@ -1,5 +1,5 @@
-// Transaction barriers in shared memory (PTX mbarrier). A phase ends when every arrival came and every byte landed;
-// phases alternate between 0 and 1.
+// Transaction barriers in shared memory (PTX mbarrier), and barriers that have only threads to wait for. A phase ends when
+// every arrival came and every byte landed; phases alternate between 0 and 1.
 #pragma once
 
 #include "kittens/types.cuh"
@@ -49,5 +49,19 @@ __device__ __forceinline__ bool test(semaphore& sem, int phase) {
 __device__ __forceinline__ void arrive(semaphore& sem, int count = 1) {
     asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0], %1;" ::"r"(shared_address(&sem)), "r"(count) : "memory");
 }
+
+// One of the sixteen barriers of a thread block that take no memory. It opens when so many threads have come, of which those
+// wait that call `sync`. Number 0 is that of __syncthreads.
+template <int threads>
+struct named_barrier {
+    uint32_t number;
+
+    __device__ __forceinline__ void sync() const {
+        asm volatile("barrier.cta.sync.aligned %0, %1;" ::"r"(number), "n"(threads) : "memory");
+    }
+    __device__ __forceinline__ void arrive() const {
+        asm volatile("barrier.cta.arrive.aligned %0, %1;" ::"r"(number), "n"(threads) : "memory");
+    }
+};
 
 }  // namespace kittens

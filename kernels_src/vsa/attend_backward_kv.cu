@@ -48,39 +48,40 @@ struct Params {
 };
 VSA_CHECK_PARAMS;
 
-// Pᵀ on its way from a warp of the first warpgroup to the same warp of the second: a lane writes what the same lane reads.
+// Pᵀ on its way from the first warpgroup to the second: a lane writes what the same lane reads. Named barriers tell when: one
+// of each buffer that it is full, and one that it is empty.
 struct Exchange {
     static constexpr int kBuffers = 2;
     static constexpr int kWords = sizeof(p_fragment) / sizeof(uint4);
     uint4 words[kBuffers][kWords][kWarpgroupThreads];
-    semaphore full[kBuffers][kWarpgroupWarps], empty[kBuffers][kWarpgroupWarps];
 
     // The words are there for the other warpgroup when they are published.
     __device__ __forceinline__ void store(uint32_t number, const p_fragment& p) {
         const PipelineState<kBuffers> state(number);
-        wait(empty[state.index][warpgroup::warpid()], state.phase ^ 1);
+        if (number >= kBuffers) empty(number).sync();
 #pragma unroll
         for (int i = 0; i < kWords; ++i) {
             const uint32_t* word = p.data + 4 * i;
             words[state.index][i][warpgroup::laneid()] = {word[0], word[1], word[2], word[3]};
         }
     }
-    __device__ __forceinline__ void publish(uint32_t number) {
-        __syncwarp();
-        if (laneid() == 0) arrive(full[PipelineState<kBuffers>(number).index][warpgroup::warpid()]);
-    }
+    __device__ __forceinline__ void publish(uint32_t number) { full(number).arrive(); }
     __device__ __forceinline__ void get(uint32_t number, p_fragment& p) {
         const PipelineState<kBuffers> state(number);
-        wait(full[state.index][warpgroup::warpid()], state.phase);
+        full(number).sync();
 #pragma unroll
         for (int i = 0; i < kWords; ++i) {
             const uint4 four = words[state.index][i][warpgroup::laneid()];
             uint32_t* word = p.data + 4 * i;
             word[0] = four.x, word[1] = four.y, word[2] = four.z, word[3] = four.w;
         }
-        __syncwarp();
-        if (laneid() == 0) arrive(empty[state.index][warpgroup::warpid()]);
+        empty(number).arrive();
     }
+
+  private:
+    using barrier = named_barrier<2 * kWarpgroupThreads>;
+    __device__ __forceinline__ static barrier full(uint32_t number) { return {1 + number % kBuffers}; }
+    __device__ __forceinline__ static barrier empty(uint32_t number) { return {1 + kBuffers + number % kBuffers}; }
 };
 
 struct SharedStorage {
@@ -99,8 +100,6 @@ __device__ __forceinline__ void init_barriers(SharedStorage& shared) {
     init_work_tile_barriers(shared.work_tiles, kConsumerWarps + kLoaders);
     init_stage_barriers(shared.barriers, 3, kConsumerWarps);
     init_stage_barriers(shared.k_barriers, 2, kConsumerWarps);
-    for (auto& of_buffer : shared.exchange.full) init_all(of_buffer, 1);
-    for (auto& of_buffer : shared.exchange.empty) init_all(of_buffer, 1);
     fence_init_semaphores();
 }
 

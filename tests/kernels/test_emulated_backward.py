@@ -210,19 +210,15 @@ MISTAKES = {
         "    warpgroup::mma_async_wait<0>(sum, before);\n"
         "    if (!MISTAKE) release(shared.barriers.empty[stage.index]);",
     ),
-    "probabilities are published before they are stored": (
+    "probabilities are read before they are published": (
         "attend_backward_kv.cu",
-        "copy(p, s);\n        exchange.store(number, p);",
-        "copy(p, s);\n        if (MISTAKE) exchange.publish(number);\n        exchange.store(number, p);",
-        "void publish(uint32_t number) {",
-        "void publish(uint32_t number) {\n        if (MISTAKE && published++ % 2) return;",
-        "semaphore full[kBuffers][kWarpgroupWarps],",
-        "int published = 0;\n    semaphore full[kBuffers][kWarpgroupWarps],",
+        "full(number).sync();",
+        "if (MISTAKE) full(number).arrive();\n        else full(number).sync();",
     ),
     "nobody waits until probabilities were taken": (
         "attend_backward_kv.cu",
-        "wait(empty[state.index][warpgroup::warpid()], state.phase ^ 1);",
-        "if (!MISTAKE) wait(empty[state.index][warpgroup::warpid()], state.phase ^ 1);",
+        "if (number >= kBuffers) empty(number).sync();",
+        "if (!MISTAKE && number >= kBuffers) empty(number).sync();",
     ),
     "a lane is late for the phase of a stage": (
         "backward.cuh",

@@ -95,7 +95,7 @@ struct Warp {
 
 inline std::vector<Thread> threads;
 inline std::vector<Warp> warps;
-inline Meeting barrier;
+inline Meeting barrier, named_barriers[16];
 inline std::vector<std::function<void()>> loads;  // bulk copies to shared memory under way
 inline Thread* current;
 inline Index block_index, grid_size;
@@ -199,6 +199,7 @@ inline void run_block(int num_threads) {
     threads = std::vector<Thread>(num_threads);
     warps = std::vector<Warp>(num_warps);
     barrier = {};
+    std::fill(std::begin(named_barriers), std::end(named_barriers), Meeting{});
     for (int i = 0; i < num_threads; ++i) {
         Thread& thread = threads[i];
         thread.index.x = i;

@@ -47,4 +47,12 @@ inline void add_bytes(semaphore& sem, int bytes) {
     end_phase_if_complete(sem);
 }
 
+template <int threads>
+struct named_barrier {
+    uint32_t number;
+
+    void sync() const { emulator::meet(emulator::named_barriers[number], threads, "a named barrier"); }
+    void arrive() const { emulator::arrive(emulator::named_barriers[number], threads); }
+};
+
 }  // namespace kittens
