@@ -52,15 +52,13 @@ __device__ __forceinline__ void arrive(semaphore& sem, int count = 1) {
 
 // One of the sixteen barriers of a thread block that take no memory. It opens when so many threads have come, of which those
 // wait that call `sync`. Number 0 is that of __syncthreads.
-template <int threads>
+template <int number, int threads>
 struct named_barrier {
-    uint32_t number;
-
-    __device__ __forceinline__ void sync() const {
-        asm volatile("barrier.cta.sync.aligned %0, %1;" ::"r"(number), "n"(threads) : "memory");
+    __device__ __forceinline__ static void sync() {
+        asm volatile("barrier.cta.sync.aligned %0, %1;" ::"n"(number), "n"(threads) : "memory");
     }
-    __device__ __forceinline__ void arrive() const {
-        asm volatile("barrier.cta.arrive.aligned %0, %1;" ::"r"(number), "n"(threads) : "memory");
+    __device__ __forceinline__ static void arrive() {
+        asm volatile("barrier.cta.arrive.aligned %0, %1;" ::"n"(number), "n"(threads) : "memory");
     }
 };
 

@@ -53,35 +53,37 @@ VSA_CHECK_PARAMS;
 struct Exchange {
     static constexpr int kBuffers = 2;
     static constexpr int kWords = sizeof(p_fragment) / sizeof(uint4);
+    template <int buffer>
+    using full = named_barrier<1 + buffer, 2 * kWarpgroupThreads>;
+    template <int buffer>
+    using empty = named_barrier<1 + kBuffers + buffer, 2 * kWarpgroupThreads>;
     uint4 words[kBuffers][kWords][kWarpgroupThreads];
 
     // The words are there for the other warpgroup when they are published.
-    __device__ __forceinline__ void store(uint32_t number, const p_fragment& p) {
-        const PipelineState<kBuffers> state(number);
-        if (number >= kBuffers) empty(number).sync();
+    template <int buffer>
+    __device__ __forceinline__ void store(const p_fragment& p) {
+        empty<buffer>::sync();
 #pragma unroll
         for (int i = 0; i < kWords; ++i) {
             const uint32_t* word = p.data + 4 * i;
-            words[state.index][i][warpgroup::laneid()] = {word[0], word[1], word[2], word[3]};
+            words[buffer][i][warpgroup::laneid()] = {word[0], word[1], word[2], word[3]};
         }
     }
-    __device__ __forceinline__ void publish(uint32_t number) { full(number).arrive(); }
-    __device__ __forceinline__ void get(uint32_t number, p_fragment& p) {
-        const PipelineState<kBuffers> state(number);
-        full(number).sync();
+    template <int buffer>
+    __device__ __forceinline__ static void publish() {
+        full<buffer>::arrive();
+    }
+    template <int buffer>
+    __device__ __forceinline__ void get(p_fragment& p) {
+        full<buffer>::sync();
 #pragma unroll
         for (int i = 0; i < kWords; ++i) {
-            const uint4 four = words[state.index][i][warpgroup::laneid()];
+            const uint4 four = words[buffer][i][warpgroup::laneid()];
             uint32_t* word = p.data + 4 * i;
             word[0] = four.x, word[1] = four.y, word[2] = four.z, word[3] = four.w;
         }
-        empty(number).arrive();
+        empty<buffer>::arrive();
     }
-
-  private:
-    using barrier = named_barrier<2 * kWarpgroupThreads>;
-    __device__ __forceinline__ static barrier full(uint32_t number) { return {1 + number % kBuffers}; }
-    __device__ __forceinline__ static barrier empty(uint32_t number) { return {1 + kBuffers + number % kBuffers}; }
 };
 
 struct SharedStorage {
@@ -121,16 +123,16 @@ __device__ __forceinline__ void produce(const Params& params, SharedStorage& sha
 // or dSᵀ Q.
 //
 // kFirst: the warpgroup of K Qᵀ, Pᵀ and dV; else that of V dOᵀ, dSᵀ and dK.
-template <bool kFirst>
-__device__ __forceinline__ void transform(const Params& params, Exchange& exchange, uint32_t number, const ColumnPairs& pairs,
-                                          s_fragment& s, p_fragment& p) {
+template <bool kFirst, int buffer>
+__device__ __forceinline__ void transform(const Params& params, Exchange& exchange, const ColumnPairs& pairs, s_fragment& s,
+                                          p_fragment& p) {
     if constexpr (kFirst) {
 #pragma unroll
         for (int i = 0; i < kBoxTokens / 2; ++i) s.data[i] = kittens::exp2(fmaf(s.data[i], params.scale_log2, -pairs[i]));
         copy(p, s);
-        exchange.store(number, p);
+        exchange.store<buffer>(p);
     } else {
-        exchange.get(number, p);
+        exchange.get<buffer>(p);
 #pragma unroll
         for (int i = 0; i < kBoxTokens / 2; i += 2) {
             const float2 pair = unpack<element>(p.data[i / 2]);
@@ -149,7 +151,7 @@ __device__ __forceinline__ ColumnPairs load_pairs(const SharedStorage& shared, i
 
 // The second product of a tile, in `stage`, whose left operand is `before`, and the first one of the next, from which the left
 // operand `p` of its second one is computed. Whether the tile after that has arrived is looked up meanwhile.
-template <bool kFirst>
+template <bool kFirst, int buffer>
 __device__ __forceinline__ void add_tile(const Params& params, SharedStorage& shared, const k_fragment& left, uint32_t number,
                                          PipelineState<kStages>& stage, bool& has_arrived, s_fragment& s, p_fragment& before,
                                          p_fragment& p, dk_fragment& sum) {
@@ -164,10 +166,10 @@ __device__ __forceinline__ void add_tile(const Params& params, SharedStorage& sh
     const ColumnPairs pairs = load_pairs<kFirst>(shared, next.index);
     has_arrived = test(shared.barriers.full[later.index], later.phase);
     warpgroup::mma_async_wait<1>(s);
-    transform<kFirst>(params, shared.exchange, number, pairs, s, p);
+    transform<kFirst, buffer>(params, shared.exchange, pairs, s, p);
     warpgroup::mma_async_wait<0>(sum, before);
     release(shared.barriers.empty[stage.index]);
-    if constexpr (kFirst) shared.exchange.publish(number);
+    if constexpr (kFirst) Exchange::publish<buffer>();
     stage = next;
 }
 
@@ -199,16 +201,16 @@ __device__ __forceinline__ void add_tiles(const Params& params, SharedStorage& s
     warpgroup::mma_commit_group();
     const ColumnPairs pairs = load_pairs<kFirst>(shared, stage.index);
     warpgroup::mma_async_wait<0>(s);
-    transform<kFirst>(params, shared.exchange, number, pairs, s, even);
-    if constexpr (kFirst) shared.exchange.publish(number);
+    transform<kFirst, 0>(params, shared.exchange, pairs, s, even);
+    if constexpr (kFirst) Exchange::publish<0>();
 #pragma unroll 1
     while (++number < end) {
-        add_tile<kFirst>(params, shared, left, number, stage, has_arrived, s, even, odd, sum);
+        add_tile<kFirst, 1>(params, shared, left, number, stage, has_arrived, s, even, odd, sum);
         if (++number == end) {
             even = odd;
             break;
         }
-        add_tile<kFirst>(params, shared, left, number, stage, has_arrived, s, odd, even, sum);
+        add_tile<kFirst, 0>(params, shared, left, number, stage, has_arrived, s, odd, even, sum);
     }
     add_last<kFirst>(shared, stage, even, sum);
 }
@@ -219,6 +221,10 @@ __device__ void consume(const Params& params, SharedStorage& shared) {
     uint32_t number = 0;
     k_fragment left;
     dk_fragment sum;
+    if constexpr (!kFirst) {
+        Exchange::empty<0>::arrive();
+        Exchange::empty<1>::arrive();
+    }
     for (int round = 0;; ++round) {
         const PipelineState<kWorkTiles> state(round);
         const WorkTile<1>& work = shared.work_tiles.tiles[state.index];

@@ -212,13 +212,13 @@ MISTAKES = {
     ),
     "probabilities are read before they are published": (
         "attend_backward_kv.cu",
-        "full(number).sync();",
-        "if (MISTAKE) full(number).arrive();\n        else full(number).sync();",
+        "full<buffer>::sync();",
+        "if (MISTAKE) full<buffer>::arrive();\n        else full<buffer>::sync();",
     ),
     "nobody waits until probabilities were taken": (
         "attend_backward_kv.cu",
-        "if (number >= kBuffers) empty(number).sync();",
-        "if (!MISTAKE && number >= kBuffers) empty(number).sync();",
+        "empty<buffer>::sync();",
+        "if (MISTAKE) empty<buffer>::arrive();\n        else empty<buffer>::sync();",
     ),
     "a lane is late for the phase of a stage": (
         "backward.cuh",

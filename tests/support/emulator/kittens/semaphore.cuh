@@ -47,12 +47,10 @@ inline void add_bytes(semaphore& sem, int bytes) {
     end_phase_if_complete(sem);
 }
 
-template <int threads>
+template <int number, int threads>
 struct named_barrier {
-    uint32_t number;
-
-    void sync() const { emulator::meet(emulator::named_barriers[number], threads, "a named barrier"); }
-    void arrive() const { emulator::arrive(emulator::named_barriers[number], threads); }
+    static void sync() { emulator::meet(emulator::named_barriers[number], threads, "a named barrier"); }
+    static void arrive() { emulator::arrive(emulator::named_barriers[number], threads); }
 };
 
 }  // namespace kittens
