@@ -39,6 +39,19 @@ __device__ __forceinline__ uint32_t warpid() { return threadIdx.x / kWarpThreads
 // Tells the compiler that a value is the same in all lanes: what is computed from it then needs no vector registers.
 __device__ __forceinline__ int uniform(int x) { return __shfl_sync(kAllLanes, x, 0); }
 
+// Inclusive prefix sums over the lanes.
+template <int n>
+__device__ __forceinline__ void prefix_sums(uint32_t (&x)[n]) {
+#pragma unroll 1
+    for (int step = 1; step < kWarpThreads; step *= 2) {
+#pragma unroll
+        for (int i = 0; i < n; ++i) {
+            const uint32_t other = __shfl_up_sync(kAllLanes, x[i], step);
+            if (laneid() >= step) x[i] += other;
+        }
+    }
+}
+
 __device__ __forceinline__ uint32_t shared_address(const void* pointer) {
     return static_cast<uint32_t>(__cvta_generic_to_shared(pointer));
 }

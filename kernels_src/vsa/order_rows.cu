@@ -52,10 +52,19 @@ extern "C" __global__ void __launch_bounds__(kThreads) order_rows(const __grid_c
         atomicAdd(&shared.count[of_row], 1);
     }
     __syncthreads();
-    if (threadIdx.x < kClasses) {
-        int start = 0;
-        for (int longer = threadIdx.x + 1; longer < kClasses; ++longer) start += shared.count[longer];
-        shared.start[threadIdx.x] = start;
+    if (warpid() == 0) {
+        // Each lane takes some classes, from the longest rows on.
+        constexpr int kOfLane = kClasses / kWarpThreads;
+        const int longest = kClasses - 1 - lane * kOfLane;
+        uint32_t end[1] = {0};
+        for (int i = 0; i < kOfLane; ++i) end[0] += shared.count[longest - i];
+        uint32_t start = -end[0];
+        prefix_sums(end);
+        start += end[0];
+        for (int i = 0; i < kOfLane; ++i) {
+            shared.start[longest - i] = start;
+            start += shared.count[longest - i];
+        }
     }
     __syncthreads();
     for (int of_warp = warpid(); of_warp < kClasses; of_warp += kWarps) {

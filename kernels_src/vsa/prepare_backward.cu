@@ -26,6 +26,7 @@ struct Params {
     int64_t dout_strides[3], out_s_strides[3];  // batches, heads, tokens
     const float *lse, *dlse;                    // [batch, heads, q_len]; dlse may be null
     RowStatistics* statistics;                  // [batch, heads, query boxes, kStatisticsPerBox]
+    int* counters;                              // of both passes, which begin at 0, see Schedule::taken
     CoarseOutput coarse;
     void* dgate;  // of the gate's dtype, or null
     int64_t dgate_strides[3];
@@ -83,6 +84,7 @@ extern "C" __global__ void __launch_bounds__(kWarps* kWarpThreads) prepare_backw
     const auto offset_of = [&](const int64_t (&strides)[3], int token) {
         return batch * strides[0] + head * strides[1] + token * strides[2] + channel;
     };
+    if (blockIdx.x == 0 && threadIdx.x < 2) params.counters[threadIdx.x] = 0;
     const bool has_coarse = params.coarse.out_c != nullptr;
     Row out_c = {}, dout_c = {};
     if (has_coarse) {

@@ -31,7 +31,7 @@ struct Schedule {
     Divisor heads, kv_group;  // heads of rows, and those that share one head of columns
     Divisor consumers;        // how many consumers take the boxes of a block
     int boxes_of_consumer;
-    int* next;                // the next work tile, initially the number of thread blocks
+    int* taken;               // work tiles that were taken beside the first of each thread block, initially 0
 };
 
 // A work tile: the boxes of one group of rows of one head, and the columns of one head that they name. The side of the rows is
@@ -194,7 +194,7 @@ __device__ void schedule_work_tiles(const Schedule<Index>& schedule, const Token
         if (ends) return;
         if (++part == schedule.rows.col_heads()) {
             part = 0;
-            number = kittens::uniform(kittens::laneid() == 0 ? atomicAdd(schedule.next, 1) : 0);
+            number = gridDim.x + kittens::uniform(kittens::laneid() == 0 ? atomicAdd(schedule.taken, 1) : 0);
         }
     }
 }

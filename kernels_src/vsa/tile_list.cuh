@@ -175,19 +175,6 @@ __device__ __forceinline__ int position_of(const float (&total)[kMasks], int mas
     return position;
 }
 
-// Inclusive prefix sums over the lanes.
-template <int n>
-__device__ __forceinline__ void prefix_sums(uint32_t (&x)[n]) {
-#pragma unroll 1
-    for (int step = 1; step < kittens::kWarpThreads; step *= 2) {
-#pragma unroll
-        for (int i = 0; i < n; ++i) {
-            const uint32_t other = __shfl_up_sync(kittens::kAllLanes, x[i], step);
-            if (kittens::laneid() >= step) x[i] += other;
-        }
-    }
-}
-
 // Writes the list of a query group and, into the group, how many tiles there are. One warp.
 //
 // Loops are unrolled only where that is needed: the first list of a thread block waits for every instruction to be fetched, and
@@ -225,7 +212,7 @@ __device__ __forceinline__ void write_list(const IndexTable& rows, const TokenLa
             counts[mask / 2] =
                 __popc(mask == 0 ? left : boxes_of_mask(mask, selected)) | __popc(boxes_of_mask(mask + 1, selected)) << 16;
         }
-        prefix_sums(counts);
+        kittens::prefix_sums(counts);
 #pragma unroll
         for (int i = 0; i < kMasks / 2; ++i) {
             scratch.prefix[i][lane][0] = counts[i];

@@ -73,7 +73,7 @@ def groups_of(
             tiles = torch.zeros(num_work_tiles, of_groups.lists.length, 2, dtype=torch.int32)
             of_groups.lse, of_groups.lists.tiles = items.data_ptr(), tiles.data_ptr()
             # Nobody takes work tiles.
-            of_groups.schedule.next = None
+            of_groups.schedule.taken = None
             run(1, of_groups)
             for item, tiles_of_item in zip(items.tolist(), tiles.tolist(), strict=True):
                 num_tiles, poisoned = item[9:11]

@@ -102,9 +102,9 @@ def launcher(kernel: Kernel, device: int, sources: Path | None = None, mistake: 
         error = compiled.run(blocks, kernel.threads, int(torch.randint(2**62, ())), address)
         if error is not None:
             raise EmulationError(f"{kernel.label}: {error.decode()}")
-        if hasattr(params, "schedule") and params.schedule.next:
+        if hasattr(params, "schedule") and params.schedule.taken:
             # Every thread block has a work tile at first, and takes others until there are no more.
-            assert ctypes.c_int.from_address(params.schedule.next).value == blocks + params.schedule.num_work_tiles
+            assert ctypes.c_int.from_address(params.schedule.taken).value == params.schedule.num_work_tiles
 
     return launch
 

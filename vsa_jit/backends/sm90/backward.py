@@ -58,17 +58,17 @@ def attend_backward(
     if dout.stride(-1) != 1 or why_not_tma(bhsd(dout, problem.queries.layout), problem.queries.grid) is not None:
         dout = dout.contiguous()
     in_one_pass = need_dq and need_dkv and takes_one_pass(problem)
-    statistics, dgate, dout_c = prepare(problem, operands, out_s, lse, dout, dlse, in_one_pass)
+    prepared = prepare(problem, operands, out_s, lse, dout, dlse, in_one_pass)
     dq = dk = dv = None
     if need_dq and not in_one_pass:
-        dq = backward_q(problem, operands, dout, statistics)
+        dq = backward_q(problem, operands, dout, prepared)
     if need_dkv:
         inverse = transpose_index(operands.q2k_idx, operands.q2k_num, problem.keys.num_blocks, problem.group)
         if in_one_pass:
-            dq, dk, dv = backward_qkv(problem, operands, lse, dout, statistics, *inverse)
+            dq, dk, dv = backward_qkv(problem, operands, lse, dout, prepared, *inverse)
         else:
-            dk, dv = backward_kv(problem, operands, dout, statistics, *inverse)
-    return Gradients(dq, dk, dv, dgate, dout_c)
+            dk, dv = backward_kv(problem, operands, dout, prepared, *inverse)
+    return Gradients(dq, dk, dv, prepared.dgate, prepared.dout_c)
 
 
 def takes_one_pass(problem: Problem) -> bool:
@@ -76,6 +76,21 @@ def takes_one_pass(problem: Problem) -> bool:
     if problem.block < specialise.ONE_PASS_BLOCK or torch.are_deterministic_algorithms_enabled():
         return False
     return problem.softmax_scale >= SMALLEST_SCALE
+
+
+class Prepared(NamedTuple):
+    """What is computed before the passes.
+
+    Attributes:
+        statistics: of all queries, ``RowStatistics`` of ``backward.cuh``.
+        counters: two numbers of 32 bits that are 0, one for each pass, see ``Launch.run_work_tiles``.
+        dgate, dout_c: gradients, or None.
+    """
+
+    statistics: Tensor
+    counters: Tensor
+    dgate: Tensor | None
+    dout_c: Tensor | None
 
 
 def prepare(
@@ -86,17 +101,18 @@ def prepare(
     dout: Tensor,
     dlse: Tensor | None,
     in_one_pass: bool = False,
-) -> tuple[Tensor, Tensor | None, Tensor | None]:
-    """The statistics of all queries, ``RowStatistics`` of ``backward.cuh``; dgate and dout_c, or None."""
+) -> Prepared:
     q, out_c, gate = operands.q, operands.out_c, operands.gate
     queries = problem.queries
     rows = (problem.batch, queries.heads, queries.num_blocks * queries.block)
     statistics = q.new_empty((*rows, STATISTICS), dtype=torch.float32)
+    counters = q.new_empty(2, dtype=torch.int32)
     lse = lse.contiguous()
     launch = _prepare_launch(problem, q.dtype, q.get_device(), sizes_ref(operands.q_sizes), in_one_pass)
     params = PrepareBackwardParams.from_buffer_copy(launch.params)
     params.dout, params.out_s = dout.data_ptr(), out_s.data_ptr()
     params.lse, params.statistics = lse.data_ptr(), statistics.data_ptr()
+    params.counters = counters.data_ptr()
     params.dout_strides[:] = token_strides(dout.stride(), queries)
     params.out_s_strides[:] = token_strides(out_s.stride(), queries)
     if dlse is not None:
@@ -116,7 +132,7 @@ def prepare(
             params.dgate_strides[:] = token_strides(computed.stride(), queries)
     launch.launcher(launch.blocks, params)
     dgate = computed if computed is None or gate is None else computed.to(gate.dtype)
-    return statistics, dgate, dout_c
+    return Prepared(statistics, counters, dgate, dout_c)
 
 
 @functools.lru_cache(maxsize=256)
@@ -181,15 +197,15 @@ class _Refs(NamedTuple):
         return cls(q.dtype, q.get_device(), q_ref, k_ref, v_ref, dout_ref, *sizes)
 
 
-def backward_q(problem: Problem, operands: Operands, dout: Tensor, statistics: Tensor) -> Tensor:
+def backward_q(problem: Problem, operands: Operands, dout: Tensor, prepared: Prepared) -> Tensor:
     q2k_idx, q2k_num = operands.q2k_idx, operands.q2k_num
     dq = empty_like(operands.q)
     launch = _backward_q_launch(problem, _Refs.of(operands, dout), q2k_idx.shape[-1], dq.stride())
     params = AttendBackwardQParams.from_buffer_copy(launch.params)
     rows = params.schedule.rows
     rows.idx, rows.num = q2k_idx.data_ptr(), q2k_num.data_ptr()
-    params.dq, params.statistics = dq.data_ptr(), statistics.data_ptr()
-    launch.run_work_tiles(params, dq)
+    params.dq, params.statistics = dq.data_ptr(), prepared.statistics.data_ptr()
+    launch.run_work_tiles(params, dq, prepared.counters.data_ptr())
     return dq
 
 
@@ -214,15 +230,15 @@ def _backward_q_launch(problem: Problem, refs: _Refs, width: int, dq_strides: tu
 
 
 def backward_kv(
-    problem: Problem, operands: Operands, dout: Tensor, statistics: Tensor, bits: Tensor, order: Tensor
+    problem: Problem, operands: Operands, dout: Tensor, prepared: Prepared, bits: Tensor, order: Tensor
 ) -> tuple[Tensor, Tensor]:
     dk, dv = empty_like(operands.k), empty_like(operands.v)
     launch = _backward_kv_launch(problem, _Refs.of(operands, dout), dk.stride(), dv.stride(), False)
     params = AttendBackwardKvParams.from_buffer_copy(launch.params)
     rows = params.schedule.rows
     rows.bits, rows.order = bits.data_ptr(), order.data_ptr()
-    params.dk, params.dv, params.statistics = dk.data_ptr(), dv.data_ptr(), statistics.data_ptr()
-    launch.run_work_tiles(params, dk)
+    params.dk, params.dv, params.statistics = dk.data_ptr(), dv.data_ptr(), prepared.statistics.data_ptr()
+    launch.run_work_tiles(params, dk, prepared.counters[1:].data_ptr())
     return dk, dv
 
 
@@ -255,7 +271,7 @@ def backward_qkv(
     operands: Operands,
     lse: Tensor,
     dout: Tensor,
-    statistics: Tensor,
+    prepared: Prepared,
     bits: Tensor,
     order: Tensor,
 ) -> tuple[Tensor, Tensor, Tensor]:
@@ -269,8 +285,8 @@ def backward_qkv(
     rows = params.schedule.rows
     rows.bits, rows.order = bits.data_ptr(), order.data_ptr()
     params.dq, params.dk, params.dv = sums.data_ptr(), dk.data_ptr(), dv.data_ptr()
-    params.statistics = statistics.data_ptr()
-    launch.run_work_tiles(params, dk)
+    params.statistics = prepared.statistics.data_ptr()
+    launch.run_work_tiles(params, dk, prepared.counters.data_ptr())
     _store_dq(problem, operands.q_sizes, sums, lse.contiguous(), dq)
     return dq, dk, dv
 

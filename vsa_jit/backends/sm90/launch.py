@@ -37,13 +37,18 @@ class Launch(NamedTuple):
         blocks = min(processors, params.schedule.num_work_tiles)
         return cls(params, blocks, launcher, blocks * WORK_TILES * params.lists.length * KEY_TILE_BYTES)
 
-    def run_work_tiles(self, params: Any, q: Tensor) -> None:
-        """Launches with lists and a counter of their own, on the device of ``q``."""
+    def run_work_tiles(self, params: Any, q: Tensor, counter: int | None = None) -> None:
+        """Launches with lists of their own, on the device of ``q``.
+
+        Args:
+            counter: address of 32 bits that are 0 when the kernel starts. None: it gets such.
+        """
         lists = q.new_empty(self.list_bytes + COUNTER_BYTES, dtype=torch.uint8)
         params.lists.tiles = lists.data_ptr()
-        params.schedule.next = counter = lists.data_ptr() + self.list_bytes
-        # Every thread block has its first work tile already.
-        driver.fill(q.get_device(), counter, self.blocks)
+        if counter is None:
+            counter = lists.data_ptr() + self.list_bytes
+            driver.fill(q.get_device(), counter, 0)
+        params.schedule.taken = counter
         self.launcher(self.blocks, params)
 
 

@@ -107,7 +107,7 @@ def _schedule_of(index: type[ctypes.Structure]) -> tuple:
         ("kv_group", Divisor),
         ("consumers", Divisor),
         ("boxes_of_consumer", ctypes.c_int),
-        ("next", ctypes.c_void_p),
+        ("taken", ctypes.c_void_p),
     )
 
 
@@ -277,6 +277,7 @@ class PrepareBackwardParams(ctypes.Structure):
         ("lse", ctypes.c_void_p),
         ("dlse", ctypes.c_void_p),
         ("statistics", ctypes.c_void_p),
+        ("counters", ctypes.c_void_p),
         ("coarse", CoarseOutput),
         ("dgate", ctypes.c_void_p),
         ("dgate_strides", ctypes.c_int64 * 3),
