@@ -36,7 +36,7 @@ extern "C" __global__ void __launch_bounds__(kThreads) invert_map(const __grid_c
     const int head = blockIdx.x / params.num_words, word = blockIdx.x - head * params.num_words;
     uint32_t* bits = params.bits + int64_t(blockIdx.x) * rows.num_cols;
     for (int first = 0; first < rows.num_cols; first += kSlice) {
-        for (int i = threadIdx.x; i < kSlice; i += kThreads) shared.words[i] = 0;
+        for (int i = threadIdx.x; i < min(kSlice, rows.num_cols - first); i += kThreads) shared.words[i] = 0;
         __syncthreads();
         for (int bit = warpid(); bit < kWordBits && word * kWordBits + bit < rows.num_rows; bit += kWarps) {
             const int row = word * kWordBits + bit, length = rows.length(head, row);
