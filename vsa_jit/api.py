@@ -354,8 +354,8 @@ def warmup(
             has CUDA kernels in this package, nothing is compiled.
         dtype: torch.bfloat16, torch.float16 or several; None for both.
         head_dim: 64, 128 or several; None for both.
-        block_size: as in ``video_sparse_attn``, or a list of such; None for all. Blocks of every size share their
-            kernels so far, so that this is checked and changes nothing.
+        block_size: as in ``video_sparse_attn``, or a list of such; None for all. Blocks of 128 tokens and more share
+            their kernels, of which blocks of 64 need fewer.
         engine: "nvrtc", "nvcc" or "auto".
 
     Returns:

@@ -1,4 +1,4 @@
-// What the passes of the backward share: the statistics of query rows, and how gradients are stored.
+// What the passes of the backward share: the statistics of query rows, the loader of queries, and how gradients are stored.
 #pragma once
 
 #include "vsa/epilogue.cuh"

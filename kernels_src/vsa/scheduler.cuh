@@ -6,7 +6,7 @@
 #include "vsa/tile_list.cuh"
 
 // How the rows of a head are divided into row groups of at most one row for each consumer. The boxes of a row group, row after
-// row, are dealt to as many query groups as a block has boxes.
+// row, are dealt to as many query groups as a block needs consumers.
 //
 // Two things make a group fast: neighbouring rows, which select the same columns, so that its list is short; and rows of equal
 // length, because all its consumers wait for the one with the longest row. Therefore the rows of a head are cut into windows of
@@ -29,9 +29,11 @@ struct Schedule {
     int first_heads, first_groups;
     int num_work_tiles;       // of all heads
     Divisor heads, kv_group;  // heads of rows, and those that share one head of columns
-    Divisor consumers;        // how many consumers take the boxes of a block
+    // How many consumers a block needs, each of which takes so many boxes. attend_backward_qkv.cu counts two warpgroups with a
+    // box each as one consumer here.
+    Divisor consumers;
     int boxes_of_consumer;
-    int* taken;               // work tiles that were taken beside the first of each thread block, initially 0
+    int* taken;  // work tiles that were taken beside the first of each thread block, initially 0
 };
 
 // A work tile: the boxes of one group of rows of one head, and the columns of one head that they name. The side of the rows is
@@ -43,7 +45,7 @@ struct WorkTile {
     Extent3 origin[kConsumers];  // of the boxes of the rows
     int batch, row_head, col_head;
     int is_first, is_last;  // of those with the same rows
-    int ends;               // there is no more work, and the rest is not set
+    int ends;  // there is no more work, and the rest is not set
 };
 
 // Work tiles that the scheduler has taken and the other warps have not finished.

@@ -266,7 +266,7 @@ __device__ __forceinline__ void write_list(const IndexTable& rows, const TokenLa
     __syncwarp();
 }
 
-// The same for a single row that is bits already; its columns all exist.
+// The list of a single row that is bits already; its columns all exist. Of every 32 columns the first boxes come first.
 __device__ __forceinline__ void write_list(const IndexBits& rows, const TokenLayout& col_tokens, int head, TileListScratch<1>&,
                                            QueryGroup<1>& group, KeyTile<1>* tiles) {
     constexpr int kWordBits = 32;

@@ -210,12 +210,13 @@ def test_a_failed_compile_is_an_error_where_the_backend_was_asked_for(broken_ent
 
 
 def test_a_failed_compile_concerns_its_own_kind_of_call(broken_entry):
-    """The kernels of another dtype or head dimension may well compile; and who insists is told why, each time."""
+    """Those of another dtype, head dimension or block may well compile; and who insists is told why, each time."""
     q, k, v = qkv()
     vsa_jit.video_sparse_attn(q, k, v, topk=1)
     assert vsa_jit.explain(q, k, v, topk=1).reasons["sm90"] == broken_entry
     assert vsa_jit.explain(q.half(), k.half(), v.half(), topk=1).backend == "sm90"
     assert vsa_jit.explain(*qkv(64), topk=1).backend == "sm90"
+    assert vsa_jit.explain(q, k, v, topk=1, block_size=128).backend == "sm90"
     assert vsa_jit.explain(q, k, v, topk=1, backend="sm90").backend == "sm90"
 
 

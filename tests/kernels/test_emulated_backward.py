@@ -25,7 +25,7 @@ CASES = [
     Case("192, plain, batch", q_len=900, block_size=192, batch=2),
     Case("1728, one block cut on all three axes", grid=(5, 6, 7), block_size=(12, 12, 12)),
 ]
-# Calls of several boxes a block take one pass, or two where algorithms must be deterministic.
+# Calls that take one pass, or two where algorithms must be deterministic.
 ONE_PASS = [case for case in CASES if not case.name.startswith("64")]
 GROUPED = [
     Case("128, grouped heads", q_len=900, kv_len=700, block_size=128, batch=2, heads=4, kv_heads=2),

@@ -26,8 +26,8 @@ _MOST_CHOSEN = 4096
 
 _logger = logging.getLogger("vsa_jit")
 _logged: set[tuple[str, ...]] = set()
-# What turned out not to run in this process, by backend, device, dtype and head dimension, and why.
-_failed: dict[tuple[str, torch.device, torch.dtype, int], str] = {}
+# What turned out not to run in this process, by backend, device, dtype, head dimension and tokens of a block, and why.
+_failed: dict[tuple[str, torch.device, torch.dtype, int, int], str] = {}
 # What was chosen for a call, operator by operator, so that a call like it asks nothing again.
 _chosen: dict[tuple, Mapping[str, Backend]] = {}
 
@@ -81,9 +81,10 @@ def choose(
     source, name = _requested(backend)
     reasons: dict[str, str] = {}
     chosen = engine = None
+    kind = device, dtype, problem.head_dim, problem.block
     for spec in specs():
         # Who asks for a backend by name gets its own error each time.
-        failed = _failed.get((spec.name, device, dtype, problem.head_dim)) if name == "auto" else None
+        failed = _failed.get((spec.name, *kind)) if name == "auto" else None
         reason = failed or spec.why_not_on(device) or spec.why_not(problem, dtype, tensors)
         if reason is not None:
             reasons[spec.name] = reason
@@ -169,7 +170,7 @@ def _choose_and_prepare(
         except JitError as error:
             if _requested(backend)[1] != "auto":
                 raise
-            _failed[spec.name, device, dtype, problem.head_dim] = str(error)
+            _failed[spec.name, device, dtype, problem.head_dim, problem.block] = str(error)
             return _choose_and_prepare(problem, backend, device, dtype, tensors)
     _log_once(choice, backend, device)
     return _functions_of(choice.runners)

@@ -458,14 +458,15 @@ def _deterministic(call: Callable[[], tuple[Tensor, ...]]) -> Callable[[], tuple
     settings: Any = torch.utils.deterministic
 
     def run() -> tuple[Tensor, ...]:
-        before = torch.are_deterministic_algorithms_enabled(), settings.fill_uninitialized_memory
+        before = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
+        filled = settings.fill_uninitialized_memory
         torch.use_deterministic_algorithms(True)
         settings.fill_uninitialized_memory = False
         try:
             return call()
         finally:
-            torch.use_deterministic_algorithms(before[0])
-            settings.fill_uninitialized_memory = before[1]
+            torch.use_deterministic_algorithms(before[0], warn_only=before[1])
+            settings.fill_uninitialized_memory = filled
 
     return run
 

@@ -36,7 +36,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         nargs="+",
         type=parse.block_size,
         metavar="SIZE",
-        help="tokens, or a tile such as 4x4x4; default: all (they share their kernels)",
+        help="tokens, or a tile such as 4x4x4; default: all",
     )
     parser.add_argument("--engine", choices=engines.NAMES, default="auto", help="what compiles; default: auto")
 

@@ -5,7 +5,8 @@ keeps key blocks in place and streams queries. Nothing is added in memory: gradi
 
 One pass computes them once: it keeps key blocks in place and adds dq up in memory, in fp32. Of larger blocks that takes
 less time than computing the probabilities again. The order of the additions, and with it the last bits of dq, differ
-from run to run, so that it is not taken where ``torch.are_deterministic_algorithms_enabled()``.
+from run to run, so that it is not taken where ``torch.are_deterministic_algorithms_enabled()``; nor is it where only
+some of the gradients are needed, see ``takes_one_pass`` for the rest.
 """
 
 from __future__ import annotations

@@ -80,22 +80,27 @@ def max_list_length(rows: Side, columns: Side, width: int, consumers: int) -> in
     return min(num_rows * width, columns.num_blocks) * boxes
 
 
-def head_partition(num_rows: int, group_rows: int, boxes: int, consumers: int) -> HeadPartition:
-    """How the rows of a head are divided into row groups of at most ``group_rows``, and those into windows."""
+def head_partition(num_rows: int, group_rows: int, of_block: int, consumers: int) -> HeadPartition:
+    """How the rows of a head are divided into row groups of at most ``group_rows``, and those into windows.
+
+    Args:
+        of_block: consumers that a block needs.
+        consumers: of a thread block.
+    """
     groups = -(-num_rows // group_rows)
     windows = -(-groups // (WINDOW_ROWS // consumers))
-    # Where blocks have several boxes, only the last row group of a head is shorter: the others leave no consumer idle.
-    rows = divmod(num_rows, groups) if boxes == 1 else (group_rows, 0)
-    return HeadPartition(divisor(groups * boxes), *rows, divisor(windows), *divmod(groups, windows))
+    # Where a block needs several consumers, only the last row group of a head is shorter: the others leave none idle.
+    rows = divmod(num_rows, groups) if of_block == 1 else (group_rows, 0)
+    return HeadPartition(divisor(groups * of_block), *rows, divisor(windows), *divmod(groups, windows))
 
 
-def _row_groups(num_rows: int, boxes: int, heads: int, processors: int, consumers: int) -> tuple[int, int]:
+def _row_groups(num_rows: int, of_block: int, heads: int, processors: int, consumers: int) -> tuple[int, int]:
     """How many heads have long row groups, and how many rows these have; those of the other heads have one less.
 
     Multiprocessors take a work tile each, round after round. Row groups are as short as they can be while the rounds
     are as few as those of the longest: a short one takes less time.
     """
-    if boxes > 1:
+    if of_block > 1:
         return heads, consumers
     most = -(-heads * -(-num_rows // consumers) // processors) * processors
     rows = next(rows for rows in range(1, consumers + 1) if heads * -(-num_rows // rows) <= most)
