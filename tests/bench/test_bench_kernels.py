@@ -191,5 +191,6 @@ def test_kernels_on_a_hopper_gpu(capsys, tmp_path, name):
         assert all(figure > 0 for figure in list(row.values())[1:])
     *attention, means = rows[:3]
     for row in attention:
-        assert row["of_dense_min"] <= row["of_dense"] <= row["of_dense_max"] < 2
+        # What else runs on the GPU meanwhile moves the largest by any factor.
+        assert row["of_dense_min"] <= row["of_dense"] <= row["of_dense_max"]
     assert means["of_copy"] < 1.5

@@ -77,12 +77,11 @@ def test_backward(monkeypatch, case, dtype, head_dim, processors):
     call.check(call.run())
 
 
-@pytest.mark.parametrize(("dtype", "head_dim", "processors"), KINDS, ids=str)
 @pytest.mark.parametrize("case", ONE_PASS, ids=lambda case: case.name)
-def test_two_passes_of_larger_blocks(monkeypatch, case, dtype, head_dim, processors):
-    emulate.emulate(monkeypatch, processors)
+def test_two_passes_of_larger_blocks(monkeypatch, case):
+    emulate.emulate(monkeypatch, 3)
     monkeypatch.setattr(torch, "are_deterministic_algorithms_enabled", lambda: True)
-    call = Call(Inputs(replace(case, head_dim=head_dim), "cpu", dtype))
+    call = Call(Inputs(replace(case, head_dim=64), "cpu", torch.float16))
     call.check(call.run())
 
 

@@ -13,9 +13,10 @@ from support.hopper import operands_of, problem_of, starts_of
 from support.problems import Case, Inputs
 from torch import Tensor
 
-from vsa_jit.backends.sm90 import launches
+from vsa_jit.backends.sm90 import backward, launches
 from vsa_jit.backends.sm90.structs import BOX_TOKENS, AttendForwardParams
 from vsa_jit.jit import module
+from vsa_jit.problem import Side
 
 pytestmark = emulate.NEEDS_COMPILER
 
@@ -107,14 +108,14 @@ def tile_of(inputs: Inputs, box_and_mask: int, valid: int) -> tuple[int, int]:
     return box, consumer_mask
 
 
-def boxes_with_tokens(inputs: Inputs, blocks: set[int]) -> set[int]:
-    problem = problem_of(inputs)
-    boxes = problem.block // BOX_TOKENS
+def boxes_with_tokens(inputs: Inputs, side: Side, blocks: set[int]) -> set[int]:
+    """Of the keys or, where they have as many tokens, of the queries."""
+    boxes = side.block // BOX_TOKENS
     sizes = inputs.sizes.tolist() if inputs.sizes is not None else None
     of_block = {
-        block: problem.keys.length - block * problem.block if sizes is None else sizes[block]
+        block: side.length - block * side.block if sizes is None else sizes[block]
         for block in blocks
-        if 0 <= block < problem.keys.num_blocks
+        if 0 <= block < side.num_blocks
     }
     return {
         block * boxes + box for block, tokens in of_block.items() for box in range(boxes) if tokens > box * BOX_TOKENS
@@ -158,7 +159,7 @@ def check_lists(inputs: Inputs, idx: Tensor, num: Tensor, groups: list[Group]) -
                 continue
             named = set(idx[group.head, block, : lengths[group.head, block]].tolist())
             poisoned |= any(not 0 <= key < problem.keys.num_blocks for key in named) << i
-            selected = boxes_with_tokens(inputs, named)
+            selected = boxes_with_tokens(inputs, problem.keys, named)
             assert group.tiles_of[i] == len(selected)
             for box in selected:
                 expected[box] = expected.get(box, 0) | 1 << i
@@ -198,6 +199,49 @@ def test_uneven_rows(monkeypatch, case):
     inputs = Inputs(replace(case, head_dim=64), "cpu", torch.bfloat16)
     idx, num, _ = inputs.uneven_indices()
     check(inputs, idx, num, *groups_of(monkeypatch, inputs, idx, num))
+
+
+@pytest.mark.parametrize("case", [CASES[0], CASES[2], CASES[3], CASES[4], CASES[10]], ids=lambda case: case.name)
+def test_lists_of_an_inverse(monkeypatch, case):
+    """A key box's list has every query box that has tokens and whose block names its block, once."""
+    emulate.emulate(monkeypatch, 2)
+    inputs = Inputs(replace(case, head_dim=64), "cpu", torch.bfloat16)
+    idx, num, block_map = inputs.uneven_indices()
+    problem, operands = problem_of(inputs), operands_of(inputs, idx, num)
+    bits, order = launches.transpose_index(idx, num, problem.keys.num_blocks, problem.group)
+    listed = {}
+
+    def launcher(kernel, device):
+        run = emulate.launcher(replace(kernel, source="list_rows.cu", entry="list_rows", threads=32), device)
+
+        def launch(blocks, params):
+            # Twice the room that there is: what is too long shows.
+            length, params.lists.length = params.lists.length, 2 * params.lists.length
+            rows = torch.zeros(params.schedule.num_work_tiles, 6, dtype=torch.int32)
+            tiles = torch.zeros(len(rows), params.lists.length, 2, dtype=torch.int32)
+            params.dk, params.lists.tiles, params.schedule.taken = rows.data_ptr(), tiles.data_ptr(), None
+            run(1, params)
+            for (batch, head, q_head, block, box, num_tiles), of_row in zip(rows.tolist(), tiles, strict=True):
+                assert num_tiles <= length
+                assert q_head == head * problem.group
+                listed[batch, q_head, block, box] = (of_row[:num_tiles, 0] & 0x7FFFFFFF).tolist()
+
+        return launch
+
+    monkeypatch.setattr(module, "launcher", launcher)
+    prepared = backward.Prepared(torch.zeros(1), torch.zeros(2, dtype=torch.int32), None, None)
+    backward.backward_kv(problem, operands, inputs.dout, prepared, bits, order)
+    boxes, heads = problem.block // BOX_TOKENS, problem.keys.heads
+    rows = itertools.product(range(problem.batch), range(heads), range(problem.keys.num_blocks), range(boxes))
+    expected = {}
+    for batch, head, block, box in rows:
+        names = block_map[batch, head * problem.group, :, block].nonzero().flatten().tolist()
+        # Of every 32 blocks the first boxes come first.
+        found = boxes_with_tokens(inputs, problem.queries, set(names))
+        expected[batch, head * problem.group, block, box] = sorted(
+            found, key=lambda x: (x // boxes // 32, x % boxes, x // boxes)
+        )
+    assert listed == expected
 
 
 @pytest.mark.parametrize(("case", "processors"), CUT_TWICE, ids=[case.name for case, _ in CUT_TWICE])

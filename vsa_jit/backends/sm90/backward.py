@@ -239,7 +239,7 @@ def backward_kv(
     rows = params.schedule.rows
     rows.bits, rows.order = bits.data_ptr(), order.data_ptr()
     params.dk, params.dv, params.statistics = dk.data_ptr(), dv.data_ptr(), prepared.statistics.data_ptr()
-    launch.run_work_tiles(params, dk, prepared.counters[1:].data_ptr())
+    launch.run_work_tiles(params, dk, prepared.counters.data_ptr() + prepared.counters.element_size())
     return dk, dv
 
 
