@@ -162,7 +162,8 @@ __device__ __forceinline__ void differentiate(SharedStorage& shared, int consume
 }
 
 // The tiles of a work tile. `number` counts those of all work tiles. The products of each tile are issued in two pairs: its
-// scores with dK of the tile before, so that the scores are exponentiated while dK is being added; and dP with dV.
+// scores with dK of the tile before, so that the scores are exponentiated while dK is being added; and dP with dV, which is
+// waited for at once: dS beside it would need registers that there are not.
 __device__ __forceinline__ void add_tiles(const Params& params, SharedStorage& shared, int consumer, int num_tiles,
                                           uint32_t& number, Keys& keys) {
     if (num_tiles == 0) return;
