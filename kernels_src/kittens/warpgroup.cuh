@@ -86,9 +86,9 @@ __device__ __forceinline__ uint64_t descriptor(const ST* tiles, int index, int l
     asm volatile(KITTENS_WGMMA("128", TYPE, ADD, KITTENS_NAMES_64) "{%64, %65, %66, %67}, %68, add, 1, 1, %69;\n}" \
                  : KITTENS_D32(MODE, 0), KITTENS_D32(MODE, 32) \
                  : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "n"(transposed))
-#define KITTENS_WGMMA_SHARED_64(TYPE, MODE, ADD) \
+#define KITTENS_WGMMA_SHARED_64(TYPE, ADD) \
     asm volatile(KITTENS_WGMMA("64", TYPE, ADD, KITTENS_NAMES_32) "%32, %33, add, 1, 1, %34, %35;\n}" \
-                 : KITTENS_D32(MODE, 0) \
+                 : KITTENS_D32("+", 0) \
                  : "l"(a), "l"(b), "n"(a_transposed), "n"(transposed))
 
 template <typename T, int N, int transposed, bool add>
@@ -103,15 +103,15 @@ __device__ __forceinline__ void mma_step(float (&d)[N / 2], const uint32_t* a, u
     if constexpr (N == 128 && !kIsBf16) KITTENS_WGMMA_128("f16", "+", "1");
 }
 
-// The same with a in shared memory.
+// The same with a in shared memory. Here d is an input even where nothing is added: products in turn then share its registers.
 template <typename T, int N, int a_transposed, int transposed, bool add>
 __device__ __forceinline__ void mma_step(float (&d)[N / 2], uint64_t a, uint64_t b) {
     constexpr bool kIsBf16 = is_same<T, bf16>;
     static_assert((kIsBf16 || is_same<T, half>) && N == 64);
-    if constexpr (kIsBf16 && add) KITTENS_WGMMA_SHARED_64("bf16", "+", "1");
-    if constexpr (kIsBf16 && !add) KITTENS_WGMMA_SHARED_64("bf16", "+", "0");
-    if constexpr (!kIsBf16 && add) KITTENS_WGMMA_SHARED_64("f16", "+", "1");
-    if constexpr (!kIsBf16 && !add) KITTENS_WGMMA_SHARED_64("f16", "+", "0");
+    if constexpr (kIsBf16 && add) KITTENS_WGMMA_SHARED_64("bf16", "1");
+    if constexpr (kIsBf16 && !add) KITTENS_WGMMA_SHARED_64("bf16", "0");
+    if constexpr (!kIsBf16 && add) KITTENS_WGMMA_SHARED_64("f16", "1");
+    if constexpr (!kIsBf16 && !add) KITTENS_WGMMA_SHARED_64("f16", "0");
 }
 
 #undef KITTENS_D4

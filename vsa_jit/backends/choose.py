@@ -26,8 +26,8 @@ _MOST_CHOSEN = 4096
 
 _logger = logging.getLogger("vsa_jit")
 _logged: set[tuple[str, ...]] = set()
-# What turned out not to run in this process, by backend, device, dtype, head dimension and tokens of a block, and why.
-_failed: dict[tuple[str, torch.device, torch.dtype, int, int], str] = {}
+# What turned out not to run in this process, by what its kernels depend on, and why.
+_failed: dict[tuple, str] = {}
 # What was chosen for a call, operator by operator, so that a call like it asks nothing again.
 _chosen: dict[tuple, Mapping[str, Backend]] = {}
 
@@ -81,10 +81,9 @@ def choose(
     source, name = _requested(backend)
     reasons: dict[str, str] = {}
     chosen = engine = None
-    kind = device, dtype, problem.head_dim, problem.block
     for spec in specs():
         # Who asks for a backend by name gets its own error each time.
-        failed = _failed.get((spec.name, *kind)) if name == "auto" else None
+        failed = _failed.get(_kind_of(spec, problem, device, dtype)) if name == "auto" else None
         reason = failed or spec.why_not_on(device) or spec.why_not(problem, dtype, tensors)
         if reason is not None:
             reasons[spec.name] = reason
@@ -170,7 +169,7 @@ def _choose_and_prepare(
         except JitError as error:
             if _requested(backend)[1] != "auto":
                 raise
-            _failed[spec.name, device, dtype, problem.head_dim, problem.block] = str(error)
+            _failed[_kind_of(spec, problem, device, dtype)] = str(error)
             return _choose_and_prepare(problem, backend, device, dtype, tensors)
     _log_once(choice, backend, device)
     return _functions_of(choice.runners)
@@ -198,6 +197,11 @@ def _spec_on(device: torch.device, backend: str) -> BackendSpec:
 
 def _spec_named(name: str) -> BackendSpec:
     return next(spec for spec in specs() if spec.name == name)
+
+
+def _kind_of(spec: BackendSpec, problem: Problem, device: torch.device, dtype: torch.dtype) -> tuple:
+    """What calls have in common that run the same kernels."""
+    return spec.name, device, dtype, problem.head_dim, problem.block
 
 
 def _requested(backend: str) -> tuple[str, str]:

@@ -286,12 +286,11 @@ class Inverse:
 
     def measure(self, setting: Setting) -> KernelTime:
         index = Forward(self.name, self.case).index(setting)
-        num = torch.full(index.shape[:3], self.case.topk, dtype=torch.int32, device=setting.device)
+        num = _whole_rows(index)
         inputs, blocks = setting.inputs(self.case.shape), self.case.problem.keys.num_blocks
         qkv = inputs.q, inputs.k, inputs.v
         transpose_index = backend_for("attend_backward", self.case.problem, OURS, *qkv).transpose_index
-        if transpose_index is None:
-            return KernelTime(self.name, 0.0)
+        assert transpose_index is not None
         (ms,) = setting.times_ms(lambda: transpose_index(index, num, blocks))
         return KernelTime(self.name, ms)
 
@@ -448,6 +447,11 @@ def dense_call(inputs: Inputs, backend: SDPBackend) -> Callable[[], object]:
     return call
 
 
+def _whole_rows(q2k_idx: Tensor) -> Tensor:
+    """The number of key blocks of each row, where none is shorter than the others."""
+    return torch.full(q2k_idx.shape[:3], q2k_idx.shape[-1], dtype=torch.int32, device=q2k_idx.device)
+
+
 def dense_backward_call(inputs: Inputs, backend: SDPBackend) -> Callable[[], object]:
     with sdpa_kernel(backend):
         return dense(inputs).call("backward")
@@ -477,8 +481,7 @@ def attend_backward_call(
     """A backend's own function for the gradients of q, k and v, after the forward."""
     q, k, v, problem = inputs.q, inputs.k, inputs.v, case.problem
     out, lse = attend_call(case, inputs, q2k_idx, backend)()
-    num = torch.full(q2k_idx.shape[:3], case.topk, dtype=torch.int32, device=inputs.device)
-    operands = Operands(q, k, v, q2k_idx, num, None, None, None, None, 0.0)
+    operands = Operands(q, k, v, q2k_idx, _whole_rows(q2k_idx), None, None, None, None, 0.0)
     run = backend_for("attend_backward", problem, backend, q, k, v)
 
     def call() -> tuple[Tensor, ...]:
@@ -495,7 +498,7 @@ def attend_call(
     case: Case, inputs: Inputs, q2k_idx: Tensor, backend: BackendName
 ) -> Callable[[], tuple[Tensor, Tensor]]:
     """The forward of the fine branch, which gives the output and its log-sum-exp."""
-    q2k_num = torch.full(q2k_idx.shape[:3], case.topk, dtype=torch.int32, device=inputs.device)
+    q2k_num = _whole_rows(q2k_idx)
     return functools.partial(
         vsa_jit.block_sparse_attn_from_indices,
         inputs.q,

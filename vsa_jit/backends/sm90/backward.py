@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from vsa_jit.backends.sm90 import specialise
-from vsa_jit.backends.sm90.launch import LOG2E, Launch, SideView, token_strides
+from vsa_jit.backends.sm90.launch import LOG2E, Launch, SideView, set_coarse, token_strides
 from vsa_jit.backends.sm90.layout import SizesRef, sizes_ref
 from vsa_jit.backends.sm90.schedule import inverse_schedule_of, max_list_length, schedule_of, words_of
 from vsa_jit.backends.sm90.structs import (
@@ -37,7 +37,7 @@ from vsa_jit.backends.sm90.structs import (
 )
 from vsa_jit.backends.sm90.tma import TensorRef, why_not_tma
 from vsa_jit.jit import module
-from vsa_jit.problem import Gradients, Operands, Problem, axes, bhsd, contiguous_like, empty_like
+from vsa_jit.problem import Gradients, Operands, Problem, bhsd, contiguous_like, empty_like
 
 # One pass divides by the scale: with a smaller one the quotient might be infinite.
 SMALLEST_SCALE = 2.0**-64
@@ -103,8 +103,7 @@ def prepare(
     dlse: Tensor | None,
     in_one_pass: bool = False,
 ) -> Prepared:
-    q, out_c, gate = operands.q, operands.out_c, operands.gate
-    queries = problem.queries
+    q, queries = operands.q, problem.queries
     rows = (problem.batch, queries.heads, queries.num_blocks * queries.block)
     statistics = q.new_empty((*rows, STATISTICS), dtype=torch.float32)
     counters = q.new_empty(2, dtype=torch.int32)
@@ -119,20 +118,18 @@ def prepare(
     if dlse is not None:
         dlse = dlse.contiguous()
         params.dlse = dlse.data_ptr()
-    computed = dout_c = None
+    dgate = dout_c = None
+    out_c, gate = set_coarse(params.coarse, problem, operands)
     if out_c is not None:
-        coarse, out_c, dout_c = params.coarse, out_c.contiguous(), contiguous_like(out_c)
-        coarse.out_c, coarse.gate_value = out_c.data_ptr(), operands.gate_value
+        dout_c = contiguous_like(out_c)
         params.dout_c = dout_c.data_ptr()
-        if gate is not None:
-            read = gate if gate.dtype in (q.dtype, torch.float32) else gate.float()
-            computed = contiguous_like(read)
-            coarse.gate, coarse.gate_is_fp32 = read.data_ptr(), read.dtype == torch.float32
-            coarse.gate_strides[:] = [read.stride(axis) for axis in axes(queries.layout)]
-            params.dgate = computed.data_ptr()
-            params.dgate_strides[:] = token_strides(computed.stride(), queries)
+    if gate is not None:
+        dgate = contiguous_like(gate)
+        params.dgate = dgate.data_ptr()
+        params.dgate_strides[:] = token_strides(dgate.stride(), queries)
     launch.launcher(launch.blocks, params)
-    dgate = computed if computed is None or gate is None else computed.to(gate.dtype)
+    if dgate is not None and operands.gate is not None:
+        dgate = dgate.to(operands.gate.dtype)
     return Prepared(statistics, counters, dgate, dout_c)
 
 
@@ -231,11 +228,20 @@ def _backward_q_launch(problem: Problem, refs: _Refs, width: int, dq_strides: tu
 
 
 def backward_kv(
-    problem: Problem, operands: Operands, dout: Tensor, prepared: Prepared, bits: Tensor, order: Tensor
+    problem: Problem,
+    operands: Operands,
+    dout: Tensor,
+    prepared: Prepared,
+    bits: Tensor,
+    order: Tensor,
+    sums: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
+    """dk and dv; where ``sums`` is given, the pass for all three, which adds dq to it."""
     dk, dv = empty_like(operands.k), empty_like(operands.v)
-    launch = _backward_kv_launch(problem, _Refs.of(operands, dout), dk.stride(), dv.stride(), False)
-    params = AttendBackwardKvParams.from_buffer_copy(launch.params)
+    launch = _backward_kv_launch(problem, _Refs.of(operands, dout), dk.stride(), dv.stride(), sums is not None)
+    params = type(launch.params).from_buffer_copy(launch.params)
+    if sums is not None:
+        params.dq = sums.data_ptr()
     rows = params.schedule.rows
     rows.bits, rows.order = bits.data_ptr(), order.data_ptr()
     params.dk, params.dv, params.statistics = dk.data_ptr(), dv.data_ptr(), prepared.statistics.data_ptr()
@@ -276,18 +282,11 @@ def backward_qkv(
     bits: Tensor,
     order: Tensor,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    q = operands.q
-    dq, dk, dv = empty_like(q), empty_like(operands.k), empty_like(operands.v)
-    queries = problem.queries
+    q, queries = operands.q, problem.queries
     # What is summed up of dq, by query boxes, in the order of the lanes of a product.
     sums = q.new_zeros((*bits.shape[:2], queries.num_blocks * queries.block, problem.head_dim), dtype=torch.float32)
-    launch = _backward_kv_launch(problem, _Refs.of(operands, dout), dk.stride(), dv.stride(), True)
-    params = AttendBackwardQkvParams.from_buffer_copy(launch.params)
-    rows = params.schedule.rows
-    rows.bits, rows.order = bits.data_ptr(), order.data_ptr()
-    params.dq, params.dk, params.dv = sums.data_ptr(), dk.data_ptr(), dv.data_ptr()
-    params.statistics = prepared.statistics.data_ptr()
-    launch.run_work_tiles(params, dk, prepared.counters.data_ptr())
+    dk, dv = backward_kv(problem, operands, dout, prepared, bits, order, sums)
+    dq = empty_like(q)
     _store_dq(problem, operands.q_sizes, sums, lse.contiguous(), dq)
     return dq, dk, dv
 

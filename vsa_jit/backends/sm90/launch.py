@@ -10,10 +10,10 @@ import torch
 from torch import Tensor
 
 from vsa_jit.backends.sm90.layout import SizesRef, View, token_layout, view_of
-from vsa_jit.backends.sm90.structs import KEY_TILE_BYTES, WORK_TILES, TokenLayout, TokenTensor
+from vsa_jit.backends.sm90.structs import KEY_TILE_BYTES, WORK_TILES, CoarseOutput, TokenLayout, TokenTensor
 from vsa_jit.backends.sm90.tma import TensorRef, token_tensor
 from vsa_jit.jit import driver
-from vsa_jit.problem import Problem, Side, axes
+from vsa_jit.problem import Operands, Problem, Side, axes
 
 LOG2E = math.log2(math.e)
 # What TMA writes with a swizzle of 128 bytes: channels at a time.
@@ -81,3 +81,21 @@ class SideView(NamedTuple):
 def token_strides(strides: Sequence[int], side: Side) -> list[int]:
     """Of batches, heads and tokens."""
     return [strides[axis] for axis in axes(side.layout)[:3]]
+
+
+def set_coarse(coarse: CoarseOutput, problem: Problem, operands: Operands) -> tuple[Tensor | None, Tensor | None]:
+    """Says where the coarse output of a call and its gate are.
+
+    Returns:
+        Both as the kernel reads them: they must not be freed before the launch.
+    """
+    out_c, gate = operands.out_c, operands.gate
+    if out_c is None:
+        return None, None
+    out_c = out_c.contiguous()
+    coarse.out_c, coarse.gate_value = out_c.data_ptr(), operands.gate_value
+    if gate is not None:
+        gate = gate if gate.dtype in (operands.q.dtype, torch.float32) else gate.float()
+        coarse.gate, coarse.gate_is_fp32 = gate.data_ptr(), gate.dtype == torch.float32
+        coarse.gate_strides[:] = [gate.stride(axis) for axis in axes(problem.queries.layout)]
+    return out_c, gate

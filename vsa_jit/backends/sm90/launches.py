@@ -9,7 +9,7 @@ from torch import Tensor
 
 from vsa_jit.backends.sm90 import specialise
 from vsa_jit.backends.sm90.backward import attend_backward, transpose_index
-from vsa_jit.backends.sm90.launch import LOG2E, Launch, SideView, token_strides
+from vsa_jit.backends.sm90.launch import LOG2E, Launch, SideView, set_coarse, token_strides
 from vsa_jit.backends.sm90.layout import SizesRef, sizes_ref, token_layout, view_of
 from vsa_jit.backends.sm90.schedule import max_list_length, schedule_of
 from vsa_jit.backends.sm90.structs import CONSUMERS, AttendForwardParams, BlockMeansParams, TileLists
@@ -66,7 +66,7 @@ def _block_means_launch(
 
 
 def attend(problem: Problem, operands: Operands, keep_out_s: bool) -> tuple[Tensor, Tensor, Tensor | None]:
-    q, k, v, q2k_idx, q2k_num, q_sizes, kv_sizes, out_c, gate, gate_value = operands
+    q, k, v, q2k_idx, q2k_num, q_sizes, kv_sizes, *_ = operands
     out = empty_like(q)
     out_s = empty_like(q) if keep_out_s else None
     lse = q.new_empty((problem.batch, problem.queries.heads, problem.queries.length), dtype=torch.float32)
@@ -90,13 +90,7 @@ def attend(problem: Problem, operands: Operands, keep_out_s: bool) -> tuple[Tens
     params.out, params.lse = out.data_ptr(), lse.data_ptr()
     if out_s is not None:
         params.out_s = out_s.data_ptr()
-    if out_c is not None:
-        coarse, out_c = params.coarse, out_c.contiguous()
-        coarse.out_c, coarse.gate_value = out_c.data_ptr(), gate_value
-        if gate is not None:
-            gate = gate if gate.dtype in (q.dtype, torch.float32) else gate.float()
-            coarse.gate, coarse.gate_is_fp32 = gate.data_ptr(), gate.dtype == torch.float32
-            coarse.gate_strides[:] = [gate.stride(axis) for axis in axes(problem.queries.layout)]
+    _kept = set_coarse(params.coarse, problem, operands)
     launch.run_work_tiles(params, q)
     return out, lse, out_s
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import functools
 
 import torch
@@ -157,41 +158,50 @@ def attend_backward_q(dtype: torch.dtype, head_dim: int) -> Kernel:
 
 @functools.cache
 def attend_backward_kv(dtype: torch.dtype, head_dim: int) -> Kernel:
-    box_bytes = _box_bytes(dtype, head_dim)
-    # Q and dO in each stage, with two numbers in fp32 for each query.
-    stage_bytes = 2 * (box_bytes + structs.BOX_TOKENS * FLOAT_BYTES)
-    beside_stages = 2 * box_bytes + KV_SMEM_BESIDE_TILES
-    stages = min((MAX_SHARED_MEMORY - beside_stages) // stage_bytes, MAX_QUEUED_STAGES)
-    return Kernel(
-        source="vsa/attend_backward_kv.cu",
-        entry="attend_backward_kv",
-        label=f"backward of k and v {LABELS[dtype]} D={head_dim}",
-        defines=_defines(
-            dtype,
-            head_dim,
-            VSA_WORK_TILES=structs.WORK_TILES,
-            VSA_KEY_TILE_BYTES=structs.KEY_TILE_BYTES,
-            VSA_STAGES=stages,
-        ),
-        params=structs.AttendBackwardKvParams,
-        threads=3 * WARPGROUP_THREADS,
-        smem_bytes=stages * stage_bytes + beside_stages,
+    return _pass_over_queries(
+        "attend_backward_kv",
+        "backward of k and v",
+        structs.AttendBackwardKvParams,
+        dtype,
+        head_dim,
+        warpgroups=3,
+        beside_stages=2 * _box_bytes(dtype, head_dim) + KV_SMEM_BESIDE_TILES,
     )
 
 
 @functools.cache
 def attend_backward_qkv(dtype: torch.dtype, head_dim: int) -> Kernel:
-    box_bytes = _box_bytes(dtype, head_dim)
-    # Q and dO in each stage, with two numbers in fp32 for each query. Beside them K and V of two boxes, and two buffers
-    # for dSᵀ of each.
-    stage_bytes = 2 * (box_bytes + structs.BOX_TOKENS * FLOAT_BYTES)
     ds_bytes = structs.BOX_TOKENS * structs.BOX_TOKENS * dtype.itemsize
-    beside_stages = 4 * box_bytes + 4 * ds_bytes + QKV_SMEM_BESIDE_TILES
+    return _pass_over_queries(
+        "attend_backward_qkv",
+        "backward in one pass",
+        structs.AttendBackwardQkvParams,
+        dtype,
+        head_dim,
+        warpgroups=4,
+        # K and V of two boxes, and two buffers for dSᵀ of each.
+        beside_stages=4 * _box_bytes(dtype, head_dim) + 4 * ds_bytes + QKV_SMEM_BESIDE_TILES,
+    )
+
+
+def _pass_over_queries(
+    entry: str,
+    label: str,
+    params: type[ctypes.Structure],
+    dtype: torch.dtype,
+    head_dim: int,
+    *,
+    warpgroups: int,
+    beside_stages: int,
+) -> Kernel:
+    """A kernel that keeps key boxes in place, with as many stages as fit beside so many bytes of shared memory."""
+    # Q and dO, with two numbers in fp32 for each query.
+    stage_bytes = 2 * (_box_bytes(dtype, head_dim) + structs.BOX_TOKENS * FLOAT_BYTES)
     stages = min((MAX_SHARED_MEMORY - beside_stages) // stage_bytes, MAX_QUEUED_STAGES)
     return Kernel(
-        source="vsa/attend_backward_qkv.cu",
-        entry="attend_backward_qkv",
-        label=f"backward in one pass {LABELS[dtype]} D={head_dim}",
+        source=f"vsa/{entry}.cu",
+        entry=entry,
+        label=f"{label} {LABELS[dtype]} D={head_dim}",
         defines=_defines(
             dtype,
             head_dim,
@@ -199,8 +209,8 @@ def attend_backward_qkv(dtype: torch.dtype, head_dim: int) -> Kernel:
             VSA_KEY_TILE_BYTES=structs.KEY_TILE_BYTES,
             VSA_STAGES=stages,
         ),
-        params=structs.AttendBackwardQkvParams,
-        threads=4 * WARPGROUP_THREADS,
+        params=params,
+        threads=warpgroups * WARPGROUP_THREADS,
         smem_bytes=stages * stage_bytes + beside_stages,
     )
 
