@@ -4,7 +4,7 @@
 //   P = exp(scale Q Kᵀ − lse),   dS = P ∘ (dO Vᵀ − delta),   dQ = scale dS K
 //
 // Work tiles, their lists and the producers are those of the forward. Q and dO stay in a consumer's registers: with them in
-// shared memory, the products would need all of its bandwidth.
+// shared memory, the products would need all of its bandwidth. Three consumers have registers for half of dO.
 //
 // Specialised at compile time: VSA_DTYPE (bf16, half), VSA_HEAD_DIM (64, 128), VSA_CONSUMERS, VSA_WORK_TILES and VSA_STAGES.
 #include "vsa/backward.cuh"
@@ -30,7 +30,9 @@ constexpr int kProducerRegisters = 56;
 constexpr int kConsumerRegisters = kConsumers == 2 ? 224 : 152;
 
 using box_tile = st<element, kBoxTokens, kHeadDim>;
+constexpr int kDoutColsInRegisters = kConsumers == 2 ? kHeadDim : kHeadDim / 2;
 using q_fragment = rt<element, 16, kHeadDim>;
+using dout_fragment = rt<element, 16, kDoutColsInRegisters>;
 using s_fragment = rt_fl<16, kBoxTokens>;
 using ds_fragment = rt<element, 16, kBoxTokens>;
 using dq_fragment = rt_fl<16, kHeadDim>;
@@ -92,7 +94,7 @@ __device__ __forceinline__ void produce(const Params& params, SharedStorage& sha
 // Adds dS K of one tile.
 template <bool kIsPartial>
 __device__ __forceinline__ void add_tile(const Params& params, SharedStorage& shared, TicketReader<tile_queue>& tickets,
-                                         const StageTicket& tile, const q_fragment& q, const q_fragment& dout,
+                                         const StageTicket& tile, const q_fragment& q, const dout_fragment& dout,
                                          const col_vec& shift, const col_vec& delta, dq_fragment& dq) {
     const int stage = tile.k_stage;
     s_fragment s, dp;
@@ -100,7 +102,7 @@ __device__ __forceinline__ void add_tile(const Params& params, SharedStorage& sh
     warpgroup::mma_fence();
     warpgroup::mm_ABt(s, q, shared.k, stage);
     warpgroup::mma_commit_group();
-    warpgroup::mm_ABt(dp, dout, shared.v, stage);
+    warpgroup::mm_ABt(dp, dout, shared.dout[tickets.consumer], shared.v, stage);
     warpgroup::mma_commit_group();
     const bool is_next_issued = tickets.test_next();
     warpgroup::mma_async_wait<1>(s);
@@ -122,7 +124,7 @@ __device__ __forceinline__ void add_tile(const Params& params, SharedStorage& sh
 // Adds those of a work tile. A partial tile has code of its own: with a branch between its products, ptxas 13.0 gives dS
 // registers in which dO must stay.
 __device__ __forceinline__ void add_tiles(const Params& params, SharedStorage& shared, TicketReader<tile_queue>& tickets,
-                                          int num_tiles, const q_fragment& q, const q_fragment& dout, const col_vec& shift,
+                                          int num_tiles, const q_fragment& q, const dout_fragment& dout, const col_vec& shift,
                                           const col_vec& delta, dq_fragment& dq) {
 #pragma unroll 1
     for (int left = num_tiles; left > 0; --left) {
@@ -153,14 +155,19 @@ __device__ void consume(const Params& params, SharedStorage& shared, int consume
         load_statistics(params.statistics, params.queries, params.schedule, work, consumer, shift, delta);
         wait(shared.q_barriers.full[consumer], q_phase);
         q_phase ^= 1;
-        q_fragment q, dout;
+        q_fragment q;
+        dout_fragment dout;
         warpgroup::load(q, shared.q[consumer]);
         warpgroup::load(dout, shared.dout[consumer]);
         __syncwarp();
-        release(shared.q_barriers.empty[consumer]);
+        if constexpr (kDoutColsInRegisters == kHeadDim) release(shared.q_barriers.empty[consumer]);
         dq_fragment dq;
         zero(dq);
         add_tiles(params, shared, tickets, work.group.num_tiles_of[consumer], q, dout, shift, delta, dq);
+        if constexpr (kDoutColsInRegisters < kHeadDim) {
+            __syncwarp();
+            release(shared.q_barriers.empty[consumer]);
+        }
 
         const OutputRows rows(params.queries, params.schedule.heads.value, work, consumer);
         const bool poisoned = work.group.poisoned >> consumer & 1;

@@ -248,6 +248,13 @@ MISTAKES = {
         "if (MISTAKE) release(shared.barriers.empty[stage]);\n    warpgroup::mma_async_wait<0>(dq, ds);\n"
         "    if (!MISTAKE) release(shared.barriers.empty[stage]);",
     ),
+    "dO of 64 channels is given back while it is read": (
+        "attend_backward_q.cu",
+        "        if constexpr (kDoutColsInRegisters == kHeadDim) release(shared.q_barriers.empty[consumer]);",
+        "        if (MISTAKE || kDoutColsInRegisters == kHeadDim) release(shared.q_barriers.empty[consumer]);",
+        "        if constexpr (kDoutColsInRegisters < kHeadDim) {",
+        "        if (!MISTAKE && kDoutColsInRegisters < kHeadDim) {",
+    ),
     "differences change while they are read": (
         "attend_backward_q.cu",
         "warpgroup::mma_async_wait<0>(dq, ds);\n",
@@ -266,8 +273,15 @@ def test_the_emulator_finds(monkeypatch, sources_with_mistakes, name):
     # Rings of few stages, which wrap around in every work tile.
     source = MISTAKES[name][0]
     in_one_pass = source == "attend_backward_qkv.cu"
+    head_dim = 64 if "64 channels" in name else 128
     case = Case(
-        "mistaken", q_len=1000, kv_len=500, heads=2, kv_heads=1, head_dim=128, block_size=128 if in_one_pass else 64
+        "mistaken",
+        q_len=1000,
+        kv_len=500,
+        heads=2,
+        kv_heads=1,
+        head_dim=head_dim,
+        block_size=128 if in_one_pass else 64,
     )
     inputs = Inputs(case, "cpu", torch.bfloat16)
     call = Call(inputs)

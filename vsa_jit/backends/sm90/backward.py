@@ -211,7 +211,7 @@ def backward_q(problem: Problem, operands: Operands, dout: Tensor, prepared: Pre
 def _backward_q_launch(problem: Problem, refs: _Refs, width: int, dq_strides: tuple[int, ...]) -> Launch:
     queries = SideView(problem, problem.queries, refs.q_sizes, padded=False)
     keys = SideView(problem, problem.keys, refs.kv_sizes, padded=refs.kv_sizes is not None)
-    consumers = specialise.Q_CONSUMERS
+    consumers = specialise.Q_CONSUMERS[problem.head_dim]
     length = max_list_length(queries.side, keys.side, width, consumers)
     params = AttendBackwardQParams(
         *_tensors(queries, keys, refs),

@@ -22,8 +22,8 @@ WARPGROUP_THREADS = 128
 MAX_SHARED_MEMORY = 227 * 1024
 # Of the forward beside its tiles: barriers, queues, and what the scheduler needs. A multiple of the tiles' alignment.
 FORWARD_SMEM_BESIDE_TILES = 3 * 1024
-# Consumers of the pass for dq.
-Q_CONSUMERS = 2
+# Consumers of the pass for dq, by head dim: what registers allow.
+Q_CONSUMERS = {64: 3, 128: 2}
 # Of the pass for dk and dv beside its tiles: also Pᵀ of two tiles on its way between warpgroups.
 KV_SMEM_BESIDE_TILES = 2 * 8 * 1024 + 3 * 1024
 # Of the pass for all three beside its tiles.
@@ -135,9 +135,10 @@ def order_rows() -> Kernel:
 
 @functools.cache
 def attend_backward_q(dtype: torch.dtype, head_dim: int) -> Kernel:
+    consumers = Q_CONSUMERS[head_dim]
     # Q and dO of every consumer, and K and V in each stage.
     boxes = (MAX_SHARED_MEMORY - FORWARD_SMEM_BESIDE_TILES) // _box_bytes(dtype, head_dim)
-    stages = min(boxes // 2 - Q_CONSUMERS, MAX_QUEUED_STAGES)
+    stages = min(boxes // 2 - consumers, MAX_QUEUED_STAGES)
     return Kernel(
         source="vsa/attend_backward_q.cu",
         entry="attend_backward_q",
@@ -145,14 +146,14 @@ def attend_backward_q(dtype: torch.dtype, head_dim: int) -> Kernel:
         defines=_defines(
             dtype,
             head_dim,
-            VSA_CONSUMERS=Q_CONSUMERS,
+            VSA_CONSUMERS=consumers,
             VSA_WORK_TILES=structs.WORK_TILES,
             VSA_KEY_TILE_BYTES=structs.KEY_TILE_BYTES,
             VSA_STAGES=stages,
         ),
         params=structs.AttendBackwardQParams,
-        threads=(Q_CONSUMERS + 1) * WARPGROUP_THREADS,
-        smem_bytes=2 * (stages + Q_CONSUMERS) * _box_bytes(dtype, head_dim) + FORWARD_SMEM_BESIDE_TILES,
+        threads=(consumers + 1) * WARPGROUP_THREADS,
+        smem_bytes=2 * (stages + consumers) * _box_bytes(dtype, head_dim) + FORWARD_SMEM_BESIDE_TILES,
     )
 
 
