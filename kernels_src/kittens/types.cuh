@@ -36,8 +36,13 @@ __device__ __forceinline__ float not_a_number() { return __int_as_float(0x7fffff
 __device__ __forceinline__ uint32_t laneid() { return threadIdx.x % kWarpThreads; }
 __device__ __forceinline__ uint32_t warpid() { return threadIdx.x / kWarpThreads; }
 
-// Tells the compiler that a value is the same in all lanes: what is computed from it then needs no vector registers.
-__device__ __forceinline__ int uniform(int x) { return __shfl_sync(kAllLanes, x, 0); }
+// The value of lane 0.
+__device__ __forceinline__ int broadcast(int x) { return __shfl_sync(kAllLanes, x, 0); }
+
+// A value that is the same in all lanes, in a uniform register: the compiler keeps what follows from it in such registers as
+// long as every branch depends on such values, too. There products take their matrix descriptors from: from other registers,
+// each would first be moved.
+__device__ __forceinline__ int uniform(int x) { return __reduce_or_sync(kAllLanes, x); }
 
 // Inclusive prefix sums over the lanes.
 template <int n>

@@ -9,7 +9,9 @@
 // Pᵀ through shared memory, and accumulates dK. K and V are left operands in registers, too: with either in shared memory, the
 // products would need all of its bandwidth.
 //
-// Specialised at compile time: VSA_DTYPE (bf16, half), VSA_HEAD_DIM (64, 128), VSA_WORK_TILES and VSA_STAGES.
+// Heads of 64 channels have a kernel of their own, attend_backward_kv_64.cu.
+//
+// Specialised at compile time: VSA_DTYPE (bf16, half), VSA_HEAD_DIM (128), VSA_WORK_TILES and VSA_STAGES.
 #include "vsa/backward.cuh"
 #include "vsa/params.cuh"
 #include "vsa/roles.cuh"
@@ -25,27 +27,16 @@ constexpr int kStages = VSA_STAGES;
 constexpr int kConsumers = 2;
 constexpr int kThreads = (kConsumers + 1) * kWarpgroupThreads;
 constexpr int kConsumerWarps = kConsumers * kWarpgroupWarps;
-constexpr int kLoaders = 2;  // of queries, and of key boxes
 
 constexpr int kProducerRegisters = 72;
 constexpr int kConsumerRegisters = 216;
 
-using box_tile = st<element, kBoxTokens, kHeadDim>;
 using k_fragment = rt<element, 16, kHeadDim>;
 using s_fragment = rt_fl<16, kBoxTokens>;
 using p_fragment = rt<element, 16, kBoxTokens>;
 using dk_fragment = rt_fl<16, kHeadDim>;
 
-struct Params {
-    TokenTensor q, k, v, dout;
-    element *dk, *dv;
-    int64_t dk_strides[3], dv_strides[3];  // batches, heads, tokens
-    TokenLayout queries, keys;
-    Schedule<IndexBits> schedule;
-    TileLists<1> lists;
-    const RowStatistics* statistics;
-    float scale, scale_log2;
-};
+using Params = PassOverQueries<element>;
 VSA_CHECK_PARAMS;
 
 // Pᵀ on its way from the first warpgroup to the second: a lane writes what the same lane reads. Named barriers tell when: one
@@ -86,38 +77,10 @@ struct Exchange {
     }
 };
 
-struct SharedStorage {
-    box_tile q[kStages], dout[kStages];
-    box_tile k[1], v[1];
-    RowStatistics statistics[kStages][kStatisticsPerBox];
+struct SharedStorage : QueryRing<element, kHeadDim, 1, kStages, kWorkTiles> {
     Exchange exchange;
-    WorkTileQueue<1, kWorkTiles> work_tiles;
-    TileListScratch<1> scratch;
-    StageBarriers<kStages> barriers;  // of Q, dO and the statistics
-    StageBarriers<1> k_barriers;  // of K and V
 };
 static_assert(sizeof(SharedStorage) <= VSA_SMEM_BYTES, "the host launches with less shared memory");
-
-__device__ __forceinline__ void init_barriers(SharedStorage& shared) {
-    init_work_tile_barriers(shared.work_tiles, kConsumerWarps + kLoaders);
-    init_stage_barriers(shared.barriers, 3, kConsumerWarps);
-    init_stage_barriers(shared.k_barriers, 2, kConsumerWarps);
-    fence_init_semaphores();
-}
-
-__device__ __forceinline__ void produce(const Params& params, SharedStorage& shared) {
-    const int warp = warpid() % kWarpgroupWarps;
-    const auto load_row = [&](const WorkTile<1>& work, int i) {
-        semaphore& full = shared.k_barriers.full[i];
-        load_box(shared.k[i], params.k, params.k.at(work.batch, work.row_head, work.origin[i]), full);
-        load_box(shared.v[i], params.v, params.v.at(work.batch, work.row_head, work.origin[i]), full);
-    };
-    if (warp == 0) load_queries(params, shared, [](uint32_t, int64_t) {});
-    if (warp == 1) load_row_boxes(shared.work_tiles, shared.k_barriers, load_row);
-    if (warp == 2) {
-        schedule_work_tiles(params.schedule, params.keys, params.queries, params.lists, shared.scratch, shared.work_tiles);
-    }
-}
 
 // What a warpgroup computes of each tile: a first product, K Qᵀ or V dOᵀ, and from it the left operand of a second one, Pᵀ dO
 // or dSᵀ Q.
@@ -253,12 +216,12 @@ __device__ void consume(const Params& params, SharedStorage& shared) {
 extern "C" __global__ void __launch_bounds__(kThreads, 1) attend_backward_kv(const __grid_constant__ Params params) {
     extern __shared__ __align__(1024) uint8_t raw[];
     SharedStorage& shared = *reinterpret_cast<SharedStorage*>(raw);
-    if (threadIdx.x == 0) init_barriers(shared);
+    if (threadIdx.x == 0) shared.init_barriers(kConsumerWarps, kConsumerWarps);
     __syncthreads();
 
     const auto consume_role = [&](int index) {
         if (index == 0) consume<true>(params, shared);
         if (index == 1) consume<false>(params, shared);
     };
-    run_roles<kConsumers, kProducerRegisters, kConsumerRegisters>([&] { produce(params, shared); }, consume_role);
+    run_roles<kConsumers, kProducerRegisters, kConsumerRegisters>([&] { produce_queries(params, shared); }, consume_role);
 }

@@ -22,7 +22,6 @@ constexpr int kStages = VSA_STAGES;
 constexpr int kConsumers = 2;
 constexpr int kThreads = (kConsumers + 2) * kWarpgroupThreads;
 constexpr int kConsumerWarps = (kConsumers + 1) * kWarpgroupWarps;  // with those of dQ
-constexpr int kLoaders = 2;  // of queries, and of key boxes
 constexpr int kDsBuffers = 2;
 constexpr int kBoxEntries = 16;
 static_assert(kStages + kDsBuffers < kBoxEntries);
@@ -35,48 +34,27 @@ static_assert(kProducerRegisters + kDqRegisters + kConsumers * kConsumerRegister
 // Columns of dQ that are computed at a time.
 constexpr int kDqCols = 64;
 
-using box_tile = st<element, kBoxTokens, kHeadDim>;
 using ds_tile = st<element, kBoxTokens, kBoxTokens>;
 using s_fragment = rt_fl<16, kBoxTokens>;
 using p_fragment = rt<element, 16, kBoxTokens>;
 using dk_fragment = rt_fl<16, kHeadDim>;
 using dq_fragment = rt_fl<16, kDqCols>;
 
-struct Params {
-    TokenTensor q, k, v, dout;
-    float* dq;  // of every query box of all heads, a dq_fragment of each lane after the other: see store_dq.cu
-    element *dk, *dv;
-    int64_t dk_strides[3], dv_strides[3];  // batches, heads, tokens
-    TokenLayout queries, keys;
-    Schedule<IndexBits> schedule;
-    TileLists<1> lists;
-    const RowStatistics* statistics;
-    float scale, scale_log2;
-};
+using Params = PassOverQueries<element>;
 VSA_CHECK_PARAMS;
 
-struct SharedStorage {
-    box_tile q[kStages], dout[kStages];
-    box_tile k[kConsumers], v[kConsumers];
+struct SharedStorage : QueryRing<element, kHeadDim, kConsumers, kStages, kWorkTiles> {
     ds_tile ds[kConsumers * kDsBuffers];  // dSᵀ of each consumer
-    RowStatistics statistics[kStages][kStatisticsPerBox];
     // The query box of a tile, counted over all heads. An entry needs no barrier: when a tile is loaded, its stage has been
     // released by the consumers, who then had buffers for dSᵀ that the warpgroup of dQ had released.
     int boxes[kBoxEntries];
-    WorkTileQueue<1, kWorkTiles> work_tiles;
-    TileListScratch<1> scratch;
-    StageBarriers<kStages> barriers;  // of Q, dO and the statistics
-    StageBarriers<1> k_barriers;      // of K and V
     StageBarriers<kConsumers * kDsBuffers> ds_barriers;
 };
 static_assert(sizeof(SharedStorage) <= VSA_SMEM_BYTES, "the host launches with less shared memory");
 
 __device__ __forceinline__ void init_barriers(SharedStorage& shared) {
-    init_work_tile_barriers(shared.work_tiles, kConsumerWarps + kLoaders);
-    init_stage_barriers(shared.barriers, 3, kConsumers * kWarpgroupWarps);
-    init_stage_barriers(shared.k_barriers, 2 * kConsumers, kConsumerWarps);
     init_stage_barriers(shared.ds_barriers, kWarpgroupWarps, kWarpgroupWarps);
-    fence_init_semaphores();
+    shared.init_barriers(kConsumers * kWarpgroupWarps, kConsumerWarps);
 }
 
 // The key box of a consumer. Of a block with an odd number of boxes, the last consumer has none: it takes the one before again,
@@ -103,9 +81,7 @@ struct KeyBox {
 };
 
 __device__ __forceinline__ void produce(const Params& params, SharedStorage& shared) {
-    const int warp = warpid() % kWarpgroupWarps;
-    const auto load_row = [&](const WorkTile<1>& work, int) {
-        semaphore& full = shared.k_barriers.full[0];
+    const auto load_keys = [&](const WorkTile<1>& work, semaphore& full) {
 #pragma unroll 1
         for (int i = 0; i < kConsumers; ++i) {
             const Extent3 from = KeyBox(params.keys, work, i).loaded_from();
@@ -113,19 +89,16 @@ __device__ __forceinline__ void produce(const Params& params, SharedStorage& sha
             load_box(shared.v[i], params.v, params.v.at(work.batch, work.row_head, from), full);
         }
     };
-    if (warp == 0) {
-        load_queries(params, shared, [&](uint32_t number, int64_t box) { shared.boxes[number % kBoxEntries] = box; });
-    }
-    if (warp == 1) load_row_boxes(shared.work_tiles, shared.k_barriers, load_row);
-    if (warp == 2) {
-        schedule_work_tiles(params.schedule, params.keys, params.queries, params.lists, shared.scratch, shared.work_tiles);
-    }
+    produce_queries(params, shared, load_keys, [&](uint32_t number, int64_t box) { shared.boxes[number % kBoxEntries] = box; });
 }
+
+// Computed anew wherever it is needed, because that takes no register in between.
+__device__ __forceinline__ int this_consumer() { return threadIdx.x / kWarpgroupThreads; }
 
 // What a consumer adds up, and which of its keys count.
 struct Keys {
     dk_fragment dk, dv;
-    uint32_t mask[2];  // of packed values of a lane's two keys: 0 where a key is not valid
+    int valid;  // bit i: the lane's key i is
 };
 
 // Products that are added to what is subtracted from them anyway, one number for each column, need no other registers for it.
@@ -134,10 +107,11 @@ __device__ __forceinline__ void set_columns(s_fragment& s, const ColumnPairs& pa
     for (int i = 0; i < kBoxTokens / 2; ++i) s.data[i] = pairs[i];
 }
 
-__device__ __forceinline__ void exponentiate(float scale_log2, const uint32_t (&mask)[2], s_fragment& s, p_fragment& p) {
+__device__ __forceinline__ void exponentiate(float scale_log2, int valid, s_fragment& s, p_fragment& p) {
 #pragma unroll
     for (int i = 0; i < kBoxTokens / 2; ++i) s.data[i] = kittens::exp2(s.data[i] * scale_log2);
     copy(p, s);
+    const uint32_t mask[2] = {0u - (valid & 1), 0u - (valid >> 1)};
 #pragma unroll
     for (int i = 0; i < kBoxTokens / 4; ++i) p.data[i] &= mask[i % 2];
 }
@@ -161,57 +135,66 @@ __device__ __forceinline__ void differentiate(SharedStorage& shared, int consume
     release(shared.ds_barriers.full[buffer]);
 }
 
-// The tiles of a work tile. `number` counts those of all work tiles. The products of each tile are issued in two pairs: its
-// scores with dK of the tile before, so that the scores are exponentiated while dK is being added; and dP with dV, which is
-// waited for at once: dS beside it would need registers that there are not.
-__device__ __forceinline__ void add_tiles(const Params& params, SharedStorage& shared, int consumer, int num_tiles,
-                                          uint32_t& number, Keys& keys) {
-    if (num_tiles == 0) return;
-    const uint32_t end = number + num_tiles;
-    s_fragment s;
-    p_fragment p, ds;
-    PipelineState<kStages> stage(number);
-    wait(shared.barriers.full[stage.index], stage.phase);
-    set_columns(s, ColumnPairs(shared.statistics[stage.index][0].shift));
-    warpgroup::mma_fence(s);
-    warpgroup::mma_ABt(s, shared.k[consumer], shared.q, stage.index);
+// dV of a tile, and its dS. dV is waited for together with dP: dS beside it would need registers that there are not.
+__device__ __forceinline__ void add_dv(SharedStorage& shared, int consumer, uint32_t tile, s_fragment& s, p_fragment& p,
+                                       p_fragment& ds, Keys& keys) {
+    const PipelineState<kStages> stage(tile);
+    set_columns(s, ColumnPairs(shared.statistics[stage.index][0].delta));
+    warpgroup::mma_fence(s, p);
+    warpgroup::mma_ABt(s, shared.v[consumer], shared.dout, stage.index);
     warpgroup::mma_commit_group();
-    warpgroup::mma_async_wait<0>(s);
-    exponentiate(params.scale_log2, keys.mask, s, p);
-#pragma unroll 1
-    while (true) {
-        set_columns(s, ColumnPairs(shared.statistics[stage.index][0].delta));
-        warpgroup::mma_fence(s, p);
-        warpgroup::mma_ABt(s, shared.v[consumer], shared.dout, stage.index);
-        warpgroup::mma_commit_group();
-        warpgroup::mma_AB(keys.dv, p, shared.dout, stage.index);
-        warpgroup::mma_commit_group();
-        warpgroup::mma_async_wait<0>(s, keys.dv, p);
-        differentiate(shared, consumer, number, p, s, ds);
-        if (++number == end) break;
-
-        const PipelineState<kStages> next(number);
-        wait(shared.barriers.full[next.index], next.phase);
-        set_columns(s, ColumnPairs(shared.statistics[next.index][0].shift));
-        warpgroup::mma_fence(s, ds);
-        warpgroup::mma_ABt(s, shared.k[consumer], shared.q, next.index);
-        warpgroup::mma_commit_group();
-        warpgroup::mma_AB(keys.dk, ds, shared.q, stage.index);
-        warpgroup::mma_commit_group();
-        warpgroup::mma_async_wait<1>(s);
-        exponentiate(params.scale_log2, keys.mask, s, p);
-        warpgroup::mma_async_wait<0>(keys.dk, ds);
-        release(shared.barriers.empty[stage.index]);
-        stage = next;
-    }
-    warpgroup::mma_fence(ds);
-    warpgroup::mma_AB(keys.dk, ds, shared.q, stage.index);
+    warpgroup::mma_AB(keys.dv, p, shared.dout, stage.index);
     warpgroup::mma_commit_group();
-    warpgroup::mma_async_wait<0>(keys.dk, ds);
-    release(shared.barriers.empty[stage.index]);
+    warpgroup::mma_async_wait<0>(s, keys.dv, p);
+    differentiate(shared, consumer, tile, p, s, ds);
 }
 
-__device__ void consume(const Params& params, SharedStorage& shared, int consumer) {
+// The tiles of a work tile. `number` counts those of all work tiles. The products of each tile are issued in two pairs: its
+// scores with dK of the tile before, so that the scores are exponentiated while dK is being added; and dP with dV. The number
+// of tiles is uniform, so that the numbers of their stages are.
+__device__ __forceinline__ void add_tiles(const Params& params, SharedStorage& shared, int num_tiles, uint32_t& number,
+                                          Keys& keys) {
+    if (num_tiles == 0) return;
+    const int consumer = uniform(this_consumer());
+    uint32_t tile = uniform(number);
+    const uint32_t end = tile + uniform(num_tiles);
+    s_fragment s;
+    p_fragment p, ds;
+    const PipelineState<kStages> first(tile);
+    wait(shared.barriers.full[first.index], first.phase);
+    set_columns(s, ColumnPairs(shared.statistics[first.index][0].shift));
+    warpgroup::mma_fence(s);
+    warpgroup::mma_ABt(s, shared.k[consumer], shared.q, first.index);
+    warpgroup::mma_commit_group();
+    warpgroup::mma_async_wait<0>(s);
+    exponentiate(params.scale_log2, keys.valid, s, p);
+    add_dv(shared, consumer, tile, s, p, ds, keys);
+#pragma unroll 1
+    while (++tile < end) {
+        const PipelineState<kStages> before(tile - 1), stage(tile);
+        wait(shared.barriers.full[stage.index], stage.phase);
+        set_columns(s, ColumnPairs(shared.statistics[stage.index][0].shift));
+        warpgroup::mma_fence(s, ds);
+        warpgroup::mma_ABt(s, shared.k[consumer], shared.q, stage.index);
+        warpgroup::mma_commit_group();
+        warpgroup::mma_AB(keys.dk, ds, shared.q, before.index);
+        warpgroup::mma_commit_group();
+        warpgroup::mma_async_wait<1>(s);
+        exponentiate(params.scale_log2, keys.valid, s, p);
+        warpgroup::mma_async_wait<0>(keys.dk, ds);
+        release(shared.barriers.empty[before.index]);
+        add_dv(shared, consumer, tile, s, p, ds, keys);
+    }
+    number = tile;
+    const PipelineState<kStages> last(tile - 1);
+    warpgroup::mma_fence(ds);
+    warpgroup::mma_AB(keys.dk, ds, shared.q, last.index);
+    warpgroup::mma_commit_group();
+    warpgroup::mma_async_wait<0>(keys.dk, ds);
+    release(shared.barriers.empty[last.index]);
+}
+
+__device__ void consume(const Params& params, SharedStorage& shared) {
     int k_phase = 0;
     uint32_t number = 0;
     Keys keys;
@@ -223,18 +206,17 @@ __device__ void consume(const Params& params, SharedStorage& shared, int consume
         if (work.is_first) {
             zero(keys.dk);
             zero(keys.dv);
-            const KeyBox box(params.keys, work, consumer);
+            const KeyBox box(params.keys, work, this_consumer());
             const OutputRows rows = box.rows(params, work);
-#pragma unroll
-            for (int i = 0; i < 2; ++i) keys.mask[i] = box.exists && rows.valid[i] ? 0xffffffffu : 0;
+            keys.valid = box.exists ? rows.valid[0] | rows.valid[1] << 1 : 0;
             wait(shared.k_barriers.full[0], k_phase);
             k_phase ^= 1;
         }
-        add_tiles(params, shared, consumer, work.group.num_tiles, number, keys);
+        add_tiles(params, shared, work.group.num_tiles, number, keys);
         if (work.is_last) {
             __syncwarp();
             release(shared.k_barriers.empty[0]);
-            const KeyBox box(params.keys, work, consumer);
+            const KeyBox box(params.keys, work, this_consumer());
             if (box.exists) {
                 const OutputRows rows = box.rows(params, work);
                 store_gradient(params.dv, params.dv_strides, rows, 1.0f, keys.dv);
@@ -303,10 +285,10 @@ extern "C" __global__ void __launch_bounds__(kThreads, 1) attend_backward_qkv(co
     if (threadIdx.x == 0) init_barriers(shared);
     __syncthreads();
 
-    const int index = uniform(threadIdx.x / kWarpgroupThreads);
+    const int index = broadcast(threadIdx.x / kWarpgroupThreads);
     if (index < kConsumers) {
         warpgroup::increase_registers<kConsumerRegisters>();
-        consume(params, shared, index);
+        consume(params, shared);
     } else if (index == kConsumers) {
         warpgroup::decrease_registers<kDqRegisters>();
         add_dq(params, shared);

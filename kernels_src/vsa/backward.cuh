@@ -46,12 +46,51 @@ struct ColumnPairs {
     __device__ __forceinline__ float operator[](int i) const { return i % 2 == 0 ? of[i / 4].x : of[i / 4].y; }
 };
 
-// A loader of a pass that keeps keys in place: it loads the query boxes of all work tiles, with their dO and their statistics.
+// What a pass over queries is given: its rows are key blocks, which it keeps in place, and its columns the query blocks that
+// selected them.
+template <typename element>
+struct PassOverQueries {
+    TokenTensor q, k, v, dout;
+    float* dq;  // of one pass: of every query box of all heads, a fragment of each lane after the other, see store_dq.cu
+    element *dk, *dv;
+    int64_t dk_strides[3], dv_strides[3];  // batches, heads, tokens
+    TokenLayout queries, keys;
+    Schedule<IndexBits> schedule;
+    TileLists<1> lists;
+    const RowStatistics* statistics;
+    float scale, scale_log2;
+};
+
+// What it has in shared memory: a ring of query boxes, some key boxes, and work tiles.
+template <typename element, int head_dim, int kKeyBoxes, int kStages_, int kWorkTiles>
+struct QueryRing {
+    static constexpr int kStages = kStages_;
+    using box_tile = kittens::st<element, kBoxTokens, head_dim>;
+
+    box_tile q[kStages], dout[kStages];
+    box_tile k[kKeyBoxes], v[kKeyBoxes];
+    RowStatistics statistics[kStages][kStatisticsPerBox];
+    WorkTileQueue<1, kWorkTiles> work_tiles;
+    TileListScratch<1> scratch;
+    StageBarriers<kStages> barriers;  // of Q, dO and the statistics
+    StageBarriers<1> k_barriers;      // of K and V
+
+    // `readers`: the warps that read queries. `all_readers`: those that read keys or work tiles.
+    __device__ __forceinline__ void init_barriers(int readers, int all_readers) {
+        constexpr int kLoaders = 2;  // of queries, and of key boxes
+        init_work_tile_barriers(work_tiles, all_readers + kLoaders);
+        init_stage_barriers(barriers, 3, readers);
+        init_stage_barriers(k_barriers, 2 * kKeyBoxes, all_readers);
+        kittens::fence_init_semaphores();
+    }
+};
+
+// A loader of a pass over queries: it loads the query boxes of all work tiles, with their dO and their statistics.
 // `prepare(number, box)` writes what else the readers of a tile need to know: its box is counted over all heads.
 template <typename Params, typename SharedStorage, typename Prepare>
 __device__ __forceinline__ void load_queries(const Params& params, SharedStorage& shared, Prepare prepare) {
     using kittens::kWarpThreads;
-    constexpr int kStages = sizeof(shared.q) / sizeof(shared.q[0]);
+    constexpr int kStages = SharedStorage::kStages;
     constexpr int kWorkTiles = sizeof(shared.work_tiles.tiles) / sizeof(shared.work_tiles.tiles[0]);
     const int lane = kittens::laneid();
     const int boxes_of_head = params.schedule.rows.num_cols * params.queries.boxes.value;
@@ -91,6 +130,32 @@ __device__ __forceinline__ void load_queries(const Params& params, SharedStorage
         }
         kittens::arrive(shared.work_tiles.empty[state.index]);
     }
+}
+
+// The producers of a pass over queries. `load_keys(work, barrier)` starts the loads of the key boxes of a work tile, and
+// `prepare` is that of load_queries.
+template <typename Params, typename SharedStorage, typename LoadKeys, typename Prepare>
+__device__ __forceinline__ void produce_queries(const Params& params, SharedStorage& shared, LoadKeys load_keys,
+                                                Prepare prepare) {
+    const int warp = kittens::warpid() % kittens::kWarpgroupWarps;
+    if (warp == 0) load_queries(params, shared, prepare);
+    if (warp == 1) {
+        load_row_boxes(shared.work_tiles, shared.k_barriers,
+                       [&](const WorkTile<1>& work, int) { load_keys(work, shared.k_barriers.full[0]); });
+    }
+    if (warp == 2) {
+        schedule_work_tiles(params.schedule, params.keys, params.queries, params.lists, shared.scratch, shared.work_tiles);
+    }
+}
+
+// The same where a work tile has a single key box.
+template <typename Params, typename SharedStorage>
+__device__ __forceinline__ void produce_queries(const Params& params, SharedStorage& shared) {
+    const auto load_keys = [&](const WorkTile<1>& work, kittens::semaphore& full) {
+        load_box(shared.k[0], params.k, params.k.at(work.batch, work.row_head, work.origin[0]), full);
+        load_box(shared.v[0], params.v, params.v.at(work.batch, work.row_head, work.origin[0]), full);
+    };
+    produce_queries(params, shared, load_keys, [](uint32_t, int64_t) {});
 }
 
 // Stores a gradient times a factor, 0 where a token is not valid.

@@ -13,7 +13,7 @@ __device__ __forceinline__ void mask_keys(const TokenLayout& keys, const uint32_
                                           kittens::rt_fl<16, kBoxTokens>& scores) {
     using kittens::kAllLanes, kittens::kWarpThreads, kittens::laneid;
     // Lane 0 reads, because lane 0 later arrives on the V stage's `empty`: its read precedes the release.
-    const uint32_t packed = kittens::uniform(laneid() == 0 ? valid : 0);
+    const uint32_t packed = kittens::broadcast(laneid() == 0 ? valid : 0);
 #pragma unroll
     for (int first = 0; first < kBoxTokens; first += kWarpThreads) {
         const uint32_t bits = __ballot_sync(kAllLanes, is_valid(keys, packed, first + laneid()));

@@ -101,7 +101,7 @@ __device__ __forceinline__ void find_row_group(const IndexTable& rows, const Hea
     // Each lane ranks one row of the window.
     const int length = lane < num_rows ? rows.length(head, first + lane) : 0;
     const int length_class = lane < num_rows ? length_class_of(length) : -1;
-    const int first_class = kittens::uniform(length_class);
+    const int first_class = kittens::broadcast(length_class);
     int rank = lane;
     if (__builtin_expect(__any_sync(kittens::kAllLanes, length_class >= 0 && length_class != first_class), 0)) {
         rank = 0;
@@ -196,7 +196,7 @@ __device__ void schedule_work_tiles(const Schedule<Index>& schedule, const Token
         if (ends) return;
         if (++part == schedule.rows.col_heads()) {
             part = 0;
-            number = gridDim.x + kittens::uniform(kittens::laneid() == 0 ? atomicAdd(schedule.taken, 1) : 0);
+            number = gridDim.x + kittens::broadcast(kittens::laneid() == 0 ? atomicAdd(schedule.taken, 1) : 0);
         }
     }
 }

@@ -167,7 +167,7 @@ struct TicketReader {
             const PackedTicket& ticket = queue.tickets[consumer][taken % Queue::kLength];
             packed = ticket.k | ticket.v << 8;
         }
-        packed = kittens::uniform(packed);
+        packed = kittens::broadcast(packed);
         const int k = packed & 255, v = packed >> 8;
         return {k & PackedTicket::kStageMask,
                 v & PackedTicket::kStageMask,

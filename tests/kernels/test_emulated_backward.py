@@ -236,17 +236,23 @@ MISTAKES = {
     ),
     "a query is given back before its dK is added": (
         "attend_backward_qkv.cu",
-        "        warpgroup::mma_async_wait<0>(keys.dk, ds);\n        release(shared.barriers.empty[stage.index]);\n"
-        "        stage = next;",
-        "        if (MISTAKE) release(shared.barriers.empty[stage.index]);\n"
+        "        warpgroup::mma_async_wait<0>(keys.dk, ds);\n        release(shared.barriers.empty[before.index]);",
+        "        if (MISTAKE) release(shared.barriers.empty[before.index]);\n"
         "        warpgroup::mma_async_wait<0>(keys.dk, ds);\n"
-        "        if (!MISTAKE) release(shared.barriers.empty[stage.index]);\n        stage = next;",
+        "        if (!MISTAKE) release(shared.barriers.empty[before.index]);",
     ),
-    "a key is given back while it is read": (
-        "attend_backward_q.cu",
-        "warpgroup::mma_async_wait<0>(dq, ds);\n    release(shared.barriers.empty[stage]);",
-        "if (MISTAKE) release(shared.barriers.empty[stage]);\n    warpgroup::mma_async_wait<0>(dq, ds);\n"
-        "    if (!MISTAKE) release(shared.barriers.empty[stage]);",
+    "a query of 64 channels is given back before its dK is added": (
+        "attend_backward_kv_64.cu",
+        "        warpgroup::mma_async_wait<1>(tile.dp, keys.dk, tile.ds);\n"
+        "        release(shared.barriers.empty[before.index]);",
+        "        if (MISTAKE) release(shared.barriers.empty[before.index]);\n"
+        "        warpgroup::mma_async_wait<1>(tile.dp, keys.dk, tile.ds);\n"
+        "        if (!MISTAKE) release(shared.barriers.empty[before.index]);",
+    ),
+    "probabilities of 64 channels change while dV is computed": (
+        "attend_backward_kv_64.cu",
+        "warpgroup::mma_async_wait<0>(keys.dv, tile.p);",
+        "if (MISTAKE) copy(tile.p, tile.dp);\n    warpgroup::mma_async_wait<0>(keys.dv, tile.p);",
     ),
     "dO of 64 channels is given back while it is read": (
         "attend_backward_q.cu",
@@ -254,6 +260,12 @@ MISTAKES = {
         "        if (MISTAKE || kDoutColsInRegisters == kHeadDim) release(shared.q_barriers.empty[consumer]);",
         "        if constexpr (kDoutColsInRegisters < kHeadDim) {",
         "        if (!MISTAKE && kDoutColsInRegisters < kHeadDim) {",
+    ),
+    "a key is given back while it is read": (
+        "attend_backward_q.cu",
+        "warpgroup::mma_async_wait<0>(dq, ds);\n    release(shared.barriers.empty[stage]);",
+        "if (MISTAKE) release(shared.barriers.empty[stage]);\n    warpgroup::mma_async_wait<0>(dq, ds);\n"
+        "    if (!MISTAKE) release(shared.barriers.empty[stage]);",
     ),
     "differences change while they are read": (
         "attend_backward_q.cu",

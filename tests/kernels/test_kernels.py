@@ -38,7 +38,7 @@ def check_resources(log: str, kernel) -> None:
 
 
 # They hold left operands in registers while a loop multiplies by them.
-HOLDING = ("attend_forward", "attend_backward_q", "attend_backward_kv")
+HOLDING = ("attend_forward", "attend_backward_q", "attend_backward_kv", "attend_backward_kv_64")
 
 
 def check_operands_stay(sass: str) -> None:

@@ -292,6 +292,10 @@ inline int __reduce_add_sync(uint32_t, int x) {
     for (int of_lane : emulator::gather(x)) sum += of_lane;
     return sum;
 }
+inline int __reduce_or_sync(uint32_t, int x) {
+    for (int of_lane : emulator::gather(x)) x |= of_lane;
+    return x;
+}
 inline void __syncwarp() { emulator::meet_warp(); }
 inline void __syncthreads() { emulator::meet(emulator::barrier, emulator::threads.size(), "the thread block"); }
 

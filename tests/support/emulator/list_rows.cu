@@ -1,5 +1,5 @@
 // The work tiles of the pass for dk and dv, and their lists, as the scheduler writes them, one after the other and all kept.
-#include "vsa/attend_backward_kv.cu"
+#include "vsa/attend_backward_kv_64.cu"
 
 // As tests/kernels/test_lists.py reads it.
 struct ListedRow {

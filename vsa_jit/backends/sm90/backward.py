@@ -23,13 +23,12 @@ from vsa_jit.backends.sm90.layout import SizesRef, sizes_ref
 from vsa_jit.backends.sm90.schedule import inverse_schedule_of, max_list_length, schedule_of, words_of
 from vsa_jit.backends.sm90.structs import (
     BOX_TOKENS,
-    AttendBackwardKvParams,
-    AttendBackwardQkvParams,
     AttendBackwardQParams,
     IndexBits,
     IndexTable,
     InvertMapParams,
     OrderRowsParams,
+    PassOverQueriesParams,
     PrepareBackwardParams,
     StoreDqParams,
     TileLists,
@@ -239,7 +238,7 @@ def backward_kv(
     """dk and dv; where ``sums`` is given, the pass for all three, which adds dq to it."""
     dk, dv = empty_like(operands.k), empty_like(operands.v)
     launch = _backward_kv_launch(problem, _Refs.of(operands, dout), dk.stride(), dv.stride(), sums is not None)
-    params = type(launch.params).from_buffer_copy(launch.params)
+    params = PassOverQueriesParams.from_buffer_copy(launch.params)
     if sums is not None:
         params.dq = sums.data_ptr()
     rows = params.schedule.rows
@@ -257,7 +256,7 @@ def _backward_kv_launch(
     queries = SideView(problem, problem.queries, refs.q_sizes, padded=refs.q_sizes is not None)
     keys = SideView(problem, problem.keys, refs.kv_sizes, padded=in_one_pass and refs.kv_sizes is not None)
     side = queries.side
-    params = (AttendBackwardQkvParams if in_one_pass else AttendBackwardKvParams)(
+    params = PassOverQueriesParams(
         *_tensors(queries, keys, refs),
         queries=queries.layout(),
         keys=keys.layout(),
@@ -270,7 +269,8 @@ def _backward_kv_launch(
     params.dv_strides[:] = token_strides(dv_strides, keys.side)
     kernel = specialise.attend_backward_qkv if in_one_pass else specialise.attend_backward_kv
     launcher = module.launcher(kernel(refs.dtype, problem.head_dim), refs.device)
-    return Launch.of_work_tiles(params, launcher, refs.device)
+    of_processor = 1 if in_one_pass else specialise.KV_THREAD_BLOCKS[problem.head_dim]
+    return Launch.of_work_tiles(params, launcher, refs.device, of_processor)
 
 
 def backward_qkv(

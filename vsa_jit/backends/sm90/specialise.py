@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ctypes
 import functools
 
 import torch
@@ -18,16 +17,19 @@ LABELS = {torch.bfloat16: "bf16", torch.float16: "fp16"}
 
 WARP_THREADS = 32
 WARPGROUP_THREADS = 128
-# Of a thread block on sm_90, from the CUDA programming guide's table of compute capabilities.
-MAX_SHARED_MEMORY = 227 * 1024
+# On sm_90, from the CUDA programming guide's table of compute capabilities: of a multiprocessor, what each thread block
+# takes of it beside its own, and the most of a thread block.
+PROCESSOR_SHARED_MEMORY = 228 * 1024
+RESERVED_SHARED_MEMORY = 1024
+MAX_SHARED_MEMORY = PROCESSOR_SHARED_MEMORY - RESERVED_SHARED_MEMORY
 # Of the forward beside its tiles: barriers, queues, and what the scheduler needs. A multiple of the tiles' alignment.
 FORWARD_SMEM_BESIDE_TILES = 3 * 1024
 # Consumers of the pass for dq, by head dim: what registers allow.
 Q_CONSUMERS = {64: 3, 128: 2}
-# Of the pass for dk and dv beside its tiles: also Pᵀ of two tiles on its way between warpgroups.
-KV_SMEM_BESIDE_TILES = 2 * 8 * 1024 + 3 * 1024
-# Of the pass for all three beside its tiles.
-QKV_SMEM_BESIDE_TILES = 3 * 1024
+# Of the passes over queries beside what they copy.
+SMEM_BESIDE_QUERIES = 3 * 1024
+# Thread blocks of a multiprocessor in the pass for dk and dv, by head dim.
+KV_THREAD_BLOCKS = {64: 2, 128: 1}
 # So many stages the queue of tickets can tell apart.
 MAX_QUEUED_STAGES = 14
 # The backward of blocks of as many tokens may take one pass.
@@ -159,46 +161,50 @@ def attend_backward_q(dtype: torch.dtype, head_dim: int) -> Kernel:
 
 @functools.cache
 def attend_backward_kv(dtype: torch.dtype, head_dim: int) -> Kernel:
+    label = "backward of k and v"
+    keys = 2 * _box_bytes(dtype, head_dim)
+    blocks = KV_THREAD_BLOCKS[head_dim]
+    if blocks > 1:
+        return _pass_over_queries(
+            "attend_backward_kv_64", label, dtype, head_dim, warpgroups=2, beside_stages=keys, blocks=blocks
+        )
+    # Pᵀ of two tiles is on its way between warpgroups.
+    p_bytes = structs.BOX_TOKENS * structs.BOX_TOKENS * dtype.itemsize
     return _pass_over_queries(
-        "attend_backward_kv",
-        "backward of k and v",
-        structs.AttendBackwardKvParams,
-        dtype,
-        head_dim,
-        warpgroups=3,
-        beside_stages=2 * _box_bytes(dtype, head_dim) + KV_SMEM_BESIDE_TILES,
+        "attend_backward_kv", label, dtype, head_dim, warpgroups=3, beside_stages=keys + 2 * p_bytes
     )
 
 
 @functools.cache
 def attend_backward_qkv(dtype: torch.dtype, head_dim: int) -> Kernel:
+    # K and V of two boxes, and two buffers for dSᵀ of each.
     ds_bytes = structs.BOX_TOKENS * structs.BOX_TOKENS * dtype.itemsize
+    beside_stages = 4 * _box_bytes(dtype, head_dim) + 4 * ds_bytes
     return _pass_over_queries(
-        "attend_backward_qkv",
-        "backward in one pass",
-        structs.AttendBackwardQkvParams,
-        dtype,
-        head_dim,
-        warpgroups=4,
-        # K and V of two boxes, and two buffers for dSᵀ of each.
-        beside_stages=4 * _box_bytes(dtype, head_dim) + 4 * ds_bytes + QKV_SMEM_BESIDE_TILES,
+        "attend_backward_qkv", "backward in one pass", dtype, head_dim, warpgroups=4, beside_stages=beside_stages
     )
 
 
 def _pass_over_queries(
     entry: str,
     label: str,
-    params: type[ctypes.Structure],
     dtype: torch.dtype,
     head_dim: int,
     *,
     warpgroups: int,
     beside_stages: int,
+    blocks: int = 1,
 ) -> Kernel:
-    """A kernel that keeps key boxes in place, with as many stages as fit beside so many bytes of shared memory."""
+    """A kernel that keeps key boxes in place, with as many stages as fit beside so many bytes of copies.
+
+    Args:
+        blocks: thread blocks that share a multiprocessor.
+    """
     # Q and dO, with two numbers in fp32 for each query.
     stage_bytes = 2 * (_box_bytes(dtype, head_dim) + structs.BOX_TOKENS * FLOAT_BYTES)
-    stages = min((MAX_SHARED_MEMORY - beside_stages) // stage_bytes, MAX_QUEUED_STAGES)
+    beside_stages += SMEM_BESIDE_QUERIES
+    stages = (PROCESSOR_SHARED_MEMORY // blocks - RESERVED_SHARED_MEMORY - beside_stages) // stage_bytes
+    stages = min(stages, MAX_QUEUED_STAGES)
     return Kernel(
         source=f"vsa/{entry}.cu",
         entry=entry,
@@ -210,7 +216,7 @@ def _pass_over_queries(
             VSA_KEY_TILE_BYTES=structs.KEY_TILE_BYTES,
             VSA_STAGES=stages,
         ),
-        params=params,
+        params=structs.PassOverQueriesParams,
         threads=warpgroups * WARPGROUP_THREADS,
         smem_bytes=stages * stage_bytes + beside_stages,
     )

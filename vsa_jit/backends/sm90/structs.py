@@ -204,30 +204,8 @@ class AttendBackwardQParams(ctypes.Structure):
     )
 
 
-class AttendBackwardKvParams(ctypes.Structure):
-    """``Params`` of ``attend_backward_kv.cu``."""
-
-    _fields_ = (
-        ("q", TokenTensor),
-        ("k", TokenTensor),
-        ("v", TokenTensor),
-        ("dout", TokenTensor),
-        ("dk", ctypes.c_void_p),
-        ("dv", ctypes.c_void_p),
-        ("dk_strides", ctypes.c_int64 * 3),
-        ("dv_strides", ctypes.c_int64 * 3),
-        ("queries", TokenLayout),
-        ("keys", TokenLayout),
-        ("schedule", InverseSchedule),
-        ("lists", TileLists),
-        ("statistics", ctypes.c_void_p),
-        ("scale", ctypes.c_float),
-        ("scale_log2", ctypes.c_float),
-    )
-
-
-class AttendBackwardQkvParams(ctypes.Structure):
-    """``Params`` of ``attend_backward_qkv.cu``."""
+class PassOverQueriesParams(ctypes.Structure):
+    """``PassOverQueries`` of ``backward.cuh``: of the passes that keep keys in place."""
 
     _fields_ = (
         ("q", TokenTensor),

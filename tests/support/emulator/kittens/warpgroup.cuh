@@ -59,7 +59,7 @@ inline void finish_products(int before_group) {
 inline void mma_commit_group() {
     take_step('c');
     ++emulator::self().product_group;
-    const bool at_once = uniform(emulator::random_below(3) == 0);
+    const bool at_once = broadcast(emulator::random_below(3) == 0);
     if (at_once) finish_products(emulator::self().product_group);
 }
 
