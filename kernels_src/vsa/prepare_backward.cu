@@ -16,10 +16,12 @@ using element = VSA_DTYPE;
 constexpr int kHeadDim = VSA_HEAD_DIM;
 constexpr int kWarps = 4;
 
-// A lane reads 16 bytes of a token; one load of a warp covers kRows tokens.
+// A lane takes 16 channels of a token: 32 bytes. The warps of a thread block cover a box in kSteps.
+constexpr int kChannels = 16;
 constexpr int kVector = 16 / sizeof(element);
-constexpr int kLanesPerToken = kHeadDim / kVector;
-constexpr int kRows = kWarpThreads / kLanesPerToken;
+constexpr int kLanesPerToken = kHeadDim / kChannels;
+constexpr int kRows = kWarpThreads / kLanesPerToken;  // of a warp
+constexpr int kSteps = kBoxTokens / (kWarps * kRows);
 
 struct Params {
     const element *dout, *out_s;
@@ -43,32 +45,68 @@ struct SharedStorage {
 static_assert(sizeof(SharedStorage) == VSA_SMEM_BYTES, "the host launches with other shared memory");
 
 struct Row {
-    float data[kVector];
+    float data[kChannels];
 };
 
-__device__ __forceinline__ Row load_row(const element* source) {
-    const uint4 words = *reinterpret_cast<const uint4*>(source);
-    const uint32_t word[4] = {words.x, words.y, words.z, words.w};
-    Row row;
+// A lane's channels of a token, as they lie in memory.
+struct PackedRow {
+    uint4 words[kChannels / kVector];
+
+    PackedRow() = default;
+    __device__ __forceinline__ explicit PackedRow(const element* source) {
 #pragma unroll
-    for (int i = 0; i < 4; ++i) {
-        const float2 pair = unpack<element>(word[i]);
-        row.data[2 * i] = pair.x;
-        row.data[2 * i + 1] = pair.y;
+        for (int i = 0; i < kChannels / kVector; ++i) words[i] = reinterpret_cast<const uint4*>(source)[i];
     }
-    return row;
-}
+    __device__ __forceinline__ Row unpack() const {
+        Row row;
+#pragma unroll
+        for (int i = 0; i < kChannels / kVector; ++i) {
+            const uint32_t word[4] = {words[i].x, words[i].y, words[i].z, words[i].w};
+#pragma unroll
+            for (int j = 0; j < 4; ++j) {
+                const float2 pair = kittens::unpack<element>(word[j]);
+                row.data[i * kVector + 2 * j] = pair.x;
+                row.data[i * kVector + 2 * j + 1] = pair.y;
+            }
+        }
+        return row;
+    }
+};
+
+// A query of a box.
+struct Query {
+    int place;  // in the order in which tokens arrive, see RowStatistics
+    int token;
+    bool exists, valid;
+
+    __device__ __forceinline__ Query(const TokenLayout& queries, const Extent3& origin, int first, int place) : place(place) {
+        const int row = (place + kBoxTokens - first) % kBoxTokens;
+        const Extent3 inside = position_in_box(queries, row);
+        const Extent3 at = {origin.t + inside.t, origin.h + inside.h, origin.w + inside.w};
+        exists = at.t < queries.extent.t && at.h < queries.extent.h && at.w < queries.extent.w;
+        valid = exists && row + first < kBoxTokens;
+        token = (at.t * queries.extent.h + at.h) * queries.extent.w + at.w;
+    }
+    // A token that exists, whose values are read and not used where this one is not valid: loads without branches overlap.
+    __device__ __forceinline__ int readable() const { return valid ? token : 0; }
+};
 
 __device__ __forceinline__ void store_dgate(const Params& params, int64_t offset, const Row& row) {
     if (params.coarse.gate_is_fp32) {
         float4* out = reinterpret_cast<float4*>(static_cast<float*>(params.dgate) + offset);
 #pragma unroll
-        for (int i = 0; i < kVector; i += 4) out[i / 4] = {row.data[i], row.data[i + 1], row.data[i + 2], row.data[i + 3]};
+        for (int i = 0; i < kChannels; i += 4) {
+            out[i / 4] = {row.data[i], row.data[i + 1], row.data[i + 2], row.data[i + 3]};
+        }
     } else {
-        uint32_t words[4];
+        uint4* out = reinterpret_cast<uint4*>(static_cast<element*>(params.dgate) + offset);
 #pragma unroll
-        for (int i = 0; i < 4; ++i) words[i] = pack<element>(row.data[2 * i], row.data[2 * i + 1]);
-        *reinterpret_cast<uint4*>(static_cast<element*>(params.dgate) + offset) = {words[0], words[1], words[2], words[3]};
+        for (int i = 0; i < kChannels; i += kVector) {
+            uint32_t word[4];
+#pragma unroll
+            for (int j = 0; j < 4; ++j) word[j] = pack<element>(row.data[i + 2 * j], row.data[i + 2 * j + 1]);
+            out[i / kVector] = {word[0], word[1], word[2], word[3]};
+        }
     }
 }
 
@@ -80,7 +118,7 @@ extern "C" __global__ void __launch_bounds__(kWarps* kWarpThreads) prepare_backw
     const TokenLayout& queries = params.queries;
     const int block = blockIdx.x % params.num_blocks, bh = blockIdx.x / params.num_blocks;
     const int batch = bh / params.heads, head = bh - batch * params.heads;
-    const int warp = warpid(), channel = laneid() % kLanesPerToken * kVector;
+    const int warp = warpid(), channel = laneid() % kLanesPerToken * kChannels;
     const auto offset_of = [&](const int64_t (&strides)[3], int token) {
         return batch * strides[0] + head * strides[1] + token * strides[2] + channel;
     };
@@ -90,57 +128,70 @@ extern "C" __global__ void __launch_bounds__(kWarps* kWarpThreads) prepare_backw
     if (has_coarse) {
         const float* source = params.coarse.out_c + int64_t(blockIdx.x) * kHeadDim + channel;
 #pragma unroll
-        for (int i = 0; i < kVector; ++i) out_c.data[i] = source[i];
+        for (int i = 0; i < kChannels; ++i) out_c.data[i] = source[i];
     }
 
     for (int box = 0; box < queries.boxes.value; ++box) {
         const Extent3 origin = origin_of_box(queries, block, box);
         const int first = first_place_of(queries, block, box);
         RowStatistics* statistics = params.statistics + (int64_t(blockIdx.x) * queries.boxes.value + box) * kStatisticsPerBox;
-#pragma unroll 4
-        for (int start = warp * kRows; start < kBoxTokens; start += kWarps * kRows) {
-            const int place = start + laneid() / kLanesPerToken, row = (place + kBoxTokens - first) % kBoxTokens;
-            const Extent3 inside = position_in_box(queries, row);
-            const Extent3 at = {origin.t + inside.t, origin.h + inside.h, origin.w + inside.w};
-            const bool exists = at.t < queries.extent.t && at.h < queries.extent.h && at.w < queries.extent.w;
-            const bool valid = exists && row + first < kBoxTokens;
-            const int token = (at.t * queries.extent.h + at.h) * queries.extent.w + at.w;
+        const auto query_of = [&](int step) {
+            return Query(queries, origin, first, (step * kWarps + warp) * kRows + laneid() / kLanesPerToken);
+        };
+        PackedRow dout_rows[kSteps], out_rows[kSteps];
+        float lse_of[kSteps], dlse_of[kSteps] = {};
+#pragma unroll
+        for (int step = 0; step < kSteps; ++step) {
+            const int token = query_of(step).readable();
+            dout_rows[step] = PackedRow(params.dout + offset_of(params.dout_strides, token));
+            out_rows[step] = PackedRow(params.out_s + offset_of(params.out_s_strides, token));
+            lse_of[step] = params.lse[int64_t(bh) * params.q_len + token];
+        }
+        if (params.dlse != nullptr) {
+#pragma unroll
+            for (int step = 0; step < kSteps; ++step) {
+                dlse_of[step] = params.dlse[int64_t(bh) * params.q_len + query_of(step).readable()];
+            }
+        }
+#pragma unroll
+        for (int step = 0; step < kSteps; ++step) {
+            const Query query = query_of(step);
             Row dout = {}, out_s = {};
             float lse = -infinity(), dlse = 0.0f;
-            if (valid) {
-                const int64_t index = int64_t(bh) * params.q_len + token;
-                lse = params.lse[index];
-                if (params.dlse != nullptr) dlse = params.dlse[index];
-                dout = load_row(params.dout + offset_of(params.dout_strides, token));
-                out_s = load_row(params.out_s + offset_of(params.out_s_strides, token));
+            if (query.valid) {
+                lse = lse_of[step];
+                dlse = dlse_of[step];
+                dout = dout_rows[step].unpack();
+                out_s = out_rows[step].unpack();
             }
             float delta = 0.0f;
 #pragma unroll
-            for (int i = 0; i < kVector; ++i) delta += dout.data[i] * out_s.data[i];
+            for (int i = 0; i < kChannels; ++i) delta += dout.data[i] * out_s.data[i];
 #pragma unroll
             for (int lanes = 1; lanes < kLanesPerToken; lanes *= 2) delta += __shfl_xor_sync(kAllLanes, delta, lanes);
             if (channel == 0) {
-                statistics[place / 2].shift[place % 2] = (lse == -infinity() ? infinity() : lse) * params.shift_factor;
-                statistics[place / 2].delta[place % 2] = (delta - dlse) * params.delta_factor;
+                RowStatistics& of_pair = statistics[query.place / 2];
+                of_pair.shift[query.place % 2] = (lse == -infinity() ? infinity() : lse) * params.shift_factor;
+                of_pair.delta[query.place % 2] = (delta - dlse) * params.delta_factor;
             }
             if (!has_coarse) continue;
             if (params.coarse.gate == nullptr) {
 #pragma unroll
-                for (int i = 0; i < kVector; ++i) dout_c.data[i] += params.coarse.gate_value * dout.data[i];
+                for (int i = 0; i < kChannels; ++i) dout_c.data[i] += params.coarse.gate_value * dout.data[i];
                 continue;
             }
-            if (valid) {
+            if (query.valid) {
                 const auto& strides = params.coarse.gate_strides;
-                const int64_t gate = batch * strides[0] + head * strides[1] + token * strides[2] + channel * strides[3];
+                const int64_t gate = batch * strides[0] + head * strides[1] + query.token * strides[2] + channel * strides[3];
 #pragma unroll
-                for (int i = 0; i < kVector; ++i)
+                for (int i = 0; i < kChannels; ++i)
                     dout_c.data[i] += load_gate<element>(params.coarse, gate + i * strides[3]) * dout.data[i];
             }
-            if (exists) {
+            if (query.exists) {
                 Row dgate;
 #pragma unroll
-                for (int i = 0; i < kVector; ++i) dgate.data[i] = dout.data[i] * out_c.data[i];
-                store_dgate(params, offset_of(params.dgate_strides, token), dgate);
+                for (int i = 0; i < kChannels; ++i) dgate.data[i] = dout.data[i] * out_c.data[i];
+                store_dgate(params, offset_of(params.dgate_strides, query.token), dgate);
             }
         }
     }
@@ -154,7 +205,7 @@ extern "C" __global__ void __launch_bounds__(kWarps* kWarpThreads) prepare_backw
     }
     if (laneid() < kLanesPerToken) {
 #pragma unroll
-        for (int i = 0; i < kVector; ++i) shared.dout_c[warp][channel + i] = dout_c.data[i];
+        for (int i = 0; i < kChannels; ++i) shared.dout_c[warp][channel + i] = dout_c.data[i];
     }
     __syncthreads();
     for (int i = threadIdx.x; i < kHeadDim; i += kWarps * kWarpThreads) {
