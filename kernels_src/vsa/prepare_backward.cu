@@ -2,10 +2,11 @@
 //
 //   delta = Σ dO ∘ O − dlse,   dgate = dO ∘ out_c,   dout_c = Σ over the block's queries of gate ∘ dO
 //
-// A thread block takes one query block.
+// A thread block takes one query block. Others, which come first, make the inverse of the map meanwhile.
 //
-// Specialised at compile time: VSA_DTYPE (bf16, half), VSA_HEAD_DIM (64, 128).
+// Specialised at compile time: VSA_DTYPE (bf16, half), VSA_HEAD_DIM (64, 128) and VSA_INVERSE_SLICE.
 #include "vsa/backward.cuh"
+#include "vsa/invert_map.cuh"
 #include "vsa/params.cuh"
 
 using namespace kittens;
@@ -36,11 +37,14 @@ struct Params {
     TokenLayout queries;
     int heads, num_blocks, q_len;
     float shift_factor, delta_factor;  // see RowStatistics
+    Inversion inversion;
+    int inversion_blocks;  // thread blocks that take part in it
 };
 VSA_CHECK_PARAMS;
 
-struct SharedStorage {
+union SharedStorage {
     float dout_c[kWarps][kHeadDim];
+    uint32_t words[VSA_INVERSE_SLICE];
 };
 static_assert(sizeof(SharedStorage) == VSA_SMEM_BYTES, "the host launches with other shared memory");
 
@@ -115,18 +119,23 @@ __device__ __forceinline__ void store_dgate(const Params& params, int64_t offset
 extern "C" __global__ void __launch_bounds__(kWarps* kWarpThreads) prepare_backward(const __grid_constant__ Params params) {
     extern __shared__ __align__(128) uint8_t raw[];
     SharedStorage& shared = *reinterpret_cast<SharedStorage*>(raw);
+    const int index = int(blockIdx.x) - params.inversion_blocks;
+    if (index < 0) {
+        invert_rows<kWarps * kWarpThreads>(params.inversion, blockIdx.x, shared.words);
+        return;
+    }
     const TokenLayout& queries = params.queries;
-    const int block = blockIdx.x % params.num_blocks, bh = blockIdx.x / params.num_blocks;
+    const int block = index % params.num_blocks, bh = index / params.num_blocks;
     const int batch = bh / params.heads, head = bh - batch * params.heads;
     const int warp = warpid(), channel = laneid() % kLanesPerToken * kChannels;
     const auto offset_of = [&](const int64_t (&strides)[3], int token) {
         return batch * strides[0] + head * strides[1] + token * strides[2] + channel;
     };
-    if (blockIdx.x == 0 && threadIdx.x < 2) params.counters[threadIdx.x] = 0;
+    if (index == 0 && threadIdx.x < 2) params.counters[threadIdx.x] = 0;
     const bool has_coarse = params.coarse.out_c != nullptr;
     Row out_c = {}, dout_c = {};
     if (has_coarse) {
-        const float* source = params.coarse.out_c + int64_t(blockIdx.x) * kHeadDim + channel;
+        const float* source = params.coarse.out_c + int64_t(index) * kHeadDim + channel;
 #pragma unroll
         for (int i = 0; i < kChannels; ++i) out_c.data[i] = source[i];
     }
@@ -134,7 +143,7 @@ extern "C" __global__ void __launch_bounds__(kWarps* kWarpThreads) prepare_backw
     for (int box = 0; box < queries.boxes.value; ++box) {
         const Extent3 origin = origin_of_box(queries, block, box);
         const int first = first_place_of(queries, block, box);
-        RowStatistics* statistics = params.statistics + (int64_t(blockIdx.x) * queries.boxes.value + box) * kStatisticsPerBox;
+        RowStatistics* statistics = params.statistics + (int64_t(index) * queries.boxes.value + box) * kStatisticsPerBox;
         const auto query_of = [&](int step) {
             return Query(queries, origin, first, (step * kWarps + warp) * kRows + laneid() / kLanesPerToken);
         };
@@ -211,6 +220,6 @@ extern "C" __global__ void __launch_bounds__(kWarps* kWarpThreads) prepare_backw
     for (int i = threadIdx.x; i < kHeadDim; i += kWarps * kWarpThreads) {
         float sum = 0.0f;
         for (int other = 0; other < kWarps; ++other) sum += shared.dout_c[other][i];
-        params.dout_c[int64_t(blockIdx.x) * kHeadDim + i] = sum;
+        params.dout_c[int64_t(index) * kHeadDim + i] = sum;
     }
 }

@@ -26,7 +26,7 @@ from vsa_jit.backends.sm90.structs import (
     AttendBackwardQParams,
     IndexBits,
     IndexTable,
-    InvertMapParams,
+    Inversion,
     OrderRowsParams,
     PassOverQueriesParams,
     PrepareBackwardParams,
@@ -58,12 +58,13 @@ def attend_backward(
     if dout.stride(-1) != 1 or why_not_tma(bhsd(dout, problem.queries.layout), problem.queries.grid) is not None:
         dout = dout.contiguous()
     in_one_pass = need_dq and need_dkv and takes_one_pass(problem)
-    prepared = prepare(problem, operands, out_s, lse, dout, dlse, in_one_pass)
+    inversion = _inversion(operands.q2k_idx, operands.q2k_num, problem.keys.num_blocks) if need_dkv else None
+    prepared = prepare(problem, operands, out_s, lse, dout, dlse, in_one_pass, inversion)
     dq = dk = dv = None
     if need_dq and not in_one_pass:
         dq = backward_q(problem, operands, dout, prepared)
-    if need_dkv:
-        inverse = transpose_index(operands.q2k_idx, operands.q2k_num, problem.keys.num_blocks, problem.group)
+    if inversion is not None:
+        inverse = inversion.bits, _order_rows(inversion, problem.group)
         if in_one_pass:
             dq, dk, dv = backward_qkv(problem, operands, lse, dout, prepared, *inverse)
         else:
@@ -101,7 +102,10 @@ def prepare(
     dout: Tensor,
     dlse: Tensor | None,
     in_one_pass: bool = False,
+    inversion: _Inversion | None = None,
 ) -> Prepared:
+    """What the passes need of every query, and gradients of the coarse output and its gate; in the same launch the
+    inversion of the map, if one is given."""
     q, queries = operands.q, problem.queries
     rows = (problem.batch, queries.heads, queries.num_blocks * queries.block)
     statistics = q.new_empty((*rows, STATISTICS), dtype=torch.float32)
@@ -126,7 +130,9 @@ def prepare(
         dgate = contiguous_like(gate)
         params.dgate = dgate.data_ptr()
         params.dgate_strides[:] = token_strides(dgate.stride(), queries)
-    launch.launcher(launch.blocks, params)
+    if inversion is not None:
+        params.inversion, params.inversion_blocks = inversion.params, inversion.blocks
+    launch.launcher(launch.blocks + params.inversion_blocks, params)
     if dgate is not None and operands.gate is not None:
         dgate = dgate.to(operands.gate.dtype)
     return Prepared(statistics, counters, dgate, dout_c)
@@ -149,6 +155,26 @@ def _prepare_launch(
     return Launch(params, problem.batch * queries.heads * queries.num_blocks, launcher)
 
 
+class _Inversion(NamedTuple):
+    """The inversion of a map: its parameters, and how many thread blocks take part.
+
+    Attributes:
+        bits: what it makes, int32 [B, H, words, n_k], bit i of word w for query block 32 w + i.
+    """
+
+    bits: Tensor
+    params: Inversion
+    blocks: int
+
+
+def _inversion(q2k_idx: Tensor, q2k_num: Tensor, num_kv_blocks: int) -> _Inversion:
+    batch, heads, num_q_blocks, width = q2k_idx.shape
+    words = words_of(num_q_blocks)
+    bits = q2k_idx.new_empty((batch, heads, words, num_kv_blocks))
+    table = IndexTable(q2k_idx.data_ptr(), q2k_num.data_ptr(), width, num_q_blocks, num_kv_blocks)
+    return _Inversion(bits, Inversion(table, bits.data_ptr(), words), batch * heads * words)
+
+
 def transpose_index(q2k_idx: Tensor, q2k_num: Tensor, num_kv_blocks: int, group: int = 1) -> tuple[Tensor, Tensor]:
     """The query blocks of each key block, and the key blocks from the one that most query blocks name to the one that
     fewest do.
@@ -160,18 +186,24 @@ def transpose_index(q2k_idx: Tensor, q2k_num: Tensor, num_kv_blocks: int, group:
         ``(bits, order)``: int32 [B, H, words, n_k], bit i of word w for query block 32 w + i; int32 [B, H_kv, n_k].
     """
     q2k_idx, q2k_num = q2k_idx.contiguous(), q2k_num.contiguous()
-    batch, heads, num_q_blocks, width = q2k_idx.shape
-    words, device = words_of(num_q_blocks), q2k_idx.get_device()
-    bits = q2k_idx.new_empty((batch, heads, words, num_kv_blocks))
-    table = IndexTable(q2k_idx.data_ptr(), q2k_num.data_ptr(), width, num_q_blocks, num_kv_blocks)
-    invert = module.launcher(specialise.invert_map(), device)
-    invert(batch * heads * words, InvertMapParams(table, bits.data_ptr(), words))
-    order = q2k_idx.new_empty((batch, heads // group, num_kv_blocks))
+    inversion = _inversion(q2k_idx, q2k_num, num_kv_blocks)
+    invert = module.launcher(specialise.invert_map(), q2k_idx.get_device())
+    invert(inversion.blocks, inversion.params)
+    return inversion.bits, _order_rows(inversion, group)
+
+
+def _order_rows(inversion: _Inversion, group: int) -> Tensor:
+    """The order of ``transpose_index``, of the bits that are there."""
+    bits, table = inversion.bits, inversion.params.rows
+    batch, heads, words, num_kv_blocks = bits.shape
+    order = bits.new_empty((batch, heads // group, num_kv_blocks))
     classes = torch.empty_like(order, dtype=torch.uint8)
-    rows = IndexBits(bits=bits.data_ptr(), num_words=words, num_rows=num_kv_blocks, num_cols=num_q_blocks, group=group)
-    sort = module.launcher(specialise.order_rows(), device)
+    rows = IndexBits(
+        bits=bits.data_ptr(), num_words=words, num_rows=num_kv_blocks, num_cols=table.num_rows, group=group
+    )
+    sort = module.launcher(specialise.order_rows(), bits.get_device())
     sort(batch * heads // group, OrderRowsParams(rows, order.data_ptr(), classes.data_ptr()))
-    return bits, order
+    return order
 
 
 class _Refs(NamedTuple):

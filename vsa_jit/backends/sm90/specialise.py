@@ -102,10 +102,11 @@ def prepare_backward(dtype: torch.dtype, head_dim: int) -> Kernel:
         source="vsa/prepare_backward.cu",
         entry="prepare_backward",
         label=f"backward's preparation {LABELS[dtype]} D={head_dim}",
-        defines=_defines(dtype, head_dim, VSA_KEY_TILE_BYTES=structs.KEY_TILE_BYTES),
+        defines=_defines(dtype, head_dim, VSA_KEY_TILE_BYTES=structs.KEY_TILE_BYTES, VSA_INVERSE_SLICE=INVERSE_SLICE),
         params=structs.PrepareBackwardParams,
         threads=WARPGROUP_THREADS,
-        smem_bytes=WARPGROUP_THREADS // WARP_THREADS * head_dim * FLOAT_BYTES,
+        # More than the sums of the coarse gradient take.
+        smem_bytes=INVERSE_SLICE * FLOAT_BYTES,
     )
 
 
@@ -115,8 +116,8 @@ def invert_map() -> Kernel:
         source="vsa/invert_map.cu",
         entry="invert_map",
         label="inverse of a map",
-        defines=(("VSA_SLICE", str(INVERSE_SLICE)),),
-        params=structs.InvertMapParams,
+        defines=(("VSA_INVERSE_SLICE", str(INVERSE_SLICE)),),
+        params=structs.Inversion,
         threads=256,
         smem_bytes=INVERSE_SLICE * FLOAT_BYTES,
     )

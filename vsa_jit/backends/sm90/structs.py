@@ -244,6 +244,12 @@ class StoreDqParams(ctypes.Structure):
     )
 
 
+class Inversion(ctypes.Structure):
+    """``Inversion`` of ``invert_map.cuh``, and ``Params`` of ``invert_map.cu``."""
+
+    _fields_ = (("rows", IndexTable), ("bits", ctypes.c_void_p), ("num_words", ctypes.c_int))
+
+
 class PrepareBackwardParams(ctypes.Structure):
     """``Params`` of ``prepare_backward.cu``."""
 
@@ -266,13 +272,9 @@ class PrepareBackwardParams(ctypes.Structure):
         ("q_len", ctypes.c_int),
         ("shift_factor", ctypes.c_float),
         ("delta_factor", ctypes.c_float),
+        ("inversion", Inversion),
+        ("inversion_blocks", ctypes.c_int),
     )
-
-
-class InvertMapParams(ctypes.Structure):
-    """``Params`` of ``invert_map.cu``."""
-
-    _fields_ = (("rows", IndexTable), ("bits", ctypes.c_void_p), ("num_words", ctypes.c_int))
 
 
 class OrderRowsParams(ctypes.Structure):
