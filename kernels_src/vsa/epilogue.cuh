@@ -44,29 +44,57 @@ struct CoarseOutput {
     int gate_is_fp32;
 };
 
+__device__ __forceinline__ float to_float(const float* x) { return *x; }
+template <typename T>
+__device__ __forceinline__ float to_float(const T* x) {
+    return kittens::unpack<T>(*reinterpret_cast<const uint16_t*>(x)).x;
+}
+
 template <typename T>
 __device__ __forceinline__ float load_gate(const CoarseOutput& coarse, int64_t offset) {
-    if (coarse.gate_is_fp32) return static_cast<const float*>(coarse.gate)[offset];
-    return kittens::unpack<T>(static_cast<const uint16_t*>(coarse.gate)[offset]).x;
+    if (coarse.gate_is_fp32) return to_float(static_cast<const float*>(coarse.gate) + offset);
+    return to_float(static_cast<const T*>(coarse.gate) + offset);
+}
+
+// Adds `weight(row, channel)` times the coarse output of the query block to its valid rows.
+template <int head_dim, typename Weight>
+__device__ __forceinline__ void add_weighted(const float* out_c, const OutputRows& rows, kittens::rt_fl<16, head_dim>& out,
+                                             Weight weight) {
+#pragma unroll
+    for (int i = 0; i < head_dim / 2; i += 2) {
+        const int row = kittens::row_of(i), channel = i / 4 * 8 + kittens::laneid() % 4 * 2;
+        if (!rows.valid[row]) continue;
+        const float2 pair = *reinterpret_cast<const float2*>(out_c + channel);
+        out.data[i] += weight(row, channel) * pair.x;
+        out.data[i + 1] += weight(row, channel + 1) * pair.y;
+    }
+}
+
+// The same with a gate of type G for weights.
+template <typename G, int head_dim>
+__device__ __forceinline__ void add_gated(const CoarseOutput& coarse, const float* out_c, const OutputRows& rows,
+                                          kittens::rt_fl<16, head_dim>& out) {
+    const auto& strides = coarse.gate_strides;
+    const G* gate[2];
+#pragma unroll
+    for (int i = 0; i < 2; ++i) {
+        gate[i] =
+            static_cast<const G*>(coarse.gate) + rows.batch * strides[0] + rows.head * strides[1] + rows.token[i] * strides[2];
+    }
+    add_weighted(out_c, rows, out, [&](int row, int channel) { return to_float(gate[row] + channel * strides[3]); });
 }
 
 // Adds the coarse output of the query block to its valid rows.
 template <typename T, int head_dim>
 __device__ __forceinline__ void add_coarse_output(const CoarseOutput& coarse, int num_q_blocks, const OutputRows& rows,
                                                   kittens::rt_fl<16, head_dim>& out) {
-    const int first_channel = kittens::laneid() % 4 * 2;
     const float* out_c = coarse.out_c + (rows.bh * num_q_blocks + rows.block) * head_dim;
-#pragma unroll
-    for (int i = 0; i < head_dim / 2; ++i) {
-        const int row = kittens::row_of(i), channel = i / 4 * 8 + first_channel + i % 2;
-        if (!rows.valid[row]) continue;
-        float weight = coarse.gate_value;
-        if (coarse.gate != nullptr) {
-            const auto& strides = coarse.gate_strides;
-            weight = load_gate<T>(
-                coarse, rows.batch * strides[0] + rows.head * strides[1] + rows.token[row] * strides[2] + channel * strides[3]);
-        }
-        out.data[i] += weight * out_c[channel];
+    if (coarse.gate == nullptr) {
+        add_weighted(out_c, rows, out, [&](int, int) { return coarse.gate_value; });
+    } else if (coarse.gate_is_fp32) {
+        add_gated<float>(coarse, out_c, rows, out);
+    } else {
+        add_gated<T>(coarse, out_c, rows, out);
     }
 }
 
