@@ -39,9 +39,9 @@ __device__ __forceinline__ uint32_t warpid() { return threadIdx.x / kWarpThreads
 // The value of lane 0.
 __device__ __forceinline__ int broadcast(int x) { return __shfl_sync(kAllLanes, x, 0); }
 
-// A value that is the same in all lanes, in a uniform register: the compiler keeps what follows from it in such registers as
-// long as every branch depends on such values, too. There products take their matrix descriptors from: from other registers,
-// each would first be moved.
+// A value that is the same in all lanes, in a uniform register. All lanes call this. The compiler keeps what follows from the
+// value in uniform registers, too, as long as no branch depends on others. Products take their matrix descriptors from there;
+// a descriptor in another register is moved first, one instruction after the other.
 __device__ __forceinline__ int uniform(int x) { return __reduce_or_sync(kAllLanes, x); }
 
 // Inclusive prefix sums over the lanes.

@@ -48,7 +48,7 @@ struct Tile {
     p_fragment p, ds;
 };
 
-// Adds dK of the tile before `number`, and dV of that tile. Whether the tile after it has arrived is looked up meanwhile.
+// Adds dV of tile `number`, and dK of the tile before it. Whether the next tile has arrived is looked up meanwhile.
 template <bool is_first>
 __device__ __forceinline__ void add_tile(const Params& params, SharedStorage& shared, uint32_t number, bool& has_arrived,
                                          Keys& keys, Tile& tile) {
@@ -85,13 +85,13 @@ __device__ __forceinline__ void add_tile(const Params& params, SharedStorage& sh
 #pragma unroll
     for (int i = 0; i < kBoxTokens / 2; ++i) tile.dp.data[i] = tile.s.data[i] * (tile.dp.data[i] - delta[i]);
     copy(tile.ds, tile.dp);
-    // ptxas computes dS before this fence, and would otherwise do so after the wait.
+    // Without this fence ptxas moves the wait before all of dS; with it, before the last steps.
     warpgroup::mma_fence(tile.ds);
     warpgroup::mma_async_wait<0>(keys.dv, tile.p);
 }
 
-// Adds the tiles of a work tile. `number` counts those of all work tiles. How many there are is uniform, so that the numbers of
-// their stages are.
+// Adds the tiles of a work tile. `number` counts those of all work tiles. It and the number of tiles are made uniform, and with
+// them the stages that follow from it.
 __device__ __forceinline__ void add_tiles(const Params& params, SharedStorage& shared, int num_tiles, uint32_t& number,
                                           Keys& keys) {
     if (num_tiles == 0) return;

@@ -25,12 +25,14 @@ constexpr int kStages = VSA_STAGES;
 constexpr int kThreads = (kConsumers + 1) * kWarpgroupThreads;
 constexpr int kLoaders = 2;  // of keys, and of query boxes
 
+// Columns of dO that a consumer has in registers.
+constexpr int kDoutColsInRegisters = kConsumers == 2 ? kHeadDim : kHeadDim / 2;
+
 // Registers of a thread.
 constexpr int kProducerRegisters = 56;
 constexpr int kConsumerRegisters = kConsumers == 2 ? 224 : 152;
 
 using box_tile = st<element, kBoxTokens, kHeadDim>;
-constexpr int kDoutColsInRegisters = kConsumers == 2 ? kHeadDim : kHeadDim / 2;
 using q_fragment = rt<element, 16, kHeadDim>;
 using dout_fragment = rt<element, 16, kDoutColsInRegisters>;
 using s_fragment = rt_fl<16, kBoxTokens>;

@@ -150,8 +150,8 @@ __device__ __forceinline__ void add_dv(SharedStorage& shared, int consumer, uint
 }
 
 // The tiles of a work tile. `number` counts those of all work tiles. The products of each tile are issued in two pairs: its
-// scores with dK of the tile before, so that the scores are exponentiated while dK is being added; and dP with dV. The number
-// of tiles is uniform, so that the numbers of their stages are.
+// scores with dK of the tile before, so that the scores are exponentiated while dK is being added; and dP with dV. `number` and
+// the number of tiles are made uniform, and with them the stages that follow from it.
 __device__ __forceinline__ void add_tiles(const Params& params, SharedStorage& shared, int num_tiles, uint32_t& number,
                                           Keys& keys) {
     if (num_tiles == 0) return;

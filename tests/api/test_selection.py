@@ -144,7 +144,7 @@ def test_invert(num_q_blocks, num_kv_blocks, width):
         idx[1, -1, 1] = num_kv_blocks
         idx[1, -1, 0] = -1
     num = torch.randint(-1, width + 3, (heads, num_q_blocks), dtype=torch.int32)
-    ends, k2q_idx, chunks = triton_backend.transpose_index(
+    ends, k2q_idx, chunks = triton_backend.invert_map(
         idx.to(TRITON_DEVICE)[None], num.to(TRITON_DEVICE)[None], num_kv_blocks
     )
     last = ends.view(heads * num_kv_blocks, chunks)[:, -1].cpu()

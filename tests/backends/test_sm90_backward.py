@@ -10,7 +10,8 @@ from support.problems import ON_HOPPER, Case, Inputs, steep
 from torch import Tensor
 
 import vsa_jit
-from vsa_jit.backends.sm90 import launches
+from vsa_jit.backends.choose import backend_for
+from vsa_jit.problem import Operands, Problem
 
 pytestmark = ON_HOPPER
 
@@ -167,7 +168,11 @@ def test_strided_gradients_of_the_output():
 def test_the_inverse_on_the_gpu_is_that_of_the_cpu():
     idx = torch.rand(2, 3, 700, 1000, device="cuda").argsort(-1).int()[..., :50].contiguous()
     num = torch.randint(0, 51, (2, 3, 700), dtype=torch.int32, device="cuda")
-    bits, order = launches.transpose_index(idx, num, 1000)
+    q, k = (torch.empty(2, 3, blocks * 64, 64, dtype=torch.float16, device="cuda") for blocks in (700, 1000))
+    problem = Problem.of(q, k, (1, 1, 64), None, "bhsd", 0.125)
+    backend = backend_for("attend_backward", problem, "sm90", q, k, k)
+    assert backend.transpose_index is not None
+    bits, order = backend.transpose_index(problem, Operands(q, k, k, idx, num, None, None, None, None, 0.0))
     used = torch.arange(50, device="cuda") < num[..., None]
     selected = torch.zeros(2, 3, 704, 1001, dtype=torch.int64, device="cuda")
     selected[:, :, :700].scatter_(-1, torch.where(used, idx, 1000).long(), 1)

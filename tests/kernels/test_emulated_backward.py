@@ -9,7 +9,7 @@ from support.hopper import check_gradients, dense_gradients, operands_of, proble
 from support.problems import Case, Inputs, steep
 
 from vsa_jit.backends.sm90 import launches
-from vsa_jit.problem import Gradients
+from vsa_jit.problem import Gradients, Operands, Problem
 
 pytestmark = emulate.NEEDS_COMPILER
 
@@ -77,11 +77,22 @@ def test_backward(monkeypatch, case, dtype, head_dim, processors):
     call.check(call.run())
 
 
-@pytest.mark.parametrize("case", ONE_PASS, ids=lambda case: case.name)
-def test_two_passes_of_larger_blocks(monkeypatch, case):
+@pytest.mark.parametrize("case", CASES[2:6], ids=lambda case: case.name)
+def test_heads_of_64_channels_in_few_thread_blocks(monkeypatch, case):
+    emulate.emulate(monkeypatch, 1)
+    call = Call(Inputs(replace(case, head_dim=64), "cpu", torch.bfloat16))
+    call.check(call.run())
+
+
+@pytest.mark.parametrize(
+    ("case", "head_dim"),
+    [*((case, 64) for case in ONE_PASS), *((case, 128) for case in ONE_PASS[:2])],
+    ids=lambda x: x.name if isinstance(x, Case) else x,
+)
+def test_two_passes_of_larger_blocks(monkeypatch, case, head_dim):
     emulate.emulate(monkeypatch, 3)
     monkeypatch.setattr(torch, "are_deterministic_algorithms_enabled", lambda: True)
-    call = Call(Inputs(replace(case, head_dim=64), "cpu", torch.float16))
+    call = Call(Inputs(replace(case, head_dim=head_dim), "cpu", torch.float16))
     call.check(call.run())
 
 
@@ -159,7 +170,12 @@ def test_inverse(monkeypatch, group):
     idx = torch.randint(-2, 100, (2, heads, num_q_blocks, width), dtype=torch.int32)
     idx[:, :, ::3] = torch.randint(8000, num_kv_blocks + 2, idx[:, :, ::3].shape, dtype=torch.int32)
     num = torch.randint(-1, width + 3, (2, heads, num_q_blocks), dtype=torch.int32)
-    bits, order = launches.transpose_index(idx, num, num_kv_blocks, group)
+    q, k = (
+        torch.empty(1, dtype=torch.float16).expand(2, own_heads, blocks * 64, 64)
+        for own_heads, blocks in ((heads, num_q_blocks), (heads // group, num_kv_blocks))
+    )
+    problem = Problem.of(q, k, (1, 1, 64), None, "bhsd", 0.125)
+    bits, order = launches.transpose_index(problem, Operands(q, k, k, idx, num, None, None, None, None, 0.0))
     counts = (torch.arange(width) < num[..., None]) & (idx >= 0) & (idx < num_kv_blocks)
     expected = torch.zeros(2, heads, num_q_blocks, num_kv_blocks + 1, dtype=torch.bool)
     expected.scatter_(-1, torch.where(counts, idx, num_kv_blocks).long(), True)

@@ -22,6 +22,8 @@ from vsa_jit.jit.errors import CompileError
 
 # Of a thread block on sm_90, from the CUDA programming guide's table of compute capabilities.
 MOST_SHARED_MEMORY = 227 * 1024
+# What each thread block takes beside its own, of a multiprocessor that has as much more than a thread block.
+RESERVED_SHARED_MEMORY = 1024
 KERNELS = {kernel.label: kernel for dtype in DTYPES for head_dim in HEAD_DIMS for kernel in kernels_of(dtype, head_dim)}
 
 
@@ -30,7 +32,10 @@ def check_resources(log: str, kernel) -> None:
     used = re.findall(r"(\d+) bytes stack frame, (\d+) bytes spill stores, (\d+) bytes spill loads", log)
     assert used == [("0", "0", "0")], log
     static = re.search(r"(\d+) bytes smem", log)
-    assert kernel.smem_bytes + (int(static[1]) if static else 0) <= MOST_SHARED_MEMORY, log
+    of_block = kernel.smem_bytes + (int(static[1]) if static else 0)
+    assert of_block <= MOST_SHARED_MEMORY, log
+    if kernel.entry == "attend_backward_kv_64":
+        assert 2 * (of_block + RESERVED_SHARED_MEMORY) <= MOST_SHARED_MEMORY + RESERVED_SHARED_MEMORY, log
     assert re.search(r"Used \d+ registers", log), log
     assert "warning" not in log, log
     # What ptxas says where it takes products one at a time.
@@ -123,7 +128,7 @@ def test_a_field_that_the_host_has_elsewhere_does_not_compile(label, names, tmp_
 
 
 def test_every_dtype_and_head_dim_is_here():
-    # Of each the block means, the forward, and five of the backward; two of the inverse of a map.
-    assert len(KERNELS) == 4 * 7 + 2
+    # Of each the block means, the forward, and five of the backward; one that orders the rows of an inverse.
+    assert len(KERNELS) == 4 * 7 + 1
     assert set(DTYPES) == {torch.bfloat16, torch.float16}
     assert HEAD_DIMS == (64, 128)

@@ -208,7 +208,7 @@ def test_lists_of_an_inverse(monkeypatch, case):
     inputs = Inputs(replace(case, head_dim=64), "cpu", torch.bfloat16)
     idx, num, block_map = inputs.uneven_indices()
     problem, operands = problem_of(inputs), operands_of(inputs, idx, num)
-    bits, order = launches.transpose_index(idx, num, problem.keys.num_blocks, problem.group)
+    bits, order = launches.transpose_index(problem, operands)
     listed = {}
 
     def launcher(kernel, device):

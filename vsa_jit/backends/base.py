@@ -182,8 +182,8 @@ class Backend(Protocol):
         ...
 
     @property
-    def transpose_index(self) -> Callable[[Tensor, Tensor, int], object] | None:
-        """The query blocks of each key block, which ``attend_backward`` makes for dk and dv from ``(q2k_idx, q2k_num,
-        n_k)``, in a form of the backend's own; None where it takes all gradients in one pass over the map. A name of
-        the module ``launches`` like the functions above. The benchmark times it by itself."""
+    def transpose_index(self) -> Callable[[Problem, Operands], object] | None:
+        """The query blocks of each key block, which ``attend_backward`` makes for dk and dv, in a form of the backend's
+        own; None where it takes all gradients in one pass over the map. A name of the module ``launches`` like the
+        functions above. The benchmark times it by itself."""
         ...

@@ -279,7 +279,7 @@ class Backward(Forward):
 
 @dataclass(frozen=True)
 class Inverse:
-    """The query blocks of each key block, as the backward makes them from a random map."""
+    """The query blocks of each key block of a random map, by itself; a backward makes them beside its preparation."""
 
     name: str
     case: Case
@@ -287,11 +287,12 @@ class Inverse:
     def measure(self, setting: Setting) -> KernelTime:
         index = Forward(self.name, self.case).index(setting)
         num = _whole_rows(index)
-        inputs, blocks = setting.inputs(self.case.shape), self.case.problem.keys.num_blocks
+        inputs, problem = setting.inputs(self.case.shape), self.case.problem
         qkv = inputs.q, inputs.k, inputs.v
-        transpose_index = backend_for("attend_backward", self.case.problem, OURS, *qkv).transpose_index
+        operands = Operands(*qkv, index, num, None, None, None, None, 0.0)
+        transpose_index = backend_for("attend_backward", problem, OURS, *qkv).transpose_index
         assert transpose_index is not None
-        (ms,) = setting.times_ms(lambda: transpose_index(index, num, blocks))
+        (ms,) = setting.times_ms(lambda: transpose_index(problem, operands))
         return KernelTime(self.name, ms)
 
 

@@ -164,10 +164,11 @@ class _Stages:
             yield _Part("preparation", preparation)
 
             def inversion() -> object:
-                return transpose_index(index, count, problem.keys.num_blocks)
+                return transpose_index(problem, operands)
 
             yield _Part("inversion", inversion)
-            # By itself dq takes three of a backward's five matrix products, dk with dv four: both need the scores.
+            # By itself dq takes three of a backward's five matrix products, dk with dv four: both need the scores. The
+            # inversion counts by itself, though a backend may make it beside the preparation.
             yield _Part("dq", fine(True, False), (preparation,), 3 / 5)
             yield _Part("dk, dv", fine(False, True), (preparation, inversion), 4 / 5)
         if out_c is None:

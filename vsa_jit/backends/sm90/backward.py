@@ -58,13 +58,13 @@ def attend_backward(
     if dout.stride(-1) != 1 or why_not_tma(bhsd(dout, problem.queries.layout), problem.queries.grid) is not None:
         dout = dout.contiguous()
     in_one_pass = need_dq and need_dkv and takes_one_pass(problem)
-    inversion = _inversion(operands.q2k_idx, operands.q2k_num, problem.keys.num_blocks) if need_dkv else None
+    inversion = _Inversion.of(problem, operands) if need_dkv else None
     prepared = prepare(problem, operands, out_s, lse, dout, dlse, in_one_pass, inversion)
     dq = dk = dv = None
     if need_dq and not in_one_pass:
         dq = backward_q(problem, operands, dout, prepared)
     if inversion is not None:
-        inverse = inversion.bits, _order_rows(inversion, problem.group)
+        inverse = inversion.bits, _order_rows(problem, inversion.bits)
         if in_one_pass:
             dq, dk, dv = backward_qkv(problem, operands, lse, dout, prepared, *inverse)
         else:
@@ -166,43 +166,45 @@ class _Inversion(NamedTuple):
     params: Inversion
     blocks: int
 
+    @classmethod
+    def of(cls, problem: Problem, operands: Operands) -> _Inversion:
+        q2k_idx, q2k_num, num_kv_blocks = operands.q2k_idx, operands.q2k_num, problem.keys.num_blocks
+        batch, heads, num_q_blocks, width = q2k_idx.shape
+        words = words_of(num_q_blocks)
+        bits = q2k_idx.new_empty((batch, heads, words, num_kv_blocks))
+        table = IndexTable(q2k_idx.data_ptr(), q2k_num.data_ptr(), width, num_q_blocks, num_kv_blocks)
+        return cls(bits, Inversion(table, bits.data_ptr(), words), batch * heads * words)
 
-def _inversion(q2k_idx: Tensor, q2k_num: Tensor, num_kv_blocks: int) -> _Inversion:
-    batch, heads, num_q_blocks, width = q2k_idx.shape
-    words = words_of(num_q_blocks)
-    bits = q2k_idx.new_empty((batch, heads, words, num_kv_blocks))
-    table = IndexTable(q2k_idx.data_ptr(), q2k_num.data_ptr(), width, num_q_blocks, num_kv_blocks)
-    return _Inversion(bits, Inversion(table, bits.data_ptr(), words), batch * heads * words)
 
-
-def transpose_index(q2k_idx: Tensor, q2k_num: Tensor, num_kv_blocks: int, group: int = 1) -> tuple[Tensor, Tensor]:
+def transpose_index(problem: Problem, operands: Operands) -> tuple[Tensor, Tensor]:
     """The query blocks of each key block, and the key blocks from the one that most query blocks name to the one that
-    fewest do.
-
-    Args:
-        group: query heads that share one key/value head.
+    fewest do. Of the operands the indices are read, which must be contiguous.
 
     Returns:
         ``(bits, order)``: int32 [B, H, words, n_k], bit i of word w for query block 32 w + i; int32 [B, H_kv, n_k].
     """
-    q2k_idx, q2k_num = q2k_idx.contiguous(), q2k_num.contiguous()
-    inversion = _inversion(q2k_idx, q2k_num, num_kv_blocks)
-    invert = module.launcher(specialise.invert_map(), q2k_idx.get_device())
-    invert(inversion.blocks, inversion.params)
-    return inversion.bits, _order_rows(inversion, group)
+    inversion, q = _Inversion.of(problem, operands), operands.q
+    launcher = module.launcher(specialise.prepare_backward(q.dtype, problem.head_dim), q.get_device())
+    params = PrepareBackwardParams(inversion=inversion.params, inversion_blocks=inversion.blocks)
+    launcher(inversion.blocks, params)
+    return inversion.bits, _order_rows(problem, inversion.bits)
 
 
-def _order_rows(inversion: _Inversion, group: int) -> Tensor:
-    """The order of ``transpose_index``, of the bits that are there."""
-    bits, table = inversion.bits, inversion.params.rows
-    batch, heads, words, num_kv_blocks = bits.shape
-    order = bits.new_empty((batch, heads // group, num_kv_blocks))
+def _order_rows(problem: Problem, bits: Tensor) -> Tensor:
+    """The order of ``transpose_index``, from its bits."""
+    batch, _, words, num_rows = bits.shape
+    heads = problem.keys.heads
+    order = bits.new_empty((batch, heads, num_rows))
     classes = torch.empty_like(order, dtype=torch.uint8)
     rows = IndexBits(
-        bits=bits.data_ptr(), num_words=words, num_rows=num_kv_blocks, num_cols=table.num_rows, group=group
+        bits=bits.data_ptr(),
+        num_words=words,
+        num_rows=num_rows,
+        num_cols=problem.queries.num_blocks,
+        group=problem.group,
     )
     sort = module.launcher(specialise.order_rows(), bits.get_device())
-    sort(batch * heads // group, OrderRowsParams(rows, order.data_ptr(), classes.data_ptr()))
+    sort(batch * heads, OrderRowsParams(rows, order.data_ptr(), classes.data_ptr()))
     return order
 
 
@@ -301,8 +303,8 @@ def _backward_kv_launch(
     params.dv_strides[:] = token_strides(dv_strides, keys.side)
     kernel = specialise.attend_backward_qkv if in_one_pass else specialise.attend_backward_kv
     launcher = module.launcher(kernel(refs.dtype, problem.head_dim), refs.device)
-    of_processor = 1 if in_one_pass else specialise.KV_THREAD_BLOCKS[problem.head_dim]
-    return Launch.of_work_tiles(params, launcher, refs.device, of_processor)
+    blocks_per_processor = 1 if in_one_pass else specialise.KV_THREAD_BLOCKS[problem.head_dim]
+    return Launch.of_work_tiles(params, launcher, refs.device, blocks_per_processor)
 
 
 def backward_qkv(

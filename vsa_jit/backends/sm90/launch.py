@@ -31,14 +31,16 @@ class Launch(NamedTuple):
     list_bytes: int = 0
 
     @classmethod
-    def of_work_tiles(cls, params: Any, launcher: driver.Launcher, device: int, of_processor: int = 1) -> Launch:
+    def of_work_tiles(
+        cls, params: Any, launcher: driver.Launcher, device: int, blocks_per_processor: int = 1
+    ) -> Launch:
         """One that takes the work tiles of ``params.schedule``, with lists as long as ``params.lists`` says.
 
         Args:
-            of_processor: thread blocks that a multiprocessor runs at a time.
+            blocks_per_processor: thread blocks that a multiprocessor runs at a time.
         """
         processors = torch.cuda.get_device_properties(device).multi_processor_count
-        blocks = min(of_processor * processors, params.schedule.num_work_tiles)
+        blocks = min(blocks_per_processor * processors, params.schedule.num_work_tiles)
         return cls(params, blocks, launcher, blocks * WORK_TILES * params.lists.length * KEY_TILE_BYTES)
 
     def run_work_tiles(self, params: Any, q: Tensor, counter: int | None = None) -> None:

@@ -17,8 +17,8 @@ LABELS = {torch.bfloat16: "bf16", torch.float16: "fp16"}
 
 WARP_THREADS = 32
 WARPGROUP_THREADS = 128
-# On sm_90, from the CUDA programming guide's table of compute capabilities: of a multiprocessor, what each thread block
-# takes of it beside its own, and the most of a thread block.
+# On sm_90, from the CUDA programming guide's table of compute capabilities: of a multiprocessor, what the system takes
+# for each thread block, and the most that a thread block can have.
 PROCESSOR_SHARED_MEMORY = 228 * 1024
 RESERVED_SHARED_MEMORY = 1024
 MAX_SHARED_MEMORY = PROCESSOR_SHARED_MEMORY - RESERVED_SHARED_MEMORY
@@ -26,7 +26,7 @@ MAX_SHARED_MEMORY = PROCESSOR_SHARED_MEMORY - RESERVED_SHARED_MEMORY
 FORWARD_SMEM_BESIDE_TILES = 3 * 1024
 # Consumers of the pass for dq, by head dim: what registers allow.
 Q_CONSUMERS = {64: 3, 128: 2}
-# Of the passes over queries beside what they copy.
+# Of the passes over queries beside their tiles.
 SMEM_BESIDE_QUERIES = 3 * 1024
 # Thread blocks of a multiprocessor in the pass for dk and dv, by head dim.
 KV_THREAD_BLOCKS = {64: 2, 128: 1}
@@ -46,7 +46,7 @@ def kernels_of(dtype: torch.dtype, head_dim: int, block: int | None = None) -> l
     of_kind = [block_means, attend_forward, prepare_backward, attend_backward_q, attend_backward_kv]
     if block is None or block >= ONE_PASS_BLOCK:
         of_kind += [attend_backward_qkv, store_dq]
-    return [*(kernel(dtype, head_dim) for kernel in of_kind), invert_map(), order_rows()]
+    return [*(kernel(dtype, head_dim) for kernel in of_kind), order_rows()]
 
 
 def _defines(dtype: torch.dtype, head_dim: int, **others: int) -> tuple[tuple[str, str], ...]:
@@ -111,19 +111,6 @@ def prepare_backward(dtype: torch.dtype, head_dim: int) -> Kernel:
 
 
 @functools.cache
-def invert_map() -> Kernel:
-    return Kernel(
-        source="vsa/invert_map.cu",
-        entry="invert_map",
-        label="inverse of a map",
-        defines=(("VSA_INVERSE_SLICE", str(INVERSE_SLICE)),),
-        params=structs.Inversion,
-        threads=256,
-        smem_bytes=INVERSE_SLICE * FLOAT_BYTES,
-    )
-
-
-@functools.cache
 def order_rows() -> Kernel:
     return Kernel(
         source="vsa/order_rows.cu",
@@ -162,17 +149,19 @@ def attend_backward_q(dtype: torch.dtype, head_dim: int) -> Kernel:
 
 @functools.cache
 def attend_backward_kv(dtype: torch.dtype, head_dim: int) -> Kernel:
-    label = "backward of k and v"
-    keys = 2 * _box_bytes(dtype, head_dim)
-    blocks = KV_THREAD_BLOCKS[head_dim]
-    if blocks > 1:
-        return _pass_over_queries(
-            "attend_backward_kv_64", label, dtype, head_dim, warpgroups=2, beside_stages=keys, blocks=blocks
-        )
-    # Pᵀ of two tiles is on its way between warpgroups.
-    p_bytes = structs.BOX_TOKENS * structs.BOX_TOKENS * dtype.itemsize
+    entry, warpgroups, beside_stages = "attend_backward_kv_64", 2, 2 * _box_bytes(dtype, head_dim)
+    if head_dim > 64:
+        # Pᵀ of two tiles is on its way between warpgroups.
+        entry, warpgroups = "attend_backward_kv", 3
+        beside_stages += 2 * structs.BOX_TOKENS * structs.BOX_TOKENS * dtype.itemsize
     return _pass_over_queries(
-        "attend_backward_kv", label, dtype, head_dim, warpgroups=3, beside_stages=keys + 2 * p_bytes
+        entry,
+        "backward of k and v",
+        dtype,
+        head_dim,
+        warpgroups=warpgroups,
+        beside_stages=beside_stages,
+        blocks=KV_THREAD_BLOCKS[head_dim],
     )
 
 

@@ -245,7 +245,7 @@ class StoreDqParams(ctypes.Structure):
 
 
 class Inversion(ctypes.Structure):
-    """``Inversion`` of ``invert_map.cuh``, and ``Params`` of ``invert_map.cu``."""
+    """``Inversion`` of ``invert_map.cuh``."""
 
     _fields_ = (("rows", IndexTable), ("bits", ctypes.c_void_p), ("num_words", ctypes.c_int))
 

@@ -152,7 +152,12 @@ def _row_warps(columns: int) -> int:
     return min(max(columns // 2048, 1), 16)
 
 
-def transpose_index(q2k_idx: Tensor, q2k_num: Tensor, num_kv_blocks: int) -> tuple[Tensor, Tensor, int]:
+def transpose_index(problem: Problem, operands: Operands) -> tuple[Tensor, Tensor, int]:
+    """The query blocks of each key block, see ``invert_map``."""
+    return invert_map(operands.q2k_idx, operands.q2k_num, problem.keys.num_blocks)
+
+
+def invert_map(q2k_idx: Tensor, q2k_num: Tensor, num_kv_blocks: int) -> tuple[Tensor, Tensor, int]:
     """The query blocks of each key block, by a counting sort on the GPU, the same bits on every run.
 
     Returns:
@@ -311,7 +316,7 @@ def attend_backward(
             )
     if need_dkv:
         dk, dv = empty_like(k), empty_like(v)
-        ends, k2q_idx, chunks = transpose_index(q2k_idx, q2k_num, keys.num_blocks)
+        ends, k2q_idx, chunks = invert_map(q2k_idx, q2k_num, keys.num_blocks)
         raster = queries.grid is not None
         border = raster and queries.is_partial
         tiles = config.backward_kv(problem.block, problem.head_dim, q.element_size(), arch, raster, border)
