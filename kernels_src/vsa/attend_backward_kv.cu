@@ -90,8 +90,7 @@ template <bool kFirst, int buffer>
 __device__ __forceinline__ void transform(const Params& params, Exchange& exchange, const ColumnPairs& pairs, s_fragment& s,
                                           p_fragment& p) {
     if constexpr (kFirst) {
-#pragma unroll
-        for (int i = 0; i < kBoxTokens / 2; ++i) s.data[i] = kittens::exp2(fmaf(s.data[i], params.scale_log2, -pairs[i]));
+        exp2_scaled(s, params.scale_log2, pairs);
         copy(p, s);
         exchange.store<buffer>(p);
     } else {
@@ -136,17 +135,6 @@ __device__ __forceinline__ void add_tile(const Params& params, SharedStorage& sh
     stage = next;
 }
 
-// The second product of the last tile.
-template <bool kFirst>
-__device__ __forceinline__ void add_last(SharedStorage& shared, const PipelineState<kStages>& stage, p_fragment& p,
-                                         dk_fragment& sum) {
-    warpgroup::mma_fence(p);
-    warpgroup::mma_AB(sum, p, kFirst ? shared.dout : shared.q, stage.index);
-    warpgroup::mma_commit_group();
-    warpgroup::mma_async_wait<0>(sum, p);
-    release(shared.barriers.empty[stage.index]);
-}
-
 // Adds the tiles of a work tile to `sum`. `number` counts the tiles of all work tiles. Two tiles take turns in registers,
 // because the second product of one is in flight while the next one's left operand is computed.
 template <bool kFirst>
@@ -175,7 +163,7 @@ __device__ __forceinline__ void add_tiles(const Params& params, SharedStorage& s
         }
         add_tile<kFirst, 0>(params, shared, left, number, stage, has_arrived, s, odd, even, sum);
     }
-    add_last<kFirst>(shared, stage, even, sum);
+    add_last(sum, even, kFirst ? shared.dout : shared.q, stage.index, shared.barriers);
 }
 
 template <bool kFirst>
@@ -188,11 +176,7 @@ __device__ void consume(const Params& params, SharedStorage& shared) {
         Exchange::empty<0>::arrive();
         Exchange::empty<1>::arrive();
     }
-    for (int round = 0;; ++round) {
-        const PipelineState<kWorkTiles> state(round);
-        const WorkTile<1>& work = shared.work_tiles.tiles[state.index];
-        wait(shared.work_tiles.full[state.index], state.phase);
-        if (work.ends) return;
+    for_each_work_tile(shared.work_tiles, [&](const WorkTile<1>& work, auto) {
         if (work.is_first) {
             zero(sum);
             wait(shared.k_barriers.full[0], k_phase);
@@ -207,8 +191,7 @@ __device__ void consume(const Params& params, SharedStorage& shared) {
             if constexpr (kFirst) store_gradient(params.dv, params.dv_strides, rows, 1.0f, sum);
             if constexpr (!kFirst) store_gradient(params.dk, params.dk_strides, rows, params.scale, sum);
         }
-        arrive(shared.work_tiles.empty[state.index]);
-    }
+    });
 }
 
 }  // namespace

@@ -66,10 +66,7 @@ __device__ __forceinline__ void add_tile(const Params& params, SharedStorage& sh
     }
     has_arrived = test(shared.barriers.full[next.index], next.phase);
     warpgroup::mma_async_wait<is_first ? 1 : 2>(tile.s);
-#pragma unroll
-    for (int i = 0; i < kBoxTokens / 2; ++i) {
-        tile.s.data[i] = kittens::exp2(fmaf(tile.s.data[i], params.scale_log2, -shift[i]));
-    }
+    exp2_scaled(tile.s, params.scale_log2, shift);
     copy(tile.p, tile.s);
 
     const ColumnPairs delta(shared.statistics[stage.index][0].delta);
@@ -103,23 +100,14 @@ __device__ __forceinline__ void add_tiles(const Params& params, SharedStorage& s
 #pragma unroll 1
     while (++own < end) add_tile<false>(params, shared, own, has_arrived, keys, tile);
     number = own;
-    const PipelineState<kStages> last(own - 1);
-    warpgroup::mma_fence();
-    warpgroup::mma_AB(keys.dk, tile.ds, shared.q, last.index);
-    warpgroup::mma_commit_group();
-    warpgroup::mma_async_wait<0>(keys.dk, tile.ds);
-    release(shared.barriers.empty[last.index]);
+    add_last(keys.dk, tile.ds, shared.q, PipelineState<kStages>(own - 1).index, shared.barriers);
 }
 
 __device__ void consume(const Params& params, SharedStorage& shared) {
     int k_phase = 0;
     uint32_t number = 0;
     Keys keys;
-    for (int round = 0;; ++round) {
-        const PipelineState<kWorkTiles> state(round);
-        const WorkTile<1>& work = shared.work_tiles.tiles[state.index];
-        wait(shared.work_tiles.full[state.index], state.phase);
-        if (work.ends) return;
+    for_each_work_tile(shared.work_tiles, [&](const WorkTile<1>& work, auto) {
         if (work.is_first) {
             zero(keys.dk);
             zero(keys.dv);
@@ -136,8 +124,7 @@ __device__ void consume(const Params& params, SharedStorage& shared) {
             store_gradient(params.dv, params.dv_strides, rows, 1.0f, keys.dv);
             store_gradient(params.dk, params.dk_strides, rows, params.scale, keys.dk);
         }
-        arrive(shared.work_tiles.empty[state.index]);
-    }
+    });
 }
 
 }  // namespace

@@ -186,23 +186,14 @@ __device__ __forceinline__ void add_tiles(const Params& params, SharedStorage& s
         add_dv(shared, consumer, tile, s, p, ds, keys);
     }
     number = tile;
-    const PipelineState<kStages> last(tile - 1);
-    warpgroup::mma_fence(ds);
-    warpgroup::mma_AB(keys.dk, ds, shared.q, last.index);
-    warpgroup::mma_commit_group();
-    warpgroup::mma_async_wait<0>(keys.dk, ds);
-    release(shared.barriers.empty[last.index]);
+    add_last(keys.dk, ds, shared.q, PipelineState<kStages>(tile - 1).index, shared.barriers);
 }
 
 __device__ void consume(const Params& params, SharedStorage& shared) {
     int k_phase = 0;
     uint32_t number = 0;
     Keys keys;
-    for (int round = 0;; ++round) {
-        const PipelineState<kWorkTiles> state(round);
-        const WorkTile<1>& work = shared.work_tiles.tiles[state.index];
-        wait(shared.work_tiles.full[state.index], state.phase);
-        if (work.ends) return;
+    for_each_work_tile(shared.work_tiles, [&](const WorkTile<1>& work, auto) {
         if (work.is_first) {
             zero(keys.dk);
             zero(keys.dv);
@@ -223,8 +214,7 @@ __device__ void consume(const Params& params, SharedStorage& shared) {
                 store_gradient(params.dk, params.dk_strides, rows, params.scale, keys.dk);
             }
         }
-        arrive(shared.work_tiles.empty[state.index]);
-    }
+    });
 }
 
 // Adds some columns of the product of a tile to those of its query box.
@@ -251,11 +241,7 @@ __device__ void add_dq(const Params& params, SharedStorage& shared) {
     zero(dq);
     int k_phase = 0;
     uint32_t number = 0;
-    for (int round = 0;; ++round) {
-        const PipelineState<kWorkTiles> state(round);
-        const WorkTile<1>& work = shared.work_tiles.tiles[state.index];
-        wait(shared.work_tiles.full[state.index], state.phase);
-        if (work.ends) return;
+    for_each_work_tile(shared.work_tiles, [&](const WorkTile<1>& work, auto) {
         if (work.is_first) {
             wait(shared.k_barriers.full[0], k_phase);
             k_phase ^= 1;
@@ -273,8 +259,7 @@ __device__ void add_dq(const Params& params, SharedStorage& shared) {
         // Every lane has seen the phase of K before it can end again.
         __syncwarp();
         if (work.is_last) release(shared.k_barriers.empty[0]);
-        arrive(shared.work_tiles.empty[state.index]);
-    }
+    });
 }
 
 }  // namespace

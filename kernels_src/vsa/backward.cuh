@@ -1,4 +1,5 @@
-// What the passes of the backward share: the statistics of query rows, the loader of queries, and how gradients are stored.
+// What the passes of the backward share: the statistics of query rows; of the passes over queries the parameters, the ring, the
+// producers and the last product; and how gradients are stored.
 #pragma once
 
 #include "vsa/epilogue.cuh"
@@ -46,6 +47,12 @@ struct ColumnPairs {
     __device__ __forceinline__ float operator[](int i) const { return i % 2 == 0 ? of[i / 4].x : of[i / 4].y; }
 };
 
+// 2 ^ (scale x - shift of the column), in place.
+__device__ __forceinline__ void exp2_scaled(kittens::rt_fl<16, kBoxTokens>& scores, float scale, const ColumnPairs& shift) {
+#pragma unroll
+    for (int i = 0; i < kBoxTokens / 2; ++i) scores.data[i] = kittens::exp2(fmaf(scores.data[i], scale, -shift[i]));
+}
+
 // What a pass over queries is given: its rows are key blocks, which it keeps in place, and its columns the query blocks that
 // selected them.
 template <typename element>
@@ -73,7 +80,7 @@ struct QueryRing {
     WorkTileQueue<1, kWorkTiles> work_tiles;
     TileListScratch<1> scratch;
     StageBarriers<kStages> barriers;  // of Q, dO and the statistics
-    StageBarriers<1> k_barriers;      // of K and V
+    StageBarriers<1> k_barriers;  // of K and V
 
     // `readers`: the warps that read queries. `all_readers`: those that read keys or work tiles.
     __device__ __forceinline__ void init_barriers(int readers, int all_readers) {
@@ -91,15 +98,10 @@ template <typename Params, typename SharedStorage, typename Prepare>
 __device__ __forceinline__ void load_queries(const Params& params, SharedStorage& shared, Prepare prepare) {
     using kittens::kWarpThreads;
     constexpr int kStages = SharedStorage::kStages;
-    constexpr int kWorkTiles = sizeof(shared.work_tiles.tiles) / sizeof(shared.work_tiles.tiles[0]);
     const int lane = kittens::laneid();
     const int boxes_of_head = params.schedule.rows.num_cols * params.queries.boxes.value;
     uint32_t loaded = 0;
-    for (int round = 0;; ++round) {
-        const PipelineState<kWorkTiles> state(round);
-        const WorkTile<1>& work = shared.work_tiles.tiles[state.index];
-        kittens::wait(shared.work_tiles.full[state.index], state.phase);
-        if (work.ends) return;
+    for_each_work_tile(shared.work_tiles, [&](const WorkTile<1>& work, const auto& state) {
         const KeyTile<1>* list = params.lists.at(state);
         const int num_tiles = work.group.num_tiles;
         const int64_t head = int64_t(work.batch) * params.schedule.heads.value * params.schedule.rows.group + work.col_head;
@@ -128,8 +130,7 @@ __device__ __forceinline__ void load_queries(const Params& params, SharedStorage
             }
             own = next;
         }
-        kittens::arrive(shared.work_tiles.empty[state.index]);
-    }
+    });
 }
 
 // The producers of a pass over queries. `load_keys(work, barrier)` starts the loads of the key boxes of a work tile, and
@@ -156,6 +157,18 @@ __device__ __forceinline__ void produce_queries(const Params& params, SharedStor
         load_box(shared.v[0], params.v, params.v.at(work.batch, work.row_head, work.origin[0]), full);
     };
     produce_queries(params, shared, load_keys, [](uint32_t, int64_t) {});
+}
+
+// Adds the second product of the last tile of a work tile, left · ring[stage], and gives its stage back.
+template <typename T, int head_dim, int kStages>
+__device__ __forceinline__ void add_last(kittens::rt_fl<16, head_dim>& sum, kittens::rt<T, 16, kBoxTokens>& left,
+                                         const kittens::st<T, kBoxTokens, head_dim> (&ring)[kStages], int stage,
+                                         StageBarriers<kStages>& barriers) {
+    kittens::warpgroup::mma_fence(left);
+    kittens::warpgroup::mma_AB(sum, left, ring, stage);
+    kittens::warpgroup::mma_commit_group();
+    kittens::warpgroup::mma_async_wait<0>(sum, left);
+    release(barriers.empty[stage]);
 }
 
 // Stores a gradient times a factor, 0 where a token is not valid.

@@ -64,6 +64,19 @@ __device__ __forceinline__ void init_work_tile_barriers(WorkTileQueue<kConsumers
     init_all(work_tiles.empty, warps * kittens::kWarpThreads);
 }
 
+// Calls `visit(work, state)` for one work tile after the other when its list is written, and gives it back after that.
+template <int kConsumers, int kWorkTiles, typename Visit>
+__device__ __forceinline__ void for_each_work_tile(WorkTileQueue<kConsumers, kWorkTiles>& work_tiles, Visit visit) {
+    for (int round = 0;; ++round) {
+        const PipelineState<kWorkTiles> state(round);
+        const WorkTile<kConsumers>& work = work_tiles.tiles[state.index];
+        kittens::wait(work_tiles.full[state.index], state.phase);
+        if (work.ends) return;
+        visit(work, state);
+        kittens::arrive(work_tiles.empty[state.index]);
+    }
+}
+
 // The lists of key tiles in global memory, one for each work tile that a thread block has at a time.
 template <int kConsumers>
 struct TileLists {

@@ -60,11 +60,7 @@ __device__ __forceinline__ void load_tiles(const TokenLayout& col_tokens, const 
     const int lane = kittens::laneid();
     int stage = 0, phase = 0;  // of the next tile
     uint32_t issued = 0;       // tickets of each consumer so far, modulo the queue's length, a byte each
-    for (int round = 0;; ++round) {
-        const PipelineState<kWorkTiles> state(round);
-        const WorkTile<kConsumers>& work = work_tiles.tiles[state.index];
-        kittens::wait(work_tiles.full[state.index], state.phase);
-        if (work.ends) return;
+    for_each_work_tile(work_tiles, [&](const WorkTile<kConsumers>& work, const PipelineState<kWorkTiles>& state) {
         const KeyTile<kConsumers>* list = lists.at(state);
         const int num_tiles = work.group.num_tiles;
 
@@ -122,8 +118,7 @@ __device__ __forceinline__ void load_tiles(const TokenLayout& col_tokens, const 
             own = next;
             next = later;
         }
-        kittens::arrive(work_tiles.empty[state.index]);
-    }
+    });
 }
 
 // The tickets of one consumer, in order.

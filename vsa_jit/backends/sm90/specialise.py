@@ -54,8 +54,9 @@ def _defines(dtype: torch.dtype, head_dim: int, **others: int) -> tuple[tuple[st
     return ("VSA_DTYPE", DTYPES[dtype]), *((name, str(number)) for name, number in numbers.items())
 
 
-def _box_bytes(dtype: torch.dtype, head_dim: int) -> int:
-    return structs.BOX_TOKENS * head_dim * dtype.itemsize
+def _box_bytes(dtype: torch.dtype, columns: int) -> int:
+    """Of a tile with a row for each token of a box: its channels, or its probabilities for those of another."""
+    return structs.BOX_TOKENS * columns * dtype.itemsize
 
 
 @functools.cache
@@ -153,7 +154,7 @@ def attend_backward_kv(dtype: torch.dtype, head_dim: int) -> Kernel:
     if head_dim > 64:
         # Pᵀ of two tiles is on its way between warpgroups.
         entry, warpgroups = "attend_backward_kv", 3
-        beside_stages += 2 * structs.BOX_TOKENS * structs.BOX_TOKENS * dtype.itemsize
+        beside_stages += 2 * _box_bytes(dtype, structs.BOX_TOKENS)
     return _pass_over_queries(
         entry,
         "backward of k and v",
@@ -168,8 +169,7 @@ def attend_backward_kv(dtype: torch.dtype, head_dim: int) -> Kernel:
 @functools.cache
 def attend_backward_qkv(dtype: torch.dtype, head_dim: int) -> Kernel:
     # K and V of two boxes, and two buffers for dSᵀ of each.
-    ds_bytes = structs.BOX_TOKENS * structs.BOX_TOKENS * dtype.itemsize
-    beside_stages = 4 * _box_bytes(dtype, head_dim) + 4 * ds_bytes
+    beside_stages = 4 * _box_bytes(dtype, head_dim) + 4 * _box_bytes(dtype, structs.BOX_TOKENS)
     return _pass_over_queries(
         "attend_backward_qkv", "backward in one pass", dtype, head_dim, warpgroups=4, beside_stages=beside_stages
     )
