@@ -45,9 +45,9 @@ VSA_CHECK_PARAMS;
 
 struct SharedStorage : QueryRing<element, kHeadDim, kConsumers, kStages, kWorkTiles> {
     ds_tile ds[kConsumers * kDsBuffers];  // dSᵀ of each consumer
-    // The query box of a tile, counted over all heads. An entry needs no barrier: when a tile is loaded, its stage has been
+    // Where dQ of the query box of a tile is summed up. An entry needs no barrier: when a tile is loaded, its stage has been
     // released by the consumers, who then had buffers for dSᵀ that the warpgroup of dQ had released.
-    int boxes[kBoxEntries];
+    DqSums sums[kBoxEntries];
     StageBarriers<kConsumers * kDsBuffers> ds_barriers;
 };
 static_assert(sizeof(SharedStorage) <= VSA_SMEM_BYTES, "the host launches with less shared memory");
@@ -89,7 +89,9 @@ __device__ __forceinline__ void produce(const Params& params, SharedStorage& sha
             load_box(shared.v[i], params.v, params.v.at(work.batch, work.row_head, from), full);
         }
     };
-    produce_queries(params, shared, load_keys, [&](uint32_t number, int64_t box) { shared.boxes[number % kBoxEntries] = box; });
+    produce_queries(params, shared, load_keys, [&](uint32_t number, const Extent3& origin) {
+        shared.sums[number % kBoxEntries] = DqSums(params.queries, origin);
+    });
 }
 
 // Computed anew wherever it is needed, because that takes no register in between.
@@ -219,7 +221,8 @@ __device__ void consume(const Params& params, SharedStorage& shared) {
 
 // Adds some columns of the product of a tile to those of its query box.
 template <int first_col>
-__device__ __forceinline__ void add_columns(SharedStorage& shared, int buffer, float* sums, dq_fragment& dq) {
+__device__ __forceinline__ void add_columns(const Params& params, SharedStorage& shared, int buffer, const DqSums& sums,
+                                            float* own, dq_fragment& dq) {
     warpgroup::mma_fence();
     warpgroup::mm_AtB<first_col, false>(dq, shared.ds, buffer, shared.k, 0);
     warpgroup::mm_AtB<first_col, true>(dq, shared.ds, kDsBuffers + buffer, shared.k, 1);
@@ -229,10 +232,8 @@ __device__ __forceinline__ void add_columns(SharedStorage& shared, int buffer, f
 #pragma unroll
         for (int i = 0; i < kConsumers; ++i) release(shared.ds_barriers.empty[i * kDsBuffers + buffer]);
     }
-#pragma unroll
-    for (int i = 0; i < kDqCols / 2; i += 4) {
-        add_to(sums + (first_col / 2 + i) * kWarpgroupThreads, dq.data[i], dq.data[i + 1], dq.data[i + 2], dq.data[i + 3]);
-    }
+    sums.for_each<kHeadDim>(params.queries, own, first_col, dq,
+                            [](float* address, auto... values) { add_to(address, values...); });
 }
 
 // The warpgroup of dQ.
@@ -246,15 +247,17 @@ __device__ void add_dq(const Params& params, SharedStorage& shared) {
             wait(shared.k_barriers.full[0], k_phase);
             k_phase ^= 1;
         }
+        const Extent3& video = params.queries.extent;
+        float* const head = params.dq + int64_t(query_head(params, work)) * (video.t * video.h * video.w) * kHeadDim;
 #pragma unroll 1
         for (const uint32_t end = number + work.group.num_tiles; number < end; ++number) {
             const PipelineState<kDsBuffers> ds(number);
 #pragma unroll
             for (int i = 0; i < kConsumers; ++i) wait(shared.ds_barriers.full[i * kDsBuffers + ds.index], ds.phase);
-            float* const sums =
-                params.dq + int64_t(shared.boxes[number % kBoxEntries]) * kBoxTokens * kHeadDim + warpgroup::laneid() * 4;
-            add_columns<0>(shared, ds.index, sums, dq);
-            if constexpr (kHeadDim > kDqCols) add_columns<kDqCols>(shared, ds.index, sums, dq);
+            const DqSums sums = shared.sums[number % kBoxEntries];
+            float* const own = sums.of_lane<kHeadDim>(head);
+            add_columns<0>(params, shared, ds.index, sums, own, dq);
+            if constexpr (kHeadDim > kDqCols) add_columns<kDqCols>(params, shared, ds.index, sums, own, dq);
         }
         // Every lane has seen the phase of K before it can end again.
         __syncwarp();

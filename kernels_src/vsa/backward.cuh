@@ -53,12 +53,60 @@ __device__ __forceinline__ void exp2_scaled(kittens::rt_fl<16, kBoxTokens>& scor
     for (int i = 0; i < kBoxTokens / 2; ++i) scores.data[i] = kittens::exp2(fmaf(scores.data[i], scale, -shift[i]));
 }
 
+// Where dq of a query box that has a token is summed up in fp32: [tokens of a head, head_dim], the boxes in raster order. Of a
+// box whose 64 tokens all exist the lanes' values come one after the other, 16 bytes of each. Any other box has a row for each
+// token that exists.
+struct alignas(8) DqSums {
+    static constexpr uint32_t kWhole = 0;
+
+    int first_token;
+    uint32_t extent;  // of the tokens that exist along t, h and w, a byte each; or kWhole
+
+    // `origin` is where the box starts, or, of a block with a size, before its row.
+    __device__ __forceinline__ DqSums(const TokenLayout& queries, const Extent3& origin) {
+        const auto [t, h, w] = extent_of_box(queries, origin);
+        first_token = (origin.t * queries.extent.h + t * origin.h) * queries.extent.w + t * h * max(origin.w, 0);
+        extent = t * h * w == kBoxTokens ? kWhole : t | h << 8 | w << 16;
+    }
+
+    // Where the first values of a lane are if the box is whole, in the sums of its head.
+    template <int head_dim>
+    __device__ __forceinline__ float* of_lane(float* head) const {
+        return head + int64_t(first_token) * head_dim + kittens::warpgroup::laneid() * 4;
+    }
+
+    // Calls `visit(address, values...)` with four or two values of a lane that lie together, until it has had all, of the
+    // columns from `first_col` on. `own` is what of_lane returns.
+    template <int head_dim, int cols, typename Visit>
+    __device__ __forceinline__ void for_each(const TokenLayout& queries, float* own, int first_col,
+                                             kittens::rt_fl<16, cols>& dq, Visit visit) const {
+        using namespace kittens;
+        float (&x)[cols / 2] = dq.data;
+        if (extent == kWhole) {
+#pragma unroll
+            for (int i = 0; i < cols / 2; i += 4) {
+                visit(own + (first_col / 2 + i) * kWarpgroupThreads, x[i], x[i + 1], x[i + 2], x[i + 3]);
+            }
+            return;
+        }
+#pragma unroll
+        for (int row = 0; row < 2; ++row) {
+            const Extent3 at = position_in_box(queries, warpgroup::warpid() * 16 + laneid() / 4 + 8 * row);
+            const int h = extent >> 8 & 255, w = extent >> 16;
+            if (at.t >= int(extent & 255) || at.h >= h || at.w >= w) continue;
+            float* of_row = own - warpgroup::laneid() * 4 + ((at.t * h + at.h) * w + at.w) * head_dim + laneid() % 4 * 2;
+#pragma unroll
+            for (int i = 2 * row; i < cols / 2; i += 4) visit(of_row + first_col + 2 * (i - 2 * row), x[i], x[i + 1]);
+        }
+    }
+};
+
 // What a pass over queries is given: its rows are key blocks, which it keeps in place, and its columns the query blocks that
 // selected them.
 template <typename element>
 struct PassOverQueries {
     TokenTensor q, k, v, dout;
-    float* dq;  // of one pass: of every query box of all heads, a fragment of each lane after the other, see store_dq.cu
+    float* dq;  // of one pass: [query heads of all batches, q_len, head_dim], see DqSums
     element *dk, *dv;
     int64_t dk_strides[3], dv_strides[3];  // batches, heads, tokens
     TokenLayout queries, keys;
@@ -92,8 +140,14 @@ struct QueryRing {
     }
 };
 
+// The query head of a work tile, counted over all batches.
+template <typename Params>
+__device__ __forceinline__ int query_head(const Params& params, const WorkTile<1>& work) {
+    return work.batch * params.schedule.heads.value * params.schedule.rows.group + work.col_head;
+}
+
 // A loader of a pass over queries: it loads the query boxes of all work tiles, with their dO and their statistics.
-// `prepare(number, box)` writes what else the readers of a tile need to know: its box is counted over all heads.
+// `prepare(number, origin)` writes what else the readers of a tile need to know.
 template <typename Params, typename SharedStorage, typename Prepare>
 __device__ __forceinline__ void load_queries(const Params& params, SharedStorage& shared, Prepare prepare) {
     using kittens::kWarpThreads;
@@ -104,7 +158,7 @@ __device__ __forceinline__ void load_queries(const Params& params, SharedStorage
     for_each_work_tile(shared.work_tiles, [&](const WorkTile<1>& work, const auto& state) {
         const KeyTile<1>* list = params.lists.at(state);
         const int num_tiles = work.group.num_tiles;
-        const int64_t head = int64_t(work.batch) * params.schedule.heads.value * params.schedule.rows.group + work.col_head;
+        const int head = query_head(params, work);
         // Each lane takes one tile of 32. The list is read one step ahead, to hide the latency of global memory.
         const auto tile_at = [&](int i) { return i < num_tiles ? list[i] : KeyTile<1>{}; };
         KeyTile<1> own = tile_at(lane);
@@ -121,10 +175,11 @@ __device__ __forceinline__ void load_queries(const Params& params, SharedStorage
                 // No lane continues before all have seen this phase: the stage could complete another phase and hide it.
                 __syncwarp();
                 if (lane == i) {
-                    const int64_t box = head * boxes_of_head + own.box();
-                    prepare(loaded, box);
+                    const int64_t box = int64_t(head) * boxes_of_head + own.box();
                     load_box(shared.q[stage.index], params.q, params.q.at(work.batch, work.col_head, origin), full);
                     load_box(shared.dout[stage.index], params.dout, params.dout.at(work.batch, work.col_head, origin), full);
+                    // Published by the arrival of the last copy, while the first ones are under way.
+                    prepare(loaded, origin);
                     load_array(shared.statistics[stage.index], params.statistics + box * kStatisticsPerBox, full);
                 }
             }
@@ -156,7 +211,7 @@ __device__ __forceinline__ void produce_queries(const Params& params, SharedStor
         load_box(shared.k[0], params.k, params.k.at(work.batch, work.row_head, work.origin[0]), full);
         load_box(shared.v[0], params.v, params.v.at(work.batch, work.row_head, work.origin[0]), full);
     };
-    produce_queries(params, shared, load_keys, [](uint32_t, int64_t) {});
+    produce_queries(params, shared, load_keys, [](uint32_t, const Extent3&) {});
 }
 
 // Adds the second product of the last tile of a work tile, left · ring[stage], and gives its stage back.

@@ -12,7 +12,7 @@ using element = VSA_DTYPE;
 constexpr int kHeadDim = VSA_HEAD_DIM;
 
 struct Params {
-    const float4* sums;  // [query boxes of all heads, kHeadDim / 8, kWarpgroupThreads]
+    float* sums;  // [batch, heads, q_len, kHeadDim], see DqSums
     element* dq;
     int64_t dq_strides[3];  // batches, heads, tokens
     const float* lse;       // [batch, heads, q_len], NaN where a query names a key block that does not exist
@@ -22,28 +22,39 @@ struct Params {
 };
 VSA_CHECK_PARAMS;
 
+struct Load {
+    __device__ __forceinline__ void operator()(const float* address, float& a, float& b) const {
+        const float2 pair = *reinterpret_cast<const float2*>(address);
+        a = pair.x, b = pair.y;
+    }
+    __device__ __forceinline__ void operator()(const float* address, float& a, float& b, float& c, float& d) const {
+        const float4 four = *reinterpret_cast<const float4*>(address);
+        a = four.x, b = four.y, c = four.z, d = four.w;
+    }
+};
+
 }  // namespace
 
-extern "C" __global__ void __launch_bounds__(kWarpgroupThreads) store_dq(const __grid_constant__ Params params) {
+extern "C" __global__ void __launch_bounds__(kWarpgroupThreads, 1) store_dq(const __grid_constant__ Params params) {
     const TokenLayout& queries = params.queries;
     const int box_of_head = blockIdx.x % (params.num_blocks * queries.boxes.value);
     const int bh = blockIdx.x / (params.num_blocks * queries.boxes.value);
     const int batch = bh / params.heads, head = bh - batch * params.heads;
     const int block = queries.boxes.quotient(box_of_head), box = box_of_head - block * queries.boxes.value;
-    const OutputRows rows(queries, params.heads, batch, head, block, box, origin_of_box(queries, block, box),
-                          first_place_of(queries, block, box));
-    const float4* sums = params.sums + int64_t(blockIdx.x) * (kHeadDim / 8 * kWarpgroupThreads) + threadIdx.x;
+    const Extent3 origin = origin_of_box(queries, block, box), extent = extent_of_box(queries, origin);
+    if (extent.t <= 0 || extent.h <= 0 || extent.w <= 0) return;
+    OutputRows rows(queries, params.heads, batch, head, block, box, origin, first_place_of(queries, block, box));
     rt_fl<16, kHeadDim> dq;
-#pragma unroll
-    for (int i = 0; i < kHeadDim / 8; ++i) {
-        const float4 four = sums[i * kWarpgroupThreads];
-        dq.data[4 * i] = four.x, dq.data[4 * i + 1] = four.y, dq.data[4 * i + 2] = four.z, dq.data[4 * i + 3] = four.w;
-    }
+    zero(dq);
+    const DqSums sums(queries, origin);
+    sums.for_each<kHeadDim>(queries, sums.of_lane<kHeadDim>(params.sums + rows.bh * params.q_len * kHeadDim), 0, dq, Load());
     col_vec factor;
 #pragma unroll
     for (int i = 0; i < 2; ++i) {
         const float lse = rows.valid[i] ? params.lse[rows.bh * params.q_len + rows.token[i]] : 0.0f;
         factor[i] = lse == lse ? params.scale : not_a_number();
+        // Without keys there is no gradient, whatever probabilities that are 0 were multiplied by.
+        rows.valid[i] = rows.valid[i] && lse != -infinity();
     }
     mul_row(dq, factor);
     store_gradient(params.dq, params.dq_strides, rows, 1.0f, dq);

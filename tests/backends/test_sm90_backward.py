@@ -114,6 +114,27 @@ def test_the_same_bits_every_time(block: int, deterministic: bool, head_dim: int
             assert torch.equal(x, y)
 
 
+@pytest.mark.parametrize(("block", "tensors"), [(64, 0), (128, 1), (256, 1)])
+@HEAD_DIMS
+def test_memory_beyond_the_gradients(block: int, tensors: int, head_dim: int):
+    """None where there are two passes, and one fp32 tensor of q's size where there is one, on odd grids, too."""
+    inputs = Inputs(
+        Case("memory", grid=(13, 45, 41), heads=8, head_dim=head_dim, block_size=block), "cuda", torch.bfloat16
+    )
+    idx, num, _ = inputs.uneven_indices()
+    call = vsa_jit.block_sparse_attn_from_indices
+    out, _ = call(inputs.q, inputs.k, inputs.v, idx, num, backend="sm90", **inputs.order_of_blocks)
+    operands = inputs.q, inputs.k, inputs.v
+    torch.autograd.grad(out, operands, inputs.dout, retain_graph=True)
+    torch.cuda.synchronize()
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    found = torch.autograd.grad(out, operands, inputs.dout)
+    taken = torch.cuda.max_memory_allocated() - before - sum(x.nbytes for x in found)
+    # Two numbers for each query, the map's inverse, and lists of tiles, which are short here.
+    assert taken <= (tensors + 0.1) * 4 * inputs.q.numel()
+
+
 @pytest.mark.parametrize("block", [64, 128])
 def test_a_graph_of_forward_and_backward(block: int):
     inputs = Inputs(Case("graph", grid=(9, 17, 18), block_size=block, heads=4, head_dim=128), "cuda", torch.bfloat16)

@@ -139,6 +139,27 @@ def test_scores_that_differ_by_hundreds(monkeypatch, order):
     call.check(call.run())
 
 
+@pytest.mark.parametrize("block", [64, 128])
+def test_queries_whose_keys_are_not_valid_have_no_gradient(monkeypatch, block):
+    """Whatever the gradient of their log-sum-exp is, which is -inf."""
+    emulate.emulate(monkeypatch, 2)
+    sizes = (block, 0, 5, block)
+    inputs = Inputs(
+        Case("without keys", q_len=4 * block, block_size=block, head_dim=64, sizes=sizes), "cpu", torch.float16
+    )
+    call = Call(inputs)
+    call.operands.q2k_idx[0, 1, 3, 0], call.operands.q2k_num[0, 1, 3] = 1, 1
+    rows = torch.zeros(1, 2, 4 * block, dtype=torch.bool)
+    rows[0, 1, 3 * block :] = True
+    call.lse = call.lse.masked_fill(rows, -torch.inf)
+    call.dlse = call.dlse.masked_fill(rows, torch.nan)
+    gradients = call.run()
+    assert torch.equal(gradients.dq[rows], torch.zeros_like(gradients.dq[rows]))
+    for x in gradients[:3]:
+        assert x.isfinite().all()
+    assert gradients.dk[:, :, : 3 * block].any()
+
+
 @pytest.mark.parametrize("gate", ["full", "full, fp32", "per channel", 0.5])
 @pytest.mark.parametrize(
     ("case", "dtype", "head_dim"),

@@ -317,8 +317,8 @@ def backward_qkv(
     order: Tensor,
 ) -> tuple[Tensor, Tensor, Tensor]:
     q, queries = operands.q, problem.queries
-    # What is summed up of dq, by query boxes, in the order of the lanes of a product.
-    sums = q.new_zeros((*bits.shape[:2], queries.num_blocks * queries.block, problem.head_dim), dtype=torch.float32)
+    # What is summed up of dq, see ``DqSums`` of ``backward.cuh``.
+    sums = q.new_zeros((*bits.shape[:2], queries.length, problem.head_dim), dtype=torch.float32)
     dk, dv = backward_kv(problem, operands, dout, prepared, bits, order, sums)
     dq = empty_like(q)
     _store_dq(problem, operands.q_sizes, sums, lse.contiguous(), dq)

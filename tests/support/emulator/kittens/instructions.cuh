@@ -52,9 +52,12 @@ uint32_t pack(float low, float high) {
 
 inline float exp2(float x) { return std::exp2(x); }
 
-inline void add_to(float* address, float a, float b, float c, float d) {
-    if (reinterpret_cast<uintptr_t>(address) % 16 != 0) emulator::fail("an addition at an address that is not aligned");
-    address[0] += a, address[1] += b, address[2] += c, address[3] += d;
+template <typename... Values>
+void add_to(float* address, Values... values) {
+    if (reinterpret_cast<uintptr_t>(address) % sizeof(float[sizeof...(values)]) != 0) {
+        emulator::fail("an addition at an address that is not aligned");
+    }
+    ((*address++ += values), ...);
 }
 
 inline void prefetch(const void*) {}
