@@ -1,5 +1,5 @@
 // What the passes of the backward share: the statistics of query rows; of the passes over queries the parameters, the ring, the
-// producers and the last product; and how gradients are stored.
+// producers and the last product; where one pass sums dq up; and how gradients are stored.
 #pragma once
 
 #include "vsa/epilogue.cuh"
@@ -62,7 +62,7 @@ struct alignas(8) DqSums {
     int first_token;
     uint32_t extent;  // of the tokens that exist along t, h and w, a byte each; or kWhole
 
-    // `origin` is where the box starts, or, of a block with a size, before its row.
+    // `origin` is where the box starts, or where its load does, see KeyTile::origin.
     __device__ __forceinline__ DqSums(const TokenLayout& queries, const Extent3& origin) {
         const auto [t, h, w] = extent_of_box(queries, origin);
         first_token = (origin.t * queries.extent.h + t * origin.h) * queries.extent.w + t * h * max(origin.w, 0);
@@ -70,16 +70,16 @@ struct alignas(8) DqSums {
     }
 
     // Where the first values of a lane are if the box is whole, in the sums of its head.
-    template <int head_dim>
-    __device__ __forceinline__ float* of_lane(float* head) const {
+    template <int head_dim, typename T>
+    __device__ __forceinline__ T* of_lane(T* head) const {
         return head + int64_t(first_token) * head_dim + kittens::warpgroup::laneid() * 4;
     }
 
     // Calls `visit(address, values...)` with four or two values of a lane that lie together, until it has had all, of the
     // columns from `first_col` on. `own` is what of_lane returns.
-    template <int head_dim, int cols, typename Visit>
-    __device__ __forceinline__ void for_each(const TokenLayout& queries, float* own, int first_col,
-                                             kittens::rt_fl<16, cols>& dq, Visit visit) const {
+    template <int head_dim, typename T, int cols, typename Visit>
+    __device__ __forceinline__ void for_each(const TokenLayout& queries, T* own, int first_col, kittens::rt_fl<16, cols>& dq,
+                                             Visit visit) const {
         using namespace kittens;
         float (&x)[cols / 2] = dq.data;
         if (extent == kWhole) {
@@ -94,7 +94,7 @@ struct alignas(8) DqSums {
             const Extent3 at = position_in_box(queries, warpgroup::warpid() * 16 + laneid() / 4 + 8 * row);
             const int h = extent >> 8 & 255, w = extent >> 16;
             if (at.t >= int(extent & 255) || at.h >= h || at.w >= w) continue;
-            float* of_row = own - warpgroup::laneid() * 4 + ((at.t * h + at.h) * w + at.w) * head_dim + laneid() % 4 * 2;
+            T* of_row = own - warpgroup::laneid() * 4 + ((at.t * h + at.h) * w + at.w) * head_dim + laneid() % 4 * 2;
 #pragma unroll
             for (int i = 2 * row; i < cols / 2; i += 4) visit(of_row + first_col + 2 * (i - 2 * row), x[i], x[i + 1]);
         }

@@ -12,7 +12,7 @@ using element = VSA_DTYPE;
 constexpr int kHeadDim = VSA_HEAD_DIM;
 
 struct Params {
-    float* sums;  // [batch, heads, q_len, kHeadDim], see DqSums
+    const float* sums;  // [batch, heads, q_len, kHeadDim], see DqSums
     element* dq;
     int64_t dq_strides[3];  // batches, heads, tokens
     const float* lse;       // [batch, heads, q_len], NaN where a query names a key block that does not exist

@@ -8,7 +8,8 @@ from support import emulate
 from support.hopper import check_gradients, dense_gradients, operands_of, problem_of
 from support.problems import Case, Inputs, steep
 
-from vsa_jit.backends.sm90 import launches
+from vsa_jit.backends.sm90 import backward, launches
+from vsa_jit.jit import module
 from vsa_jit.problem import Gradients, Operands, Problem
 
 pytestmark = emulate.NEEDS_COMPILER
@@ -101,6 +102,40 @@ def test_one_pass_of_grouped_heads(monkeypatch, case):
     emulate.emulate(monkeypatch, 2)
     call = Call(Inputs(replace(case, head_dim=128), "cpu", torch.bfloat16))
     call.check(call.run())
+
+
+@pytest.mark.parametrize(
+    "case",
+    [
+        *(Case(f"{length} tokens", q_len=length, block_size=192) for length in (65, 127, 900)),
+        Case("sizes", q_len=768, block_size=192, sizes=(192, 0, 5, 130)),
+        *(
+            Case(f"{tile} of {grid}", grid=grid, block_size=tile)
+            for grid, tile in [
+                ((5, 6, 7), (12, 12, 12)),
+                ((3, 18, 11), (2, 8, 8)),
+                ((5, 11, 17), (4, 8, 8)),
+                ((5, 11, 9), (6, 4, 8)),
+                ((7, 9, 6), (4, 4, 8)),
+            ]
+        ),
+    ],
+    ids=lambda case: case.name,
+)
+def test_every_value_of_dq_has_a_place_of_its_own(monkeypatch, case):
+    emulate.emulate(monkeypatch, 1)
+
+    def launcher(kernel, device):
+        return emulate.launcher(replace(kernel, source="dq_places.cu", entry="dq_places"), device)
+
+    monkeypatch.setattr(module, "launcher", launcher)
+    inputs = Inputs(replace(case, head_dim=64), "cpu", torch.float16)
+    size, guard = inputs.q.numel(), 1 << 16
+    memory = torch.zeros(guard + size + guard)
+    sums = memory[guard : guard + size].view(inputs.q.shape)
+    backward._store_dq(problem_of(inputs), inputs.sizes, sums, torch.empty(sums.shape[:3]), torch.empty_like(inputs.q))
+    assert torch.equal(sums, torch.ones_like(sums))
+    assert memory.sum() == size
 
 
 @pytest.mark.parametrize("scale", [1e-37, 1e-6, 8.0])
