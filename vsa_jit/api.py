@@ -13,18 +13,19 @@ from vsa_jit.backends.choose import NAMES, Choice, choose
 from vsa_jit.checks import (
     check_block_map,
     check_choice,
+    check_context,
     check_gate,
     check_indices,
     check_problem,
     check_selection_dtype,
     check_several_topk,
-    check_topk,
+    check_topk_of_samples,
 )
 from vsa_jit.fastpath import CallCache, can_bypass_dispatcher
 from vsa_jit.grid import block_tokens
 from vsa_jit.ops.attention import FastCall, attend
 from vsa_jit.ops.selection import map_to_indices
-from vsa_jit.problem import BackendName, Layout, Operands, Problem
+from vsa_jit.problem import BackendName, Context, Layout, Operands, Problem, SegmentList
 
 # Of ``block_sparse_attn_from_indices``.
 _fast_calls: CallCache[FastCall] = CallCache()
@@ -36,12 +37,14 @@ def video_sparse_attn(
     v: Tensor,
     variable_block_sizes: Tensor | None = None,
     q_variable_block_sizes: Tensor | None = None,
-    topk: int | None = None,
+    topk: int | Sequence[int] | None = None,
     block_size: int | Sequence[int] = 64,
     compress_attn_weight: Tensor | float | None = None,
     *,
-    sparsity: float | None = None,
+    sparsity: float | Sequence[float] | None = None,
     grid: Sequence[int] | None = None,
+    segments: SegmentList | None = None,
+    context: Context = "attend",
     layout: Layout = "bhsd",
     softmax_scale: float | None = None,
     selection_dtype: torch.dtype | None = None,
@@ -69,6 +72,14 @@ def video_sparse_attn(
             for 1. The float 0.0 drops the coarse output and its cost.
         sparsity: instead of ``topk``, the share of key blocks to leave out, in [0, 1).
         grid: (T, H, W) of a video whose tokens come in raster order, w fastest: any size, nothing is padded or copied.
+        segments: where the sequence is more than one video, what follows each other in it: the number of plain tokens
+            (text, audio, condition frames), which are context, or the grid (T, H, W) of a video, such as
+            ``[77, (21, 30, 52)]``; each may have no tokens. Blocks never straddle two segments. A list of such lists is
+            several samples in one row, none of which attends another: ``[[77, (21, 30, 52)], [0, (9, 30, 52)]]``.
+            ``topk`` and ``sparsity`` then count blocks of video, in each sample, and may be lists with one value for
+            each. Queries of context attend their whole sample. ``grid=g`` is short for ``segments=[g]``.
+        context: "attend": queries of video attend all context of their sample beside their ``topk`` blocks of video;
+            "compete": they attend as many blocks, those of highest score among video and context.
         layout: "bhsd" or "bshd", of q, k, v, the weight and the output.
         softmax_scale: 1/sqrt(D) if None.
         selection_dtype: in which the coarse branch computes; None for fp32. With bf16 or fp16 it rounds, each time to
@@ -94,11 +105,13 @@ def video_sparse_attn(
         q_variable_block_sizes,
         block_size=block_size,
         grid=grid,
+        segments=segments,
         layout=layout,
         softmax_scale=softmax_scale,
         backend=backend,
     )
-    topk = check_topk(topk, sparsity, problem.keys.num_blocks)
+    of_samples = check_topk_of_samples(topk, sparsity, segments, problem.keys)
+    compete = check_context(context, segments)
     gate = check_gate(compress_attn_weight, q)
     selection_dtype = check_selection_dtype(selection_dtype)
 
@@ -111,8 +124,9 @@ def video_sparse_attn(
         v,
         q_sizes,
         kv_sizes,
-        topk,
+        of_samples,
         with_output=isinstance(gate, Tensor) or gate != 0.0,
+        compete=compete,
         selection_dtype=selection_dtype,
     )
     out, _ = _attend(problem, backend, q, k, v, q2k_idx, q2k_num, q_sizes, kv_sizes, out_c, gate)
@@ -129,6 +143,7 @@ def block_sparse_attn(
     q_variable_block_sizes: Tensor | None = None,
     block_size: int | Sequence[int] = 64,
     grid: Sequence[int] | None = None,
+    segments: SegmentList | None = None,
     layout: Layout = "bhsd",
     softmax_scale: float | None = None,
     backend: BackendName = "auto",
@@ -153,6 +168,7 @@ def block_sparse_attn(
         q_variable_block_sizes,
         block_size=block_size,
         grid=grid,
+        segments=segments,
         layout=layout,
         softmax_scale=softmax_scale,
         backend=backend,
@@ -173,6 +189,7 @@ def block_sparse_attn_from_indices(
     q_variable_block_sizes: Tensor | None = None,
     block_size: int | Sequence[int] = 64,
     grid: Sequence[int] | None = None,
+    segments: SegmentList | None = None,
     layout: Layout = "bhsd",
     softmax_scale: float | None = None,
     backend: BackendName = "auto",
@@ -192,7 +209,7 @@ def block_sparse_attn_from_indices(
     """
     # A call that looks like an earlier one is not checked again: that would take longer than its launches.
     same_sizes = q_variable_block_sizes is variable_block_sizes
-    settings = (block_size, grid, layout, softmax_scale, backend, variable_block_sizes is None, same_sizes)
+    settings = (block_size, grid, segments, layout, softmax_scale, backend, variable_block_sizes is None, same_sizes)
     tensors = [q, k, v, q2k_idx, q2k_num]
     if variable_block_sizes is not None:
         tensors.append(variable_block_sizes)
@@ -211,6 +228,7 @@ def block_sparse_attn_from_indices(
         q_variable_block_sizes,
         block_size=block_size,
         grid=grid,
+        segments=segments,
         layout=layout,
         softmax_scale=softmax_scale,
         backend=backend,
@@ -233,6 +251,8 @@ def recall(
     sparsity: Sequence[float] | None = None,
     block_size: int | Sequence[int] = 64,
     grid: Sequence[int] | None = None,
+    segments: SegmentList | None = None,
+    context: Context = "attend",
     layout: Layout = "bhsd",
     softmax_scale: float | None = None,
     selection_dtype: torch.dtype | None = None,
@@ -251,7 +271,8 @@ def recall(
     The other arguments are those of ``video_sparse_attn``.
 
     Returns:
-        fp32 [B, H, m], the mean over the valid queries of each head, for each of the m values. It has no gradient.
+        fp32 [B, H, m], the mean over the valid queries of each head, for each of the m values; with segments over the
+        queries of videos, since those of context attend everything. It has no gradient.
 
     Raises:
         TypeError, ValueError: an argument is wrong; the message names it, what was expected and what came.
@@ -265,25 +286,40 @@ def recall(
         q_variable_block_sizes,
         block_size=block_size,
         grid=grid,
+        segments=segments,
         layout=layout,
         softmax_scale=softmax_scale,
         backend=backend,
     )
     selection_dtype = check_selection_dtype(selection_dtype)
-    counts = check_several_topk(topk, sparsity, problem.keys.num_blocks)
+    counts = check_several_topk(topk, sparsity, segments, problem.keys)
+    compete = check_context(context, segments)
     q_sizes = _sizes_of_queries(problem, q_sizes, kv_sizes)
 
-    def log_sum_exp(topk: int) -> Tensor:
+    def log_sum_exp(topk: list[int]) -> Tensor:
         q2k_idx, q2k_num, _ = coarse.coarse_branch(
-            problem, backend, q, k, k, q_sizes, kv_sizes, topk, with_output=False, selection_dtype=selection_dtype
+            problem,
+            backend,
+            q,
+            k,
+            k,
+            q_sizes,
+            kv_sizes,
+            topk,
+            with_output=False,
+            compete=compete,
+            selection_dtype=selection_dtype,
         )
         _, lse = _attend(problem, backend, q, k, k, q2k_idx, q2k_num, q_sizes, kv_sizes, None, 0.0)
         return lse
 
-    of_all = log_sum_exp(problem.keys.num_blocks)
+    of_all = log_sum_exp(check_topk_of_samples(None, 0.0, segments, problem.keys))
     is_valid = torch.ones(problem.queries.length, dtype=torch.bool, device=q.device)
     if q_sizes is not None:
         is_valid = (block_tokens(problem.queries, q_sizes, q.device) >= 0).flatten()
+    if problem.queries.segments is not None:
+        for segment in problem.queries.segments.segments:
+            is_valid[segment.first_token : segment.first_token + segment.length] = segment.grid is not None
     # Where there are no keys at all, none of their probability is found.
     is_valid = is_valid & (of_all != float("-inf"))
     num_valid = is_valid.sum(-1).clamp(min=1)
@@ -297,12 +333,14 @@ def explain(
     v: Tensor,
     variable_block_sizes: Tensor | None = None,
     q_variable_block_sizes: Tensor | None = None,
-    topk: int | None = None,
+    topk: int | Sequence[int] | None = None,
     block_size: int | Sequence[int] = 64,
     compress_attn_weight: Tensor | float | None = None,
     *,
-    sparsity: float | None = None,
+    sparsity: float | Sequence[float] | None = None,
     grid: Sequence[int] | None = None,
+    segments: SegmentList | None = None,
+    context: Context = "attend",
     layout: Layout = "bhsd",
     softmax_scale: float | None = None,
     selection_dtype: torch.dtype | None = None,
@@ -325,12 +363,14 @@ def explain(
         q_variable_block_sizes,
         block_size=block_size,
         grid=grid,
+        segments=segments,
         layout=layout,
         softmax_scale=softmax_scale,
         backend=backend,
     )
     if topk is not None or sparsity is not None:
-        check_topk(topk, sparsity, problem.keys.num_blocks)
+        check_topk_of_samples(topk, sparsity, segments, problem.keys)
+    check_context(context, segments)
     check_gate(compress_attn_weight, q)
     check_selection_dtype(selection_dtype)
     return choose(problem, backend, q.device, q.dtype, (q, k, v))
@@ -381,6 +421,7 @@ def _check(
     *,
     block_size: int | Sequence[int],
     grid: Sequence[int] | None,
+    segments: SegmentList | None,
     layout: str,
     softmax_scale: float | None,
     backend: str,
@@ -393,6 +434,7 @@ def _check(
         v,
         block_size=block_size,
         grid=grid,
+        segments=segments,
         layout=layout,
         softmax_scale=softmax_scale,
         variable_block_sizes=variable_block_sizes,

@@ -16,10 +16,12 @@ import torch
 from torch import Tensor
 
 from vsa_jit import symbolic
-from vsa_jit.problem import TILE_OF_TOKENS, Layout, Problem, Side, sizes_of
+from vsa_jit.problem import TILE_OF_TOKENS, Context, Layout, Problem, Side, sizes_of
+from vsa_jit.segments import Order, order_of
 from vsa_jit.text import counted
 
 LAYOUTS = get_args(Layout)
+CONTEXTS = get_args(Context)
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 INDEX_DTYPES = (torch.int32, torch.int64)
 MIN_HEAD_DIM = 16
@@ -48,6 +50,7 @@ def check_problem(
     softmax_scale: float | None,
     variable_block_sizes: Tensor | None,
     q_variable_block_sizes: Tensor | None,
+    segments: Sequence[Any] | None = None,
 ) -> Problem:
     """Checks the arguments that every function takes and gives the record of the call.
 
@@ -82,21 +85,24 @@ def check_problem(
         if not SCALES[0] <= scale <= SCALES[1]:
             raise ValueError(f"softmax_scale: expected a number from {SCALES[0]:.3g} to {SCALES[1]:.3g}, got {scale}")
 
-    tile = check_block_size(block_size, with_grid=grid is not None)
-    video = None if grid is None else _check_triple("grid", grid)
-    if video is not None:
+    in_raster_order = grid is not None or segments is not None
+    tile = check_block_size(block_size, with_grid=in_raster_order)
+    order = _check_order(grid, segments, tile, q_len, kv_len)
+    if in_raster_order:
+        what = "grid" if segments is None else "segments"
         for name, given in (
             ("variable_block_sizes", variable_block_sizes),
             ("q_variable_block_sizes", q_variable_block_sizes),
         ):
             if given is not None:
-                raise ValueError(f"{name}: expected None where grid is given (the grid says which tokens are valid)")
-        for name, length in (("q", q_len), ("k", kv_len)):
-            if length != math.prod(video):
                 raise ValueError(
-                    f"grid: expected T·H·W to be {name}'s sequence length {length}, got {video} with {math.prod(video)}"
+                    f"{name}: expected None where {what} {'is' if segments is None else 'are'} given "
+                    f"(the {what} {'says' if segments is None else 'say'} which tokens are valid)"
                 )
-    queries, keys = Side(heads, q_len, tile, video, layout), Side(kv_heads, kv_len, tile, video, layout)
+    queries, keys = (
+        Side(heads, length, tile, order.grid, layout, order.segments)
+        for heads, length in ((heads, q_len), (kv_heads, kv_len))
+    )
     problem = Problem(batch, head_dim, queries, keys, float(scale))
     for name, sizes, side in (
         ("variable_block_sizes", variable_block_sizes, keys),
@@ -107,6 +113,72 @@ def check_problem(
     if not torch.compiler.is_compiling():
         warn_of_layout(problem, stacklevel=5)
     return problem
+
+
+def _check_order(
+    grid: Sequence[int] | None,
+    segments: Sequence[Any] | None,
+    tile: tuple[int, int, int],
+    q_len: int,
+    kv_len: int,
+) -> Order:
+    """The order that the grid or the segments describe, which have as many tokens as the queries and the keys."""
+    if segments is None:
+        if grid is None:
+            return Order(None, None)
+        video = _check_triple("grid", grid)
+        for name, length in (("q", q_len), ("k", kv_len)):
+            if length != math.prod(video):
+                raise ValueError(
+                    f"grid: expected T·H·W to be {name}'s sequence length {length}, got {video} with {math.prod(video)}"
+                )
+        return Order(video, None)
+    if grid is not None:
+        raise ValueError("grid, segments: expected at most one of them, got both")
+    numbers = _check_segments(segments)
+    total = sum(t * h * w if t != 0 else w for _, (t, h, w) in numbers)
+    for name, length in (("q", q_len), ("k", kv_len)):
+        if length != total:
+            hint = (
+                "; a list of lists is several samples, and a video is a tuple (T, H, W)" if is_packed(segments) else ""
+            )
+            raise ValueError(
+                f"segments: expected lengths that add up to {name}'s sequence length {length}, got {total}{hint}"
+            )
+    return order_of([number for sample, extents in numbers for number in (sample, *extents)], tile)
+
+
+def _check_segments(segments: Sequence[Any]) -> list[tuple[int, tuple[int, int, int]]]:
+    """Of each segment that has tokens its sample, and (T, H, W) of a video or (0, 0, length) of plain tokens."""
+    if not _is_sequence(segments):
+        raise TypeError(f"segments: expected a list of lengths and grids (T, H, W), got {type(segments).__name__}")
+    numbers = []
+    for sample, of_sample in enumerate(segments if is_packed(segments) else [segments]):
+        for segment in of_sample:
+            t, h, w = _check_segment(segment)
+            if (t * h * w if _is_sequence(segment) else w) != 0:
+                numbers.append((sample, (t, h, w)))
+    return numbers
+
+
+def is_packed(segments: Sequence[Any]) -> bool:
+    """Whether segments are those of several samples: a list of lists. A video is a tuple, or a list beside a length."""
+    return len(segments) > 0 and all([_is_sequence(entry) and not isinstance(entry, tuple) for entry in segments])
+
+
+def _check_segment(segment: Any) -> tuple[int, int, int]:
+    expected = "a number of tokens or a grid (T, H, W) for each segment"
+    if _is_sequence(segment):
+        if len(segment) != 3 or any([_is_sequence(size) for size in segment]):
+            raise ValueError(f"segments: expected {expected}, got {segment!r}")
+        t, h, w = (check_int("segments", size, expected) for size in segment)
+        if t < 0 or h < 0 or w < 0:
+            raise ValueError(f"segments: expected no negative size, got {(t, h, w)}")
+        return t, h, w
+    length = check_int("segments", segment, expected)
+    if length < 0:
+        raise ValueError(f"segments: expected no negative length, got {length}")
+    return 0, 0, length
 
 
 def warn_of_layout(problem: Problem, stacklevel: int) -> None:
@@ -144,14 +216,60 @@ def check_topk(topk: int | None, sparsity: float | None, num_kv_blocks: int) -> 
     return max(1, min(math.ceil((1.0 - sparsity) * num_kv_blocks - ROUNDING), num_kv_blocks))
 
 
-def check_several_topk(topk: Sequence[int] | None, sparsity: Sequence[float] | None, num_kv_blocks: int) -> list[int]:
-    """``check_topk`` of each of several values."""
+def check_topk_of_samples(
+    topk: int | Sequence[int] | None,
+    sparsity: float | Sequence[float] | None,
+    segments: Sequence[Any] | None,
+    keys: Side,
+) -> list[int]:
+    """``check_topk`` of every sample that has tokens: how many of its video's key blocks to keep, 0 where it has none.
+
+    Args:
+        topk, sparsity: for all samples, or a list with one for each of ``segments``, those without tokens too.
+        keys: whose order ``segments`` have become. Without segments there is one sample, of all key blocks.
+    """
+    if segments is None:
+        return [check_topk(topk, sparsity, keys.num_blocks)]  # type: ignore[arg-type]
+    _check_one_of(topk, sparsity)
+    num_samples = len(segments) if is_packed(segments) else 1
+    of_samples: list[list[Any]] = []
+    for name, values in (("topk", topk), ("sparsity", sparsity)):
+        if _is_sequence(values):
+            if len(values) != num_samples:  # type: ignore[arg-type]
+                raise ValueError(
+                    f"{name}: expected one value, or a list of {num_samples}, one for each sample of segments, "
+                    f"got {len(values)}"  # type: ignore[arg-type]
+                )
+            of_samples.append(list(values))  # type: ignore[arg-type]
+        else:
+            of_samples.append([values] * num_samples)
+    for number in range(num_samples):
+        check_topk(of_samples[0][number], of_samples[1][number], 1)
+    if keys.segments is None:
+        # All tokens are those of one video.
+        samples = [(_check_segments(segments)[0][0], keys.num_blocks)]
+    else:
+        samples = [(sample.number, sample.num_video_blocks) for sample in keys.segments.samples]
+    return [
+        check_topk(of_samples[0][number], of_samples[1][number], most) if most != 0 else 0 for number, most in samples
+    ]
+
+
+def check_context(context: str, segments: Sequence[Any] | None) -> bool:
+    """Whether the key blocks of context compete with those of the video for a place."""
+    return check_choice("context", context, CONTEXTS) == "compete" and segments is not None
+
+
+def check_several_topk(
+    topk: Sequence[int] | None, sparsity: Sequence[float] | None, segments: Sequence[Any] | None, keys: Side
+) -> list[list[int]]:
+    """``check_topk_of_samples`` of each of several values, which are for all samples."""
     _check_one_of(topk, sparsity)
     if sparsity is not None:
         check_sparsities(sparsity)
-        return [check_topk(None, value, num_kv_blocks) for value in sparsity]
+        return [check_topk_of_samples(None, value, segments, keys) for value in sparsity]
     _check_several("topk", topk)
-    return [check_topk(value, None, num_kv_blocks) for value in topk or ()]
+    return [check_topk_of_samples(value, None, segments, keys) for value in topk or ()]
 
 
 def check_sparsities(sparsity: Sequence[float]) -> None:

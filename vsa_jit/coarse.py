@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
@@ -18,17 +20,21 @@ def coarse_branch(
     v: Tensor,
     q_sizes: Tensor | None,
     kv_sizes: Tensor | None,
-    topk: int,
+    topk: Sequence[int],
     *,
     with_output: bool,
+    compete: bool = False,
     selection_dtype: torch.dtype = torch.float32,
 ) -> tuple[Tensor, Tensor, Tensor | None]:
-    """Chooses the ``topk`` best key blocks of each query block and, unless it is not wanted, attends the block means.
+    """Chooses the best key blocks of each query block and, unless it is not wanted, attends the block means.
 
     The second operator sees nothing but the means: between the two, whoever shards a sequence can gather them.
 
+    Args:
+        topk, compete: as in ``coarse_attend``.
+
     Returns:
-        ``(q2k_idx, q2k_num, out_c)``: int32 [B, H, n_q, topk] and [B, H, n_q], without gradient; fp32 [B, H, n_q, D],
+        ``(q2k_idx, q2k_num, out_c)``: int32 [B, H, n_q, m] and [B, H, n_q], without gradient; fp32 [B, H, n_q, D],
         softmax(q_c k_cᵀ · scale) v_c over the key blocks that have valid tokens, or None. With a narrower
         ``selection_dtype`` every step was rounded to it.
     """
@@ -39,8 +45,9 @@ def coarse_branch(
         v_c if with_output else None,
         kv_sizes,
         topk,
+        compete,
         selection_dtype,
-        problem.softmax_scale,
+        *problem.static_of_blocks,
         backend,
     )
     return q2k_idx, q2k_num, out_c if with_output else None

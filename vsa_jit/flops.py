@@ -16,6 +16,7 @@ from torch import Tensor
 from vsa_jit.fastpath import PLAIN_TYPES, dispatch_modes, num_dispatch_modes
 from vsa_jit.grid import block_tokens
 from vsa_jit.problem import Problem
+from vsa_jit.segments import order_of
 
 # Products: scores and output; in a backward scores and their gradient, then dq, then dk and dv.
 PRODUCTS_FORWARD, PRODUCTS_SHARED_BACKWARD, PRODUCTS_DQ, PRODUCTS_DKV, PRODUCTS_TANGENT = 2, 2, 1, 2, 5
@@ -84,6 +85,12 @@ def _pairs(problem: Problem, q2k_idx: Tensor, q2k_num: Tensor, q_sizes: Tensor |
     exists = (q2k_idx >= 0) & (q2k_idx < problem.keys.num_blocks)
     used = (torch.arange(width, device=q2k_idx.device) < q2k_num[..., None]) & exists
     selected = keys_of[q2k_idx.long().clamp(0, problem.keys.num_blocks - 1)].masked_fill(~used, 0).sum(-1)
+    if problem.keys.segments is not None:
+        # Keys of all blocks before each, and of runs of blocks from the first one that is named.
+        before = torch.nn.functional.pad(keys_of.cumsum(0), (1, 0))
+        first = q2k_idx[..., 0].long().clamp(0, problem.keys.num_blocks)
+        end = (first - q2k_num).clamp(0, problem.keys.num_blocks)
+        selected = torch.where(q2k_num < 0, before[end] - before[first], selected)
     return int((selected * queries).sum())
 
 
@@ -95,16 +102,21 @@ def _is_known(x: Tensor | None) -> bool:
 
 
 def coarse_attend(q_c: Tensor, k_c: Tensor, v_c: Tensor | None, *args: Any, out_val: Any = None) -> int:
-    return (1 if v_c is None else PRODUCTS_FORWARD) * _coarse_product(q_c, k_c)
+    return (1 if v_c is None else PRODUCTS_FORWARD) * _coarse_product(q_c, k_c, args[-4:-2])
 
 
 def coarse_attend_backward(q_c: Tensor, k_c: Tensor, *args: Any, out_val: Any = None) -> int:
-    return (PRODUCTS_SHARED_BACKWARD + PRODUCTS_DQ + PRODUCTS_DKV) * _coarse_product(q_c, k_c)
+    return (PRODUCTS_SHARED_BACKWARD + PRODUCTS_DQ + PRODUCTS_DKV) * _coarse_product(q_c, k_c, args[-4:-2])
 
 
 def coarse_attend_tangent(q_c: Tensor, k_c: Tensor, *args: Any, out_val: Any = None) -> int:
-    return PRODUCTS_TANGENT * _coarse_product(q_c, k_c)
+    return PRODUCTS_TANGENT * _coarse_product(q_c, k_c, args[-4:-2])
 
 
-def _coarse_product(q_c: Tensor, k_c: Tensor) -> int:
-    return 2 * q_c.numel() * k_c.shape[2]
+def _coarse_product(q_c: Tensor, k_c: Tensor, tile_and_segments: tuple) -> int:
+    tile, numbers = tile_and_segments
+    segments = order_of(numbers, tuple(tile)).segments
+    if segments is None:
+        return 2 * q_c.numel() * k_c.shape[2]
+    pairs = sum(sample.num_blocks**2 for sample in segments.samples)
+    return 2 * q_c.shape[0] * q_c.shape[1] * q_c.shape[3] * pairs

@@ -33,9 +33,23 @@ def block_tokens(side: Side, sizes: Tensor | None, device: torch.device) -> Tens
     """Token of each slot of each block: int64 [n, block], -1 where the slot holds no valid token."""
     if side.grid is not None:
         return tile_tokens(side.grid, side.tile, device)
-    blocks, block = side.num_blocks, side.block
-    tokens = torch.arange(blocks * block, device=device).view(blocks, block)
-    slot = torch.arange(block, device=device)
-    if sizes is not None:
-        return torch.where(slot < sizes[:, None], tokens, -1)
-    return torch.where(tokens < side.length, tokens, -1)
+    if side.segments is not None:
+        blocks = []
+        for segment in side.segments.segments:
+            of_segment = (
+                _run_tokens(segment.length, side.block, device)
+                if segment.grid is None
+                else tile_tokens(segment.grid, side.tile, device)
+            )
+            blocks.append(torch.where(of_segment >= 0, of_segment + segment.first_token, -1))
+        return torch.cat(blocks)
+    if sizes is None:
+        return _run_tokens(side.length, side.block, device)
+    tokens = torch.arange(side.num_blocks * side.block, device=device).view(-1, side.block)
+    return torch.where(torch.arange(side.block, device=device) < sizes[:, None], tokens, -1)
+
+
+def _run_tokens(length: int, block: int, device: torch.device) -> Tensor:
+    """The same of consecutive tokens."""
+    tokens = torch.arange(-(-length // block) * block, device=device).view(-1, block)
+    return torch.where(tokens < length, tokens, -1)

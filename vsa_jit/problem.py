@@ -9,7 +9,13 @@ from typing import Literal, NamedTuple, TypeAlias
 import torch
 from torch import Tensor
 
+from vsa_jit.segments import Segments, order_of
+
 Layout: TypeAlias = Literal["bhsd", "bshd"]
+Context: TypeAlias = Literal["attend", "compete"]
+# Plain tokens and videos, of one sample or, in lists, of several.
+_Segment: TypeAlias = int | Sequence[int]
+SegmentList: TypeAlias = Sequence[_Segment] | Sequence[Sequence[_Segment]]
 BackendName: TypeAlias = Literal["auto", "sm90", "triton", "torch"]
 TILE_OF_TOKENS = {64: (4, 4, 4), 128: (2, 8, 8), 256: (4, 8, 8)}
 
@@ -17,8 +23,9 @@ TILE_OF_TOKENS = {64: (4, 4, 4), 128: (2, 8, 8), 256: (4, 8, 8)}
 class Side(NamedTuple):
     """The queries of a call, or its keys: where their tokens lie, and how they are cut into blocks.
 
-    ``tile`` is the block as a video tile ``(t, h, w)``; without a ``grid`` only its product counts, and blocks are runs
-    of consecutive tokens: the last one partial, or each one's valid tokens counted by a tensor of block sizes.
+    ``tile`` is the block as a video tile ``(t, h, w)``. Tokens are one video of size ``grid``, or several ``segments``;
+    with neither of them only the tile's product counts, and blocks are runs of consecutive tokens: the last one
+    partial, or each one's valid tokens counted by a tensor of block sizes.
     """
 
     heads: int
@@ -26,6 +33,7 @@ class Side(NamedTuple):
     tile: tuple[int, int, int]
     grid: tuple[int, int, int] | None
     layout: str
+    segments: Segments | None = None
 
     @property
     def block(self) -> int:
@@ -34,6 +42,8 @@ class Side(NamedTuple):
 
     @property
     def num_blocks(self) -> int:
+        if self.segments is not None:
+            return self.segments.num_blocks
         if self.grid is None:
             return -(-self.length // self.block)
         return math.prod([-(-extent // side) for extent, side in zip(self.grid, self.tile, strict=True)])
@@ -41,6 +51,8 @@ class Side(NamedTuple):
     @property
     def is_partial(self) -> bool:
         """Whether some block is cut by the end of the sequence, or by the border of the video."""
+        if self.segments is not None:
+            return self.segments.is_partial
         if self.grid is None:
             return self.length % self.block != 0
         return any([extent % side != 0 for extent, side in zip(self.grid, self.tile, strict=True)])
@@ -64,16 +76,23 @@ class Problem(NamedTuple):
         q: Tensor,
         k: Tensor,
         tile: Sequence[int],
-        grid: Sequence[int] | None,
+        segments: Sequence[int] | None,
         layout: str,
         softmax_scale: float,
     ) -> Problem:
-        """The record of a call whose arguments were checked already."""
+        """The record of a call whose arguments were checked already.
+
+        Args:
+            segments: the numbers of ``Segments.numbers``, or None for a sequence without any.
+        """
         batch, heads, q_len, head_dim = sizes_of(q, layout)
         _, kv_heads, kv_len, _ = sizes_of(k, layout)
         tile = (tile[0], tile[1], tile[2])
-        grid = None if grid is None else (grid[0], grid[1], grid[2])
-        queries, keys = Side(heads, q_len, tile, grid, layout), Side(kv_heads, kv_len, tile, grid, layout)
+        order = order_of(segments, tile)
+        queries, keys = (
+            Side(heads, length, tile, order.grid, layout, order.segments)
+            for heads, length in ((heads, q_len), (kv_heads, kv_len))
+        )
         return cls(batch, head_dim, queries, keys, softmax_scale)
 
     @property
@@ -90,7 +109,18 @@ class Problem(NamedTuple):
     def static(self) -> tuple[list[int], list[int] | None, str, float]:
         """What an operator is told besides its tensors; ``of`` reads it back."""
         side = self.queries
-        return list(side.tile), None if side.grid is None else list(side.grid), side.layout, self.softmax_scale
+        numbers: list[int] | None = None
+        if side.segments is not None:
+            numbers = list(side.segments.numbers)
+        elif side.grid is not None:
+            numbers = [0, *side.grid]
+        return list(side.tile), numbers, side.layout, self.softmax_scale
+
+    @property
+    def static_of_blocks(self) -> tuple[list[int], list[int] | None, float]:
+        """The same for an operator that sees block means alone; a video's blocks need no more to be said of them."""
+        tile, numbers, _, softmax_scale = self.static
+        return tile, None if self.keys.segments is None else numbers, softmax_scale
 
 
 class Operands(NamedTuple):

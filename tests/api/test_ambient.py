@@ -171,7 +171,7 @@ def test_selection(run, setting):
     k_c = near[:, None].expand(1, 2, 10, 64) * torch.randn(1, 2, 1, 64, device=device).abs()
     expected = near.topk(3).indices.sort().values.int().cpu()
     with torch.no_grad(), setting(device):
-        _, idx, num = coarse_attend(q_c, k_c, None, None, 3, torch.float32, 0.125, run[0])
+        _, idx, num = coarse_attend(q_c, k_c, None, None, [3], False, torch.float32, [1, 1, 64], None, 0.125, run[0])
     assert (num == 3).all()
     assert torch.equal(idx.cpu(), expected.expand(1, 4, 10, 3))
 
@@ -184,7 +184,9 @@ def test_selection_among_scores_that_are_equal_but_for_rounding(run, setting):
     selections = []
     for _ in range(2):
         with torch.no_grad(), setting(run[1]) if selections else nullcontext():
-            selections.append(coarse_attend(q_c, k_c, None, None, 3, torch.float32, 0.125, run[0])[1])
+            selections.append(
+                coarse_attend(q_c, k_c, None, None, [3], False, torch.float32, [1, 1, 64], None, 0.125, run[0])[1]
+            )
     assert torch.equal(*selections)
 
 

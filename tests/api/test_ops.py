@@ -71,10 +71,11 @@ def test_opcheck_coarse_branch_and_compact(device):
     library.opcheck(pooling.block_means.overload, (q, k, None, None, None, *static))
     means = leaf(1, 4, 8, 32, device=device), leaf(1, 2, 8, 32, device=device), leaf(1, 2, 8, 32, device=device)
     sizes = torch.tensor([64, 0, 3, 64, 64, 1, 9, 64], device=device)
-    library.opcheck(selection.coarse_attend.overload, (*means, sizes, 2, torch.float32, 0.2, "auto"))
-    library.opcheck(selection.coarse_attend.overload, (*means[:2], None, None, 2, torch.bfloat16, 0.2, "auto"))
+    order = [1, 1, 64], None, 0.2, "auto"
+    library.opcheck(selection.coarse_attend.overload, (*means, sizes, [2], False, torch.float32, *order))
+    library.opcheck(selection.coarse_attend.overload, (*means[:2], None, None, [2], False, torch.bfloat16, *order))
     strided = [x.detach().transpose(1, 2).contiguous().transpose(1, 2).requires_grad_() for x in means]
-    library.opcheck(selection.coarse_attend.overload, (*strided, sizes, 99, torch.bfloat16, 0.2, "auto"))
+    library.opcheck(selection.coarse_attend.overload, (*strided, sizes, [99], False, torch.bfloat16, *order))
     block_map = torch.rand(1, 4, 8, 8, device=device) < 0.5
     library.opcheck(selection.map_to_indices.overload, (block_map, "auto"))
     means = torch.randn(1, 4, 8, 32, device=device)

@@ -224,7 +224,7 @@ def test_selection_in_a_narrower_dtype(run, dtype, scale):
     sizes = torch.full((blocks,), 64)
     sizes[torch.randperm(blocks)[:3]] = 0
     means = [x.to(device) for x in (q_c, k_c, v_c)]
-    out_c, idx, num = coarse_attend(*means, sizes.to(device), topk, dtype, scale, backend)
+    out_c, idx, num = coarse_attend(*means, sizes.to(device), [topk], False, dtype, [1, 1, 64], None, scale, backend)
     expected, expected_num = expected_indices(rounded_scores(q_c, k_c, scale, dtype), topk, sizes > 0)
     assert torch.equal(idx.cpu(), expected)
     assert torch.equal(num.cpu(), expected_num)
@@ -309,7 +309,7 @@ def test_derivatives_are_those_at_the_rounded_values(dtype):
     sizes[4] = 0
 
     def coarse(*means):
-        return coarse_attend(*means, sizes, 3, dtype, scale, "torch")[0]
+        return coarse_attend(*means, sizes, [3], False, dtype, [1, 1, 64], None, scale, "torch")[0]
 
     leaves = [x.clone().requires_grad_() for x in means]
     grads = torch.autograd.grad(coarse(*leaves), leaves, dout)

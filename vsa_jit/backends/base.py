@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from vsa_jit.problem import Gradients, Operands, Problem, Side
+from vsa_jit.segments import Segments
 
 # The operators of ``vsa_jit.ops``, by the part of a call that they are; and those of forward mode. Gradients of block
 # means count as selection, which is what they come from.
@@ -66,7 +67,8 @@ class Backend(Protocol):
     last dimension and other dimensions of any stride. ``q_sizes`` and ``kv_sizes`` are int32 or int64 [n_q] and [n_k],
     contiguous: the valid tokens of each block, which are clamped to 0 … block; None where all are valid. ``q2k_idx``
     and ``q2k_num`` are int32 of any strides; entries past the number are ignored, and a query block that names a key
-    block outside 0 … n_k - 1 gets NaN. A gate is of any floating dtype.
+    block outside 0 … n_k - 1 gets NaN. Where the tokens are segments, a number -c stands for c consecutive key blocks,
+    of which the first is named; else it counts as 0. A gate is of any floating dtype.
 
     Batches are not empty. Functions return new tensors, contiguous or in the memory order of the tensor that they are
     like, and launch on PyTorch's current stream of the tensors' device, which need not be the current device; they
@@ -109,6 +111,18 @@ class Backend(Protocol):
         """
         ...
 
+    def matmul_in_samples(self, a: Tensor, b: Tensor, segments: Segments, over_blocks: bool) -> Tensor:
+        """The same for the blocks of each sample by themselves.
+
+        Args:
+            a, b: over_blocks: [R, n, n] and [R, n, D], whose product sums over the blocks of the row's sample alone;
+                else [R, n, D] and [R, D, n].
+
+        Returns:
+            fp32 [R, n, D], or [R, n, n], which holds anything where row and column are of different samples.
+        """
+        ...
+
     def select(self, scores: Tensor, kv_sizes: Tensor | None, topk: int) -> tuple[Tensor, Tensor]:
         """The key blocks of highest score, for ``coarse_attend``.
 
@@ -119,6 +133,19 @@ class Backend(Protocol):
         Returns:
             ``(q2k_idx, q2k_num)``: int32 [R, M, topk], ascending, 0 past the number selected; int32 [R, M], that
             number.
+        """
+        ...
+
+    def select_in_samples(self, scores: Tensor, rows: Tensor, width: int) -> tuple[Tensor, Tensor]:
+        """The same where the blocks are those of segments.
+
+        Args:
+            scores: fp32 [R, M, n] for a multiple M of n: block i in all rows m with m % n == i.
+            rows: int32 [n, 4], of ``selection_rows``; ``width``: of ``selection_width``.
+
+        Returns:
+            ``(q2k_idx, q2k_num)``: int32 [R, M, width] and [R, M]. A block that attends all of its sample has the first
+            of its blocks as its first entry, and less than 0 for a number.
         """
         ...
 

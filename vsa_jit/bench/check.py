@@ -88,7 +88,7 @@ def check(case: Case, inputs: Inputs, results: Sequence[Tensor], direction: str,
     the gate: all of a random head and of the last one.
     """
     q2k_idx, _, _ = coarse_branch(
-        case.problem, case.backend, inputs.q, inputs.k, inputs.v, None, None, case.topk, with_output=False
+        case.problem, case.backend, inputs.q, inputs.k, inputs.v, None, None, [case.topk], with_output=False
     )
     rng = random.Random(seed)
     comparison = _Comparison(inputs.q.dtype)

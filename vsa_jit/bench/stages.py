@@ -125,7 +125,9 @@ class _Stages:
         yield _Part("top-k", lambda: selection.select(scores, None, case.topk))
 
         def coarse(v_c: Tensor | None) -> object:
-            return coarse_attend(q_c, k_c, v_c, None, case.topk, torch.float32, problem.softmax_scale, case.backend)
+            return coarse_attend(
+                q_c, k_c, v_c, None, [case.topk], False, torch.float32, *problem.static_of_blocks, case.backend
+            )
 
         if v_c is not None:
             yield _Part("coarse attention", lambda: coarse(v_c), (lambda: coarse(None),))
@@ -201,7 +203,7 @@ class _Stages:
             inputs.v,
             None,
             None,
-            self._case.topk,
+            [self._case.topk],
             with_output=self._with_coarse,
         )
 

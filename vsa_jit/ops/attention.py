@@ -28,7 +28,7 @@ def attend(
     gate_value: float,
     keep_out_s: bool,
     tile: Sequence[int],
-    grid: Sequence[int] | None,
+    segments: Sequence[int] | None,
     layout: str,
     softmax_scale: float,
     backend: str,
@@ -45,7 +45,7 @@ def attend(
         ``(out, lse, out_s)``: out like q; lse fp32 [B, H, S_q], natural log, -inf where a query has no key; out_s like
         q, or empty where it was not kept; it carries no derivative.
     """
-    problem = Problem.of(q, k, tile, grid, layout, softmax_scale)
+    problem = Problem.of(q, k, tile, segments, layout, softmax_scale)
     operands = Operands(q, k, v, q2k_idx, q2k_num, q_sizes, kv_sizes, out_c, *_weight(gate, gate_value))
     out, lse, out_s = _attend(problem, backend, operands, keep_out_s)
     return out, lse, q.new_empty(0) if out_s is None else out_s
@@ -116,13 +116,13 @@ def attend_backward(
     need_dq: bool,
     need_dkv: bool,
     tile: Sequence[int],
-    grid: Sequence[int] | None,
+    segments: Sequence[int] | None,
     layout: str,
     softmax_scale: float,
     backend: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Gradients of ``attend`` in q, k, v, the gate and ``out_c``; empty where there is none or it is not needed."""
-    problem = Problem.of(q, k, tile, grid, layout, softmax_scale)
+    problem = Problem.of(q, k, tile, segments, layout, softmax_scale)
     operands = Operands(q, k, v, q2k_idx, q2k_num, q_sizes, kv_sizes, out_c, *_weight(gate, gate_value))
     run = backend_for("attend_backward", problem, backend, q, k, v)
     gradients = run.attend_backward(problem, operands, out_s, lse, dout, dlse, need_dq, need_dkv)
@@ -176,7 +176,7 @@ def attend_tangent(
     out_c_t: Tensor | None,
     gate_t: Tensor | None,
     tile: Sequence[int],
-    grid: Sequence[int] | None,
+    segments: Sequence[int] | None,
     layout: str,
     softmax_scale: float,
     backend: str,
@@ -186,7 +186,7 @@ def attend_tangent(
     Raises:
         NotImplementedError: the call runs on another backend than ``torch``.
     """
-    problem = Problem.of(q, k, tile, grid, layout, softmax_scale)
+    problem = Problem.of(q, k, tile, segments, layout, softmax_scale)
     choice = choose(problem, backend, q.device, q.dtype, (q, k, v))
     if "attend_tangent" not in choice.runners:
         raise NotImplementedError(

@@ -1,8 +1,8 @@
 """Means of blocks: what the selection and the coarse output are made of.
 
 Operators that read tokens, here and in ``attention``, end with the same five arguments: those of ``Problem.static``,
-which are the tile, the grid, the layout and the softmax scale, and the backend asked for. Which backend runs is decided
-when the operator runs, from its tensors.
+which are the tile, the segments, the layout and the softmax scale, and the backend asked for. Which backend runs is
+decided when the operator runs, from its tensors.
 """
 
 from collections.abc import Sequence
@@ -24,7 +24,7 @@ def block_means(
     q_sizes: Tensor | None,
     kv_sizes: Tensor | None,
     tile: Sequence[int],
-    grid: Sequence[int] | None,
+    segments: Sequence[int] | None,
     layout: str,
     softmax_scale: float,
     backend: str,
@@ -38,7 +38,7 @@ def block_means(
     Returns:
         ``(q_c, k_c, v_c)``: fp32 [B, H, n_q, D] and [B, H_kv, n_k, D], 0 for an empty block; v_c is empty without v.
     """
-    problem = Problem.of(q, k, tile, grid, layout, softmax_scale)
+    problem = Problem.of(q, k, tile, segments, layout, softmax_scale)
     tensors = (q, k) if v is None else (q, k, v)
     run = backend_for("block_means", problem, backend, *tensors)
     q_c, k_c, v_c = run.block_means(problem, q, k, v, q_sizes, kv_sizes)
@@ -46,8 +46,8 @@ def block_means(
 
 
 @block_means.fake
-def _(q, k, v, q_sizes, kv_sizes, tile, grid, layout, softmax_scale, backend):
-    problem = Problem.of(q, k, tile, grid, layout, softmax_scale)
+def _(q, k, v, q_sizes, kv_sizes, tile, segments, layout, softmax_scale, backend):
+    problem = Problem.of(q, k, tile, segments, layout, softmax_scale)
     q_shape, kv_shape = (
         (problem.batch, side.heads, side.num_blocks, problem.head_dim) for side in (problem.queries, problem.keys)
     )
@@ -64,19 +64,19 @@ def block_mean_backward(
     x: Tensor,
     sizes: Tensor | None,
     tile: Sequence[int],
-    grid: Sequence[int] | None,
+    segments: Sequence[int] | None,
     layout: str,
     softmax_scale: float,
     backend: str,
 ) -> Tensor:
     """Gradient of the block means of ``x`` in ``x``: each valid token's share of its block's, 0 for the others."""
-    problem = Problem.of(x, x, tile, grid, layout, softmax_scale)
+    problem = Problem.of(x, x, tile, segments, layout, softmax_scale)
     run = backend_for("block_mean_backward", problem, backend, x)
     return run.block_mean_backward(problem.queries, dmean, x, sizes)
 
 
 @block_mean_backward.fake
-def _(dmean, x, sizes, tile, grid, layout, softmax_scale, backend):
+def _(dmean, x, sizes, tile, segments, layout, softmax_scale, backend):
     return empty_like(x)
 
 

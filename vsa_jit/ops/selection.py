@@ -5,7 +5,7 @@ those between the pooling and the selection.
 """
 
 from collections.abc import Iterator, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -16,6 +16,8 @@ from vsa_jit.backends.choose import selection_backend_for
 from vsa_jit.fastpath import softmax_backward
 from vsa_jit.operators import Operator, save_tensors, tangent_or_zeros
 from vsa_jit.problem import contiguous_like
+from vsa_jit.segments import Segments, order_of, samples_of_blocks, selection_rows, selection_width
+from vsa_jit.tables import on_device
 
 # Scores of block means that are computed at a time, so that they need little memory however many blocks there are.
 SCORES_AT_A_TIME = 1 << 24
@@ -27,8 +29,11 @@ def coarse_attend(
     k_c: Tensor,
     v_c: Tensor | None,
     kv_sizes: Tensor | None,
-    topk: int,
+    topk: Sequence[int],
+    compete: bool,
     selection_dtype: torch.dtype,
+    tile: Sequence[int],
+    segments: Sequence[int] | None,
     softmax_scale: float,
     backend: str,
 ) -> tuple[Tensor, Tensor, Tensor]:
@@ -43,47 +48,111 @@ def coarse_attend(
         q_c: block means of the queries, fp32 [B, H, n_q, D].
         k_c, v_c: of the keys and values, fp32 [B, H_kv, n_k, D]; v_c None where the means are not attended.
         kv_sizes: valid tokens of each key block; one without any is neither selected nor attended.
-        topk: key blocks to select for each query block, clamped to n_k.
+        topk: key blocks to select for each query block, clamped to n_k. With segments, key blocks of video, one number
+            for each sample.
+        compete: whether blocks of context have to be among those of highest score, as many more; else all are selected.
+        tile, segments: those of ``Problem.static``, which say what the blocks are.
 
     Returns:
-        ``(out_c, q2k_idx, q2k_num)``: fp32 [B, H, n_q, D], softmax(q_c k_cᵀ · scale) v_c, empty without v_c; int32
-        [B, H, n_q, topk], the blocks of highest score q_c · k_c, ties to the lower, ascending, 0 past the number
-        selected; int32 [B, H, n_q]. The selection carries no derivative.
+        ``(out_c, q2k_idx, q2k_num)``: fp32 [B, H, n_q, D], softmax(q_c k_cᵀ · scale) v_c over the key blocks of the
+        sample, empty without v_c; int32 [B, H, n_q, m], the blocks of highest score q_c · k_c, ties to the lower,
+        ascending, 0 past the number selected; int32 [B, H, n_q], or -c where a query block of context attends all c
+        blocks of its sample, the first of which is the only one named. The selection carries no derivative.
     """
     run = selection_backend_for("coarse_attend", backend, q_c.device)
+    products = _Products.of(run, tile, segments)
     # A program that was traced with a longer sequence may ask for more.
-    topk = min(topk, k_c.shape[2])
+    topk = [min(count, k_c.shape[2]) for count in topk]
     outs, indices, numbers = [], [], []
-    for q_rows, k_rows, v_rows in _scored_at_a_time(*_rounded_means(selection_dtype, q_c, k_c, v_c)):
-        scores = _scores(run, q_rows, k_rows, softmax_scale, selection_dtype)
-        idx, num = run.select(scores, kv_sizes, topk)
+    for q_rows, k_rows, v_rows in _scored_at_a_time(products, *_rounded_means(selection_dtype, q_c, k_c, v_c)):
+        scores = _scores(products, q_rows, k_rows, softmax_scale, selection_dtype)
+        if products.segments is None:
+            idx, num = run.select(scores, kv_sizes, topk[0])
+        else:
+            rows = _selection_rows(products.segments, topk, compete, scores.device)
+            idx, num = run.select_in_samples(scores, rows, selection_width(products.segments, topk))
         indices.append(idx)
         numbers.append(num)
         if v_rows is not None:
-            p = _softmax(scores, kv_sizes, softmax_scale, selection_dtype)
-            outs.append(_round_to(selection_dtype, run.matmul(p, v_rows)))
-    rows = q_c.shape[:3]
+            p = _softmax(products, scores, kv_sizes, softmax_scale, selection_dtype)
+            outs.append(_round_to(selection_dtype, products.over_blocks(p, v_rows)))
+    rows_of_blocks = q_c.shape[:3]
     out_c = q_c.new_empty(0) if v_c is None else _joined(outs, q_c.shape)
-    return out_c, _joined(indices, (*rows, topk)), _joined(numbers, rows)
+    return out_c, _joined(indices, (*rows_of_blocks, -1)), _joined(numbers, rows_of_blocks)
 
 
 @coarse_attend.fake
-def _(q_c, k_c, v_c, kv_sizes, topk, *_):
-    most = k_c.shape[2]
-    topk = min(topk, most) if isinstance(topk, int) and isinstance(most, int) else topk
+def _(q_c, k_c, v_c, kv_sizes, topk, compete, selection_dtype, tile, segments, *_):
+    order = order_of(segments, _triple(tile))
+    if order.segments is not None:
+        width = selection_width(order.segments, topk)
+    else:
+        width, most = topk[0], k_c.shape[2]
+        width = min(width, most) if isinstance(width, int) and isinstance(most, int) else width
     return (
         q_c.new_empty(0 if v_c is None else q_c.shape),
-        q_c.new_empty((*q_c.shape[:3], topk), dtype=torch.int32),
+        q_c.new_empty((*q_c.shape[:3], width), dtype=torch.int32),
         q_c.new_empty(q_c.shape[:3], dtype=torch.int32),
     )
 
 
-def _scored_at_a_time(q_c: Tensor, k_c: Tensor, *others: Tensor | None) -> Iterator[list[Any]]:
+def _triple(tile: Sequence[int]) -> tuple[int, int, int]:
+    return tile[0], tile[1], tile[2]
+
+
+def _selection_rows(segments: Segments, topk: Sequence[int], compete: bool, device: torch.device) -> Tensor:
+    key = "selection", segments, tuple(topk), compete
+    return on_device(key, device, lambda: selection_rows(segments, topk, compete))
+
+
+class _Products(NamedTuple):
+    """Products of block means, which never reach from one sample into another: not even a NaN does.
+
+    Attributes:
+        segments: None where all blocks belong to one sample that has no context.
+    """
+
+    run: Backend
+    segments: Segments | None
+
+    @classmethod
+    def of(cls, run: Backend, tile: Sequence[int], segments: Sequence[int] | None) -> "_Products":
+        return cls(run, order_of(segments, _triple(tile)).segments)
+
+    @property
+    def is_one_sample(self) -> bool:
+        return self.segments is None or not self.segments.has_several_samples
+
+    def of_blocks(self, a: Tensor, b: Tensor) -> Tensor:
+        """a · b for each pair of blocks: [R, n_q, D] and [R, D, n_k]; anything where they are of different samples."""
+        if self.segments is None or not self.segments.has_several_samples:
+            return self.run.matmul(a, b)
+        return self.run.matmul_in_samples(a, b, self.segments, over_blocks=False)
+
+    def over_blocks(self, a: Tensor, b: Tensor) -> Tensor:
+        """a · b, which sums over the blocks of a sample: [R, n, n_k] and [R, n_k, D]."""
+        if self.segments is None or not self.segments.has_several_samples:
+            return self.run.matmul(a, b)
+        return self.run.matmul_in_samples(a, b, self.segments, over_blocks=True)
+
+    def fill_between_samples(self, x: Tensor, value: float) -> Tensor:
+        """Sets, in place, what belongs to pairs of blocks of different samples: [R, n_q, n_k]."""
+        if self.segments is None or not self.segments.has_several_samples:
+            return x
+        segments = self.segments
+        samples = on_device(("samples", segments), x.device, lambda: samples_of_blocks(segments))
+        return x.masked_fill_(samples[:, None] != samples, value)
+
+
+def _scored_at_a_time(products: _Products, q_c: Tensor, k_c: Tensor, *others: Tensor | None) -> Iterator[list[Any]]:
     """Some key/value heads at a time: of each [B, heads, blocks, D] the part that belongs to them, [rows, ..., D].
 
-    The query heads of one key/value head are rows of one product.
+    The query heads of one key/value head are rows of one product; of several samples each has products of its own.
     """
     batch, kv_heads, num_kv_blocks, _ = k_c.shape
+    if not products.is_one_sample:
+        kv_heads = q_c.shape[1]
+        k_c, others = _of_query_heads(k_c, kv_heads), tuple(_of_query_heads(x, kv_heads) for x in others)
     rows = batch * kv_heads
     scores = q_c.shape[1] // kv_heads * q_c.shape[2] * num_kv_blocks
     step = max(1, SCORES_AT_A_TIME // scores)
@@ -92,9 +161,23 @@ def _scored_at_a_time(q_c: Tensor, k_c: Tensor, *others: Tensor | None) -> Itera
         yield [None if x is None else x[start : start + step] for x in flat]
 
 
+def _of_query_heads(x: Any, heads: int) -> Any:
+    """Means of key/value heads [B, H_kv, n, D] for each query head; those of query heads, and None, as they are."""
+    return x if x is None or x.shape[1] == heads else x.repeat_interleave(heads // x.shape[1], 1)
+
+
 def _joined(parts: list[Tensor], shape: Sequence[int]) -> Tensor:
     """The results of ``_scored_at_a_time`` in one tensor; where all were scored at once, without a copy."""
     return (parts[0] if len(parts) == 1 else torch.cat(parts)).reshape(shape)
+
+
+def _joined_of_keys(products: _Products, parts: list[Tensor], q_c: Tensor, like: Tensor) -> Tensor:
+    """The same of gradients in means of keys: those of the query heads that share them are added."""
+    if products.is_one_sample:
+        return _joined(parts, like.shape)
+    batch, heads, _, head_dim = q_c.shape
+    kv_heads = like.shape[1]
+    return _joined(parts, (batch, kv_heads, heads // kv_heads, like.shape[2], head_dim)).sum(2)
 
 
 def _round_to(dtype: torch.dtype, x: Tensor) -> Tensor:
@@ -106,15 +189,23 @@ def _rounded_means(dtype: torch.dtype, *means: Tensor | None) -> list[Any]:
     return [x if x is None else x.to(dtype).float() for x in means]
 
 
-def _scores(run: Backend, q_rows: Tensor, k_rows: Tensor, softmax_scale: float, selection_dtype: torch.dtype) -> Tensor:
+def _scores(
+    products: _Products, q_rows: Tensor, k_rows: Tensor, softmax_scale: float, selection_dtype: torch.dtype
+) -> Tensor:
     """The scores that order the key blocks: fp32 before scaling, a narrower dtype after, since its scaling can tie."""
-    scores = run.matmul(q_rows, k_rows.mT)
+    scores = products.of_blocks(q_rows, k_rows.mT)
     if selection_dtype == torch.float32:
         return scores
     return _round_to(selection_dtype, _round_to(selection_dtype, scores).mul_(softmax_scale))
 
 
-def _softmax(scores: Tensor, kv_sizes: Tensor | None, softmax_scale: float, selection_dtype: torch.dtype) -> Tensor:
+def _softmax(
+    products: _Products,
+    scores: Tensor,
+    kv_sizes: Tensor | None,
+    softmax_scale: float,
+    selection_dtype: torch.dtype,
+) -> Tensor:
     """Probabilities of the key blocks, from ``_scores``, which are overwritten."""
     if selection_dtype == torch.float32:
         scores.mul_(softmax_scale)
@@ -122,6 +213,7 @@ def _softmax(scores: Tensor, kv_sizes: Tensor | None, softmax_scale: float, sele
         empty = kv_sizes < 1
         # Where all blocks are empty, all of them hold a mean of 0: attending those gives the 0 that is wanted.
         scores.masked_fill_(empty & ~empty.all(), float("-inf"))
+    products.fill_between_samples(scores, float("-inf"))
     return _round_to(selection_dtype, scores.softmax(-1))
 
 
@@ -133,22 +225,26 @@ def coarse_attend_backward(
     kv_sizes: Tensor | None,
     dout_c: Tensor,
     selection_dtype: torch.dtype,
+    tile: Sequence[int],
+    segments: Sequence[int] | None,
     softmax_scale: float,
     backend: str,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of the output of ``coarse_attend`` in q_c, k_c and v_c."""
     run = selection_backend_for("coarse_attend_backward", backend, q_c.device)
+    products = _Products.of(run, tile, segments)
     dq_c, dk_c, dv_c = [], [], []
     means = _rounded_means(selection_dtype, q_c, k_c, v_c)
-    for q_rows, k_rows, v_rows, dout_rows in _scored_at_a_time(*means, dout_c.contiguous()):
-        scores = _scores(run, q_rows, k_rows, softmax_scale, selection_dtype)
-        p = _softmax(scores, kv_sizes, softmax_scale, selection_dtype)
-        dv_c.append(run.matmul(p.mT, dout_rows))
-        dp = run.matmul(dout_rows * softmax_scale, v_rows.mT)
+    for q_rows, k_rows, v_rows, dout_rows in _scored_at_a_time(products, *means, dout_c.contiguous()):
+        scores = _scores(products, q_rows, k_rows, softmax_scale, selection_dtype)
+        p = _softmax(products, scores, kv_sizes, softmax_scale, selection_dtype)
+        dv_c.append(products.over_blocks(p.mT, dout_rows))
+        dp = products.fill_between_samples(products.of_blocks(dout_rows * softmax_scale, v_rows.mT), 0.0)
         ds = softmax_backward(dp, p, -1, torch.float32)
-        dq_c.append(run.matmul(ds, k_rows))
-        dk_c.append(run.matmul(ds.mT, q_rows))
-    return _joined(dq_c, q_c.shape), _joined(dk_c, k_c.shape), _joined(dv_c, v_c.shape)
+        dq_c.append(products.over_blocks(ds, k_rows))
+        dk_c.append(products.over_blocks(ds.mT, q_rows))
+    dk, dv = (_joined_of_keys(products, parts, q_c, like) for parts, like in ((dk_c, k_c), (dv_c, v_c)))
+    return _joined(dq_c, q_c.shape), dk, dv
 
 
 @coarse_attend_backward.fake
@@ -166,19 +262,23 @@ def coarse_attend_tangent(
     v_c_t: Tensor,
     kv_sizes: Tensor | None,
     selection_dtype: torch.dtype,
+    tile: Sequence[int],
+    segments: Sequence[int] | None,
     softmax_scale: float,
     backend: str,
 ) -> Tensor:
     """The tangent of the output of ``coarse_attend`` along those of q_c, k_c and v_c."""
     run = selection_backend_for("coarse_attend_tangent", backend, q_c.device)
+    products = _Products.of(run, tile, segments)
     out_t = []
     means = _rounded_means(selection_dtype, q_c, k_c, v_c)
-    for q_rows, k_rows, v_rows, q_t, k_t, v_t in _scored_at_a_time(*means, q_c_t, k_c_t, v_c_t):
-        scores = _scores(run, q_rows, k_rows, softmax_scale, selection_dtype)
-        p = _softmax(scores, kv_sizes, softmax_scale, selection_dtype)
-        scores_t = (run.matmul(q_t, k_rows.mT) + run.matmul(q_rows, k_t.mT)) * softmax_scale
+    for q_rows, k_rows, v_rows, q_t, k_t, v_t in _scored_at_a_time(products, *means, q_c_t, k_c_t, v_c_t):
+        scores = _scores(products, q_rows, k_rows, softmax_scale, selection_dtype)
+        p = _softmax(products, scores, kv_sizes, softmax_scale, selection_dtype)
+        scores_t = products.of_blocks(q_t, k_rows.mT) + products.of_blocks(q_rows, k_t.mT)
+        scores_t = products.fill_between_samples(scores_t, 0.0) * softmax_scale
         p_t = p * (scores_t - (p * scores_t).sum(-1, keepdim=True))
-        out_t.append(run.matmul(p_t, v_rows) + run.matmul(p, v_t))
+        out_t.append(products.over_blocks(p_t, v_rows) + products.over_blocks(p, v_t))
     return _joined(out_t, q_c.shape)
 
 
@@ -188,7 +288,7 @@ def _(q_c, *_):
 
 
 def _setup_coarse_attend(ctx: Any, inputs: tuple, output: tuple[Tensor, ...]) -> None:
-    tensors, (_, *ctx.static) = inputs[:4], inputs[4:]
+    tensors, (_topk, _compete, *ctx.static) = inputs[:4], inputs[4:]
     v_c = tensors[2]
     ctx.mark_non_differentiable(*(output if v_c is None else output[1:]))
     save_tensors(ctx, *tensors)
@@ -196,9 +296,9 @@ def _setup_coarse_attend(ctx: Any, inputs: tuple, output: tuple[Tensor, ...]) ->
 
 def _coarse_attend_grad(ctx: Any, dout_c: Tensor | None, *_: None) -> tuple:
     if dout_c is None:
-        return (None,) * 8
+        return (None,) * 11
     grads = coarse_attend_backward(*ctx.saved_tensors, dout_c, *ctx.static)
-    return *grads, *(None,) * 5
+    return *grads, *(None,) * 8
 
 
 def _coarse_attend_jvp(

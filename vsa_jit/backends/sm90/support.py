@@ -61,6 +61,8 @@ def why_not(problem: Problem, dtype: torch.dtype, tensors: Sequence[Tensor]) -> 
     if reason is not None:
         return reason
     side = problem.queries
+    if side.segments is not None:
+        return "the kernels know no segments yet"
     reasons = (why_not_tma(bhsd(x, side.layout), side.grid) for x in tensors)
     return next((reason for reason in reasons if reason is not None), None)
 

@@ -42,21 +42,14 @@ def chunks(
     q_tokens: Tensor,
     kv_tokens: Tensor,
 ) -> Iterator[Chunk]:
-    width = q2k_idx.shape[-1]
-    if q2k_num.device.type == "cpu":
-        width = min(width, max(int(q2k_num.max()), 0))
-    per_block = max(width, 1) * problem.block * max(problem.head_dim, problem.block)
-    step = max(1, CHUNK_ELEMENTS // per_block)
-    slot = torch.arange(width, device=q.device)
+    num_blocks = problem.keys.num_blocks
     for b in range(problem.batch):
         for h in range(problem.queries.heads):
             h_kv = h // problem.group
-            for start in range(0, problem.queries.num_blocks, step):
-                rows = slice(start, min(start + step, problem.queries.num_blocks))
-                named = q2k_idx[b, h, rows, :width].long()
-                used = slot < q2k_num[b, h, rows, None]
-                exists = (named >= 0) & (named < problem.keys.num_blocks)
-                tokens = kv_tokens[named.clamp(0, problem.keys.num_blocks - 1)]
+            for rows, width in _row_slices(problem, q2k_idx.shape[-1], q2k_num[b, h]):
+                named, used = _entries(problem, q2k_idx[b, h, rows], q2k_num[b, h, rows], width)
+                exists = (named >= 0) & (named < num_blocks)
+                tokens = kv_tokens[named.clamp(0, num_blocks - 1)]
                 tokens = torch.where((used & exists)[..., None], tokens, -1).flatten(1)
                 q_rows = take(q[b, h], q_tokens[rows])
                 k_rows = take(k[b, h_kv], tokens)
@@ -65,6 +58,41 @@ def chunks(
                 scores.masked_fill_((tokens < 0)[:, None, :], float("-inf"))
                 poisoned = (used & ~exists).any(-1)[:, None, None]
                 yield Chunk(b, h, h_kv, rows, q_rows, k_rows, v_rows, tokens, scores, poisoned)
+
+
+def _row_slices(problem: Problem, width: int, q2k_num: Tensor) -> Iterator[tuple[slice, int]]:
+    """Query blocks of one head that are taken at a time, and the most entries that one of them has."""
+    per_entry = problem.block * max(problem.head_dim, problem.block)
+    if problem.keys.segments is not None:
+        widths = [problem.keys.num_blocks] * len(q2k_num)
+        if q2k_num.device.type == "cpu":
+            widths = torch.where(q2k_num < 0, -q2k_num, q2k_num.clamp(max=width)).tolist()
+    elif q2k_num.device.type == "cpu":
+        widths = [min(width, max(int(q2k_num.max()), 0))] * len(q2k_num)
+    else:
+        widths = [width] * len(q2k_num)
+    start = 0
+    while start < len(widths):
+        stop, widest = start, 0
+        while stop < len(widths):
+            wider = max(widest, widths[stop], 1)
+            if stop > start and (stop + 1 - start) * wider * per_entry > CHUNK_ELEMENTS:
+                break
+            stop, widest = stop + 1, wider
+        yield slice(start, stop), widest
+        start = stop
+
+
+def _entries(problem: Problem, q2k_idx: Tensor, q2k_num: Tensor, width: int) -> tuple[Tensor, Tensor]:
+    """The key blocks that some rows name, int64 [c, width], and which of the entries count."""
+    slot = torch.arange(width, device=q2k_idx.device)
+    if problem.keys.segments is None:
+        return q2k_idx[:, :width].long(), slot < q2k_num[:, None]
+    in_table = q2k_idx.shape[1]
+    listed = q2k_idx[:, slot.clamp(max=in_table - 1)].long()
+    is_run = (q2k_num < 0)[:, None]
+    length = torch.where(q2k_num < 0, -q2k_num, q2k_num.clamp(max=in_table))
+    return torch.where(is_run, q2k_idx[:, :1].long() + slot, listed), slot < length[:, None]
 
 
 def softmax(scores: Tensor) -> tuple[Tensor, Tensor]:

@@ -12,6 +12,7 @@ from torch import Tensor
 from vsa_jit.backends.torch.chunks import chunks, exact_product, product, put, softmax, take
 from vsa_jit.grid import block_tokens
 from vsa_jit.problem import Gradients, Operands, Problem, Side, bhsd, contiguous_like, empty_like
+from vsa_jit.segments import Segments
 
 # One pass over the map gives all gradients.
 transpose_index = None
@@ -19,6 +20,17 @@ transpose_index = None
 
 def matmul(a: Tensor, b: Tensor) -> Tensor:
     return exact_product(a, b)
+
+
+def matmul_in_samples(a: Tensor, b: Tensor, segments: Segments, over_blocks: bool) -> Tensor:
+    out = a.new_empty((a.shape[0], a.shape[1], b.shape[2]))
+    for sample in segments.samples:
+        own = slice(sample.first_block, sample.first_block + sample.num_blocks)
+        if over_blocks:
+            out[:, own] = exact_product(a[:, own, own], b[:, own])
+        else:
+            out[:, own, own] = exact_product(a[:, own], b[:, :, own])
+    return out
 
 
 def block_means(
@@ -59,6 +71,21 @@ def select(scores: Tensor, kv_sizes: Tensor | None, topk: int) -> tuple[Tensor, 
     kept = torch.arange(topk, device=scores.device) < num[..., None]
     idx = torch.where(kept, order[..., :topk], scores.shape[-1]).sort(dim=-1).values
     return torch.where(kept, idx, 0).int(), num
+
+
+def select_in_samples(scores: Tensor, rows: Tensor, width: int) -> tuple[Tensor, Tensor]:
+    first, end, num, is_forced = rows.unbind(1)
+    column = torch.arange(len(rows), device=rows.device)
+    is_own = (column >= first[:, None]) & (column < end[:, None])
+    rank = torch.where(is_own, 1 - is_forced, 2)
+    scores = scores.unflatten(1, (-1, len(rows)))
+    order = scores.sort(dim=-1, descending=True, stable=True).indices
+    order = order.gather(-1, rank.expand(scores.shape).gather(-1, order).sort(dim=-1, stable=True).indices)
+    kept = torch.arange(width, device=rows.device) < num[:, None]
+    idx = torch.where(kept, order[..., :width], len(rows)).sort(dim=-1).values
+    idx = torch.where(kept, idx, 0).int()
+    idx[..., 0] = torch.where(num < 0, first, idx[..., 0])
+    return idx.flatten(1, 2), num.expand(scores.shape[:-1]).flatten(1)
 
 
 def map_to_indices(block_map: Tensor) -> tuple[Tensor, Tensor]:
