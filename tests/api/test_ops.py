@@ -66,7 +66,7 @@ def test_opcheck_attend(device, layout, gate):
 @pytest.mark.parametrize("device", DEVICES)
 def test_opcheck_coarse_branch_and_compact(device):
     q, k, v = leaf(1, 210, 4, 32, device=device), leaf(1, 210, 2, 32, device=device), leaf(1, 210, 2, 32, device=device)
-    static = ([4, 4, 4], [5, 6, 7], "bshd", 0.2, "auto")
+    static = ([4, 4, 4], [0, 5, 6, 7], "bshd", 0.2, "auto")
     library.opcheck(pooling.block_means.overload, (q, k, v, None, None, *static))
     library.opcheck(pooling.block_means.overload, (q, k, None, None, None, *static))
     means = leaf(1, 4, 8, 32, device=device), leaf(1, 2, 8, 32, device=device), leaf(1, 2, 8, 32, device=device)
