@@ -95,6 +95,10 @@ class Segments:
         return any([segment.num_blocks * block != segment.length for segment in self.segments])
 
     @property
+    def num_context_blocks(self) -> int:
+        return sum([sample.num_context_blocks for sample in self.samples])
+
+    @property
     def has_several_samples(self) -> bool:
         return len(self.samples) > 1
 

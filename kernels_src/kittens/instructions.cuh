@@ -5,6 +5,13 @@
 
 namespace kittens {
 
+// Thread blocks of the launch, read anew wherever it is called, so that no register keeps them.
+__device__ __forceinline__ int num_thread_blocks() {
+    int number;
+    asm volatile("mov.u32 %0, %%nctaid.x;" : "=r"(number));
+    return number;
+}
+
 // Two neighbouring elements of a word as floats, the lower address first.
 template <typename T>
 __device__ __forceinline__ float2 unpack(uint32_t word);
@@ -59,6 +66,7 @@ __device__ __forceinline__ void add_to(float* address, float a, float b) {
 }
 
 // Brings what is at an address as far as L2.
+__device__ __forceinline__ void prefetch_to_l1(const void* pointer) { asm volatile("prefetch.global.L1 [%0];" ::"l"(pointer)); }
 __device__ __forceinline__ void prefetch(const void* pointer) { asm volatile("prefetch.global.L2 [%0];" ::"l"(pointer)); }
 
 }  // namespace kittens

@@ -40,5 +40,32 @@ __device__ __forceinline__ void load_async(void* destination, const void* source
                  : "memory");
 }
 
+// A tensor map in global memory is changed field by field: where its tensor is, and its extents and strides in bytes, by the
+// number of the dimension; the innermost one is 0, and has no stride.
+__device__ __forceinline__ void set_address(tensor_map* map, uint64_t address) {
+    asm volatile("tensormap.replace.tile.global_address.global.b1024.b64 [%0], %1;" ::"l"(map), "l"(address) : "memory");
+}
+template <int dimension>
+__device__ __forceinline__ void set_extent(tensor_map* map, int extent) {
+    asm volatile("tensormap.replace.tile.global_dim.global.b1024.b32 [%0], %1, %2;" ::"l"(map), "n"(dimension), "r"(extent)
+                 : "memory");
+}
+template <int dimension>
+__device__ __forceinline__ void set_stride(tensor_map* map, int64_t bytes) {
+    // Compilers before CUDA 12.5 store the operand as it is, without the four bits that are always 0.
+#if __CUDACC_VER_MAJOR__ == 12 && __CUDACC_VER_MINOR__ < 5
+    bytes >>= 4;
+#endif
+    asm volatile("tensormap.replace.tile.global_stride.global.b1024.b64 [%0], %1, %2;" ::"l"(map), "n"(dimension - 1),
+                 "l"(bytes)
+                 : "memory");
+}
+
+// After maps were changed, and before another thread copies by one that was.
+__device__ __forceinline__ void release_maps() { asm volatile("fence.proxy.tensormap::generic.release.gpu;" ::: "memory"); }
+__device__ __forceinline__ void acquire_map(const tensor_map* map) {
+    asm volatile("fence.proxy.tensormap::generic.acquire.gpu [%0], %1;" ::"l"(map), "n"(sizeof(tensor_map)) : "memory");
+}
+
 }  // namespace tma
 }  // namespace kittens

@@ -62,7 +62,7 @@ __device__ __forceinline__ void init_barriers(SharedStorage& shared) {
 struct KeyBox {
     int box;
     bool exists;
-    Extent3 origin;
+    BoxOrigin origin;
     int moved;
 
     __device__ __forceinline__ KeyBox(const TokenLayout& keys, const WorkTile<1>& work, int consumer) {
@@ -73,7 +73,7 @@ struct KeyBox {
         moved = first_place_of(keys, block, box);
     }
     // Where the load starts: what is not valid then arrives as zeros, see KeyTile::origin.
-    __device__ __forceinline__ Extent3 loaded_from() const { return {origin.t, origin.h, origin.w - moved}; }
+    __device__ __forceinline__ BoxOrigin loaded_from() const { return before(origin, moved); }
 
     __device__ __forceinline__ OutputRows rows(const Params& params, const WorkTile<1>& work) const {
         return {params.keys, params.schedule.heads.value, work.batch, work.row_head, work.group.block[0], box, origin, moved};
@@ -84,13 +84,13 @@ __device__ __forceinline__ void produce(const Params& params, SharedStorage& sha
     const auto load_keys = [&](const WorkTile<1>& work, semaphore& full) {
 #pragma unroll 1
         for (int i = 0; i < kConsumers; ++i) {
-            const Extent3 from = KeyBox(params.keys, work, i).loaded_from();
-            load_box(shared.k[i], params.k, params.k.at(work.batch, work.row_head, from), full);
-            load_box(shared.v[i], params.v, params.v.at(work.batch, work.row_head, from), full);
+            const BoxOrigin from = KeyBox(params.keys, work, i).loaded_from();
+            load_box(shared.k[i], params.k, work.batch, work.row_head, from, full);
+            load_box(shared.v[i], params.v, work.batch, work.row_head, from, full);
         }
     };
-    produce_queries(params, shared, load_keys, [&](uint32_t number, const Extent3& origin) {
-        shared.sums[number % kBoxEntries] = DqSums(params.queries, origin);
+    produce_queries(params, shared, load_keys, [&](uint32_t number, int box, const BoxOrigin& origin) {
+        shared.sums[number % kBoxEntries] = DqSums(params.queries, box, origin);
     });
 }
 
@@ -192,7 +192,6 @@ __device__ __forceinline__ void add_tiles(const Params& params, SharedStorage& s
 }
 
 __device__ void consume(const Params& params, SharedStorage& shared) {
-    int k_phase = 0;
     uint32_t number = 0;
     Keys keys;
     for_each_work_tile(shared.work_tiles, [&](const WorkTile<1>& work, auto) {
@@ -202,8 +201,7 @@ __device__ void consume(const Params& params, SharedStorage& shared) {
             const KeyBox box(params.keys, work, this_consumer());
             const OutputRows rows = box.rows(params, work);
             keys.valid = box.exists ? rows.valid[0] | rows.valid[1] << 1 : 0;
-            wait(shared.k_barriers.full[0], k_phase);
-            k_phase ^= 1;
+            wait(shared.k_barriers.full[0], work.row_phase);
         }
         add_tiles(params, shared, work.group.num_tiles, number, keys);
         if (work.is_last) {
@@ -213,6 +211,8 @@ __device__ void consume(const Params& params, SharedStorage& shared) {
             if (box.exists) {
                 const OutputRows rows = box.rows(params, work);
                 store_gradient(params.dv, params.dv_strides, rows, 1.0f, keys.dv);
+                // Keeps the two apart, which together take more registers than there are.
+                __syncwarp();
                 store_gradient(params.dk, params.dk_strides, rows, params.scale, keys.dk);
             }
         }
@@ -240,15 +240,10 @@ __device__ __forceinline__ void add_columns(const Params& params, SharedStorage&
 __device__ void add_dq(const Params& params, SharedStorage& shared) {
     dq_fragment dq;
     zero(dq);
-    int k_phase = 0;
     uint32_t number = 0;
     for_each_work_tile(shared.work_tiles, [&](const WorkTile<1>& work, auto) {
-        if (work.is_first) {
-            wait(shared.k_barriers.full[0], k_phase);
-            k_phase ^= 1;
-        }
-        const Extent3& video = params.queries.extent;
-        float* const head = params.dq + int64_t(query_head(params, work)) * (video.t * video.h * video.w) * kHeadDim;
+        if (work.is_first) wait(shared.k_barriers.full[0], work.row_phase);
+        float* const head = params.dq + int64_t(query_head(params, work)) * params.queries.num_tokens() * kHeadDim;
 #pragma unroll 1
         for (const uint32_t end = number + work.group.num_tiles; number < end; ++number) {
             const PipelineState<kDsBuffers> ds(number);

@@ -82,15 +82,16 @@ __device__ __forceinline__ void init_barriers(SharedStorage& shared) {
 
 __device__ __forceinline__ void produce(const Params& params, SharedStorage& shared) {
     const int warp = warpid() % kWarpgroupWarps;
+    acquire_maps(params.q, params.k, params.v);
     using work_tile = WorkTile<kConsumers>;
-    const auto load_k = [&](const work_tile& work, const Extent3& origin, int stage) {
-        load_box(shared.k[stage], params.k, params.k.at(work.batch, work.col_head, origin), shared.k_barriers.full[stage]);
+    const auto load_k = [&](const work_tile& work, const BoxOrigin& origin, int stage) {
+        load_box(shared.k[stage], params.k, work.batch, work.col_head, origin, shared.k_barriers.full[stage]);
     };
-    const auto load_v = [&](const work_tile& work, const Extent3& origin, int stage) {
-        load_box(shared.v[stage], params.v, params.v.at(work.batch, work.col_head, origin), shared.v_barriers.full[stage]);
+    const auto load_v = [&](const work_tile& work, const BoxOrigin& origin, int stage) {
+        load_box(shared.v[stage], params.v, work.batch, work.col_head, origin, shared.v_barriers.full[stage]);
     };
     const auto load_q = [&](const work_tile& work, int i) {
-        load_box(shared.q[i], params.q, params.q.at(work.batch, work.row_head, work.origin[i]), shared.q_barriers.full[i]);
+        load_box(shared.q[i], params.q, work.batch, work.row_head, work.origin[i], shared.q_barriers.full[i]);
     };
     if (warp == 0)
         load_tiles<Operand::kK>(params.keys, params.lists, shared.work_tiles, shared.k_barriers, shared.queue, load_k);
@@ -195,11 +196,11 @@ __device__ void consume(const Params& params, SharedStorage& shared, int consume
     int q_phase = 0;
     for (int round = 0;; ++round) {
         const PipelineState<kWorkTiles> state(round);
-        const WorkTile<kConsumers>& work = shared.work_tiles.tiles[state.index];
-        wait(shared.work_tiles.full[state.index], state.phase);
+        const WorkTile<kConsumers>& work = shared.work_tiles.slots[state.index].tile;
+        wait(shared.work_tiles.slots[state.index].full, state.phase);
         if (work.ends) return;
         if (work.group.block[consumer] < 0) {
-            arrive(shared.work_tiles.empty[state.index]);
+            arrive(shared.work_tiles.slots[state.index].empty);
             continue;
         }
 
@@ -214,7 +215,7 @@ __device__ void consume(const Params& params, SharedStorage& shared, int consume
 
         const OutputRows rows(params.queries, params.schedule.heads.value, work, consumer);
         const bool poisoned = work.group.poisoned >> consumer & 1;
-        arrive(shared.work_tiles.empty[state.index]);
+        arrive(shared.work_tiles.slots[state.index].empty);
         finish(params, rows, poisoned, softmax, out);
     }
 }

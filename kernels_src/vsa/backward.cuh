@@ -13,11 +13,6 @@ struct alignas(16) RowStatistics {
 };
 constexpr int kStatisticsPerBox = kBoxTokens / 2;
 
-// How many places the tokens of a query box are moved by in the order in which they arrive.
-__device__ __forceinline__ int first_place_of(const TokenLayout& queries, int block, int box) {
-    return queries.sizes == nullptr ? 0 : kBoxTokens - valid_tokens_of_box(queries, block, box);
-}
-
 // The statistics of a lane's two rows of a consumer's query box.
 template <int kConsumers, typename Index>
 __device__ __forceinline__ void load_statistics(const RowStatistics* statistics, const TokenLayout& queries,
@@ -53,26 +48,16 @@ __device__ __forceinline__ void exp2_scaled(kittens::rt_fl<16, kBoxTokens>& scor
     for (int i = 0; i < kBoxTokens / 2; ++i) scores.data[i] = kittens::exp2(fmaf(scores.data[i], scale, -shift[i]));
 }
 
-// Where dq of a query box that has a token is summed up in fp32: [tokens of a head, head_dim], the boxes in raster order. Of a
-// box whose 64 tokens all exist the lanes' values come one after the other, 16 bytes of each. Any other box has a row for each
-// token that exists.
-struct alignas(8) DqSums {
-    static constexpr uint32_t kWhole = 0;
-
-    int first_token;
-    uint32_t extent;  // of the tokens that exist along t, h and w, a byte each; or kWhole
-
-    // `origin` is where the box starts, or where its load does, see KeyTile::origin.
-    __device__ __forceinline__ DqSums(const TokenLayout& queries, const Extent3& origin) {
-        const auto [t, h, w] = extent_of_box(queries, origin);
-        first_token = (origin.t * queries.extent.h + t * origin.h) * queries.extent.w + t * h * max(origin.w, 0);
-        extent = t * h * w == kBoxTokens ? kWhole : t | h << 8 | w << 16;
-    }
+// Where dq of a query box that has a token is summed up in fp32: [tokens of a head, head_dim], box after box as PackedBox has
+// them. Of a box whose 64 tokens all exist the lanes' values come one after the other, 16 bytes of each. Any other box has a
+// row for each token that exists.
+struct DqSums : PackedBox {
+    using PackedBox::PackedBox;
 
     // Where the first values of a lane are if the box is whole, in the sums of its head.
     template <int head_dim, typename T>
     __device__ __forceinline__ T* of_lane(T* head) const {
-        return head + int64_t(first_token) * head_dim + kittens::warpgroup::laneid() * 4;
+        return head + int64_t(first) * head_dim + kittens::warpgroup::laneid() * 4;
     }
 
     // Calls `visit(address, values...)` with four or two values of a lane that lie together, until it has had all, of the
@@ -82,7 +67,7 @@ struct alignas(8) DqSums {
                                              Visit visit) const {
         using namespace kittens;
         float (&x)[cols / 2] = dq.data;
-        if (extent == kWhole) {
+        if (extent == kWholeBox) {
 #pragma unroll
             for (int i = 0; i < cols / 2; i += 4) {
                 visit(own + (first_col / 2 + i) * kWarpgroupThreads, x[i], x[i + 1], x[i + 2], x[i + 3]);
@@ -91,10 +76,9 @@ struct alignas(8) DqSums {
         }
 #pragma unroll
         for (int row = 0; row < 2; ++row) {
-            const Extent3 at = position_in_box(queries, warpgroup::warpid() * 16 + laneid() / 4 + 8 * row);
-            const int h = extent >> 8 & 255, w = extent >> 16;
-            if (at.t >= int(extent & 255) || at.h >= h || at.w >= w) continue;
-            T* of_row = own - warpgroup::laneid() * 4 + ((at.t * h + at.h) * w + at.w) * head_dim + laneid() % 4 * 2;
+            const int place = place_of(queries, warpgroup::warpid() * 16 + laneid() / 4 + 8 * row);
+            if (place < 0) continue;
+            T* of_row = own - warpgroup::laneid() * 4 + place * head_dim + laneid() % 4 * 2;
 #pragma unroll
             for (int i = 2 * row; i < cols / 2; i += 4) visit(of_row + first_col + 2 * (i - 2 * row), x[i], x[i + 1]);
         }
@@ -147,7 +131,7 @@ __device__ __forceinline__ int query_head(const Params& params, const WorkTile<1
 }
 
 // A loader of a pass over queries: it loads the query boxes of all work tiles, with their dO and their statistics.
-// `prepare(number, origin)` writes what else the readers of a tile need to know.
+// `prepare(number, box, origin)` writes what else the readers of a tile need to know.
 template <typename Params, typename SharedStorage, typename Prepare>
 __device__ __forceinline__ void load_queries(const Params& params, SharedStorage& shared, Prepare prepare) {
     using kittens::kWarpThreads;
@@ -157,16 +141,17 @@ __device__ __forceinline__ void load_queries(const Params& params, SharedStorage
     uint32_t loaded = 0;
     for_each_work_tile(shared.work_tiles, [&](const WorkTile<1>& work, const auto& state) {
         const KeyTile<1>* list = params.lists.at(state);
-        const int num_tiles = work.group.num_tiles;
-        const int head = query_head(params, work);
+        // 32 bits count the boxes of all heads: the statistics of each take 512 bytes.
+        const uint32_t first_box = uint32_t(query_head(params, work)) * boxes_of_head;
+        int left = work.group.num_tiles;
         // Each lane takes one tile of 32. The list is read one step ahead, to hide the latency of global memory.
-        const auto tile_at = [&](int i) { return i < num_tiles ? list[i] : KeyTile<1>{}; };
+        const auto tile_at = [&](int i) { return i < left ? list[i] : KeyTile<1>{}; };
         KeyTile<1> own = tile_at(lane);
 #pragma unroll 1
-        for (int first = 0; first < num_tiles; first += kWarpThreads) {
-            const KeyTile<1> next = tile_at(first + kWarpThreads + lane);
-            const Extent3 origin = own.origin(params.queries);
-            const int count = min(kWarpThreads, num_tiles - first);
+        for (; left > 0; left -= kWarpThreads, list += kWarpThreads) {
+            const KeyTile<1> next = tile_at(kWarpThreads + lane);
+            const BoxOrigin origin = own.origin(params.queries);
+            const int count = min(kWarpThreads, left);
 #pragma unroll 1
             for (int i = 0; i < count; ++i, ++loaded) {
                 const PipelineState<kStages> stage(loaded);
@@ -175,12 +160,12 @@ __device__ __forceinline__ void load_queries(const Params& params, SharedStorage
                 // No lane continues before all have seen this phase: the stage could complete another phase and hide it.
                 __syncwarp();
                 if (lane == i) {
-                    const int64_t box = int64_t(head) * boxes_of_head + own.box();
-                    load_box(shared.q[stage.index], params.q, params.q.at(work.batch, work.col_head, origin), full);
-                    load_box(shared.dout[stage.index], params.dout, params.dout.at(work.batch, work.col_head, origin), full);
+                    load_box(shared.q[stage.index], params.q, work.batch, work.col_head, origin, full);
+                    load_box(shared.dout[stage.index], params.dout, work.batch, work.col_head, origin, full);
                     // Published by the arrival of the last copy, while the first ones are under way.
-                    prepare(loaded, origin);
-                    load_array(shared.statistics[stage.index], params.statistics + box * kStatisticsPerBox, full);
+                    prepare(loaded, own.box(), origin);
+                    load_array(shared.statistics[stage.index],
+                               params.statistics + uint64_t(first_box + own.box()) * kStatisticsPerBox, full);
                 }
             }
             own = next;
@@ -194,6 +179,7 @@ template <typename Params, typename SharedStorage, typename LoadKeys, typename P
 __device__ __forceinline__ void produce_queries(const Params& params, SharedStorage& shared, LoadKeys load_keys,
                                                 Prepare prepare) {
     const int warp = kittens::warpid() % kittens::kWarpgroupWarps;
+    acquire_maps(params.q, params.k, params.v, params.dout);
     if (warp == 0) load_queries(params, shared, prepare);
     if (warp == 1) {
         load_row_boxes(shared.work_tiles, shared.k_barriers,
@@ -208,10 +194,10 @@ __device__ __forceinline__ void produce_queries(const Params& params, SharedStor
 template <typename Params, typename SharedStorage>
 __device__ __forceinline__ void produce_queries(const Params& params, SharedStorage& shared) {
     const auto load_keys = [&](const WorkTile<1>& work, kittens::semaphore& full) {
-        load_box(shared.k[0], params.k, params.k.at(work.batch, work.row_head, work.origin[0]), full);
-        load_box(shared.v[0], params.v, params.v.at(work.batch, work.row_head, work.origin[0]), full);
+        load_box(shared.k[0], params.k, work.batch, work.row_head, work.origin[0], full);
+        load_box(shared.v[0], params.v, work.batch, work.row_head, work.origin[0], full);
     };
-    produce_queries(params, shared, load_keys, [](uint32_t, const Extent3&) {});
+    produce_queries(params, shared, load_keys, [](uint32_t, int, const BoxOrigin&) {});
 }
 
 // Adds the second product of the last tile of a work tile, left · ring[stage], and gives its stage back.

@@ -84,23 +84,20 @@ extern "C" __global__ void __launch_bounds__(kWarpThreads) block_means(const __g
         }
     };
 
+    operand.tensor.acquire_maps();
     int phase = 0, count = 0;
     for (int box = 0; box < layout.boxes.value; ++box) {
-        const Extent3 origin = origin_of_box(layout, block, box);
-        // Rows past a block's size hold anything, and those outside a video arrive as zeros.
-        int valid, rows;
-        if (layout.sizes != nullptr) {
-            valid = rows = valid_tokens_of_box(layout, block, box);
-        } else {
-            const Extent3 extent = extent_of_box(layout, origin);
-            valid = max(extent.t, 0) * max(extent.h, 0) * max(extent.w, 0);
-            rows = kBoxTokens;
-        }
+        const BoxOrigin origin = origin_of_box(layout, block, box);
+        // Rows past a block's size hold anything, and those outside a video or a segment arrive as zeros.
+        const BoxTokens tokens(layout, block, box, origin);
+        const int valid = tokens.count(layout), rows = tokens.end(layout);
         if (valid == 0) continue;
         count += valid;
         if (lane == 0) {
+            const coordinates from = operand.tensor.at(batch, head, origin);
+            const tensor_map& map = operand.tensor.map_of(origin);
             tma::expect_bytes(shared.full, kBoxBytes);
-            tma::load_async(shared.box, operand.tensor.map, operand.tensor.at(batch, head, origin), shared.full);
+            tma::load_async(shared.box, map, from, shared.full);
         }
         wait(shared.full, phase);
         phase ^= 1;

@@ -8,7 +8,6 @@
 struct OutputRows {
     int batch, head, block;
     int64_t bh;
-    Extent3 origin;
     int token[2];
     bool exists[2];  // the token is inside the sequence
     bool valid[2];
@@ -20,17 +19,16 @@ struct OutputRows {
 
     // `moved`: by how many rows the tokens of the box are moved.
     __device__ __forceinline__ OutputRows(const TokenLayout& layout, int heads, int batch, int head, int block, int box,
-                                          const Extent3& origin, int moved)
-        : batch(batch), head(head), block(block), bh(int64_t(batch) * heads + head), origin(origin) {
-        const int size = layout.sizes == nullptr ? kBoxTokens : valid_tokens_of_box(layout, block, box);
+                                          const BoxOrigin& origin, int moved)
+        : batch(batch), head(head), block(block), bh(int64_t(batch) * heads + head) {
+        const BoxTokens tokens(layout, block, box, origin);
 #pragma unroll
         for (int i = 0; i < 2; ++i) {
             const int row = (kittens::warpgroup::warpid() * 16 + kittens::laneid() / 4 + 8 * i - moved) & (kBoxTokens - 1);
-            const Extent3 inside = position_in_box(layout, row);
-            const Extent3 at = {origin.t + inside.t, origin.h + inside.h, origin.w + inside.w};
-            exists[i] = at.t < layout.extent.t && at.h < layout.extent.h && at.w < layout.extent.w;
-            valid[i] = exists[i] && row < size;
-            token[i] = (at.t * layout.extent.h + at.h) * layout.extent.w + at.w;
+            const Token of_row = tokens(layout, row);
+            token[i] = of_row.number;
+            exists[i] = of_row.exists;
+            valid[i] = of_row.valid;
         }
     }
 };

@@ -1,7 +1,16 @@
-// Where the tokens of a block lie. Every order of tokens is described as a video (frames, height, width) that is cut into
-// tiles, which are the blocks, and each tile into boxes of kBoxTokens tokens, which TMA copies. A plain sequence is a video of
-// one frame and one row. Keys in padded blocks are a video of one frame with a row for each box, so that TMA can fill with
-// zeros what is not valid.
+// Where the tokens of a block lie. Every block is cut into boxes of kBoxTokens tokens, which TMA copies. There are two layouts,
+// one of which a kernel is compiled for: in video.cuh all tokens are one video, and in segments.cuh they are several videos and
+// runs of plain tokens, one after the other. Both have the same types and functions:
+//
+//   BoxOrigin                               where a box starts, as TMA takes it
+//   TokenTensor::at, map_of, acquire_maps   its coordinates and its tensor map
+//   TokenLayout                             how the tokens are cut into blocks and boxes
+//   origin_of_box, valid_tokens             of a box: where it starts, and which of its tokens are valid, packed into a word
+//   is_valid, is_empty                      of such a word; 0 is kWholeBox
+//   origin_of_load, first_place_of, before  where a load starts, and by how many places it moves the tokens of the box
+//   has_tokens                              whether some token of a box exists, valid or not
+//   BoxTokens                               the number of each token of a box in the sequence
+//   PackedBox                               its place in a tensor of those tokens that exist, box after box
 #pragma once
 
 #include "kittens/tma.cuh"
@@ -18,7 +27,7 @@ struct Extent3 {
 struct Divisor {
     int value;
     uint32_t inverse;  // 2^(31 + shift) / value, rounded up
-    int shift;         // ceil(log2(value))
+    int shift;  // ceil(log2(value))
 
     __device__ __forceinline__ int quotient(int x) const { return __umulhi(2u * x, inverse) >> shift; }
 };
@@ -31,66 +40,47 @@ struct HeadSteps {
 
     __device__ __forceinline__ int channel(int batch, int head) const { return head * head_channel + batch * batch_channel; }
     __device__ __forceinline__ int outer(int batch, int head) const { return head * head_outer + batch * batch_outer; }
-};
-
-// A tensor of tokens, as TMA reads it.
-struct TokenTensor {
-    kittens::tensor_map map;
-    HeadSteps steps;
-
     // The coordinates of a token of a head.
-    __device__ __forceinline__ kittens::coordinates at(int batch, int head, const Extent3& token) const {
-        return {{steps.channel(batch, head), token.w, token.h, token.t, steps.outer(batch, head)}};
+    __device__ __forceinline__ kittens::coordinates at(int batch, int head, int t, int h, int w) const {
+        return {{channel(batch, head), w, h, t, outer(batch, head)}};
     }
 };
 
-// How a sequence is cut into blocks, and its blocks into boxes.
-struct TokenLayout {
-    Divisor tiles_w, tiles_h;  // tiles in a row and in a column of the video
-    Divisor boxes_w, boxes_h;  // boxes in a row and in a column of a tile
+// The tokens of a box as three powers of two, along t, h and w.
+struct BoxShape {
     Extent3 extent;
-    Extent3 tile;
-    Extent3 box;                  // powers of two
-    int box_w_log2, box_hw_log2;  // of the tokens in a row and in a frame of a box
-    Divisor boxes;                // boxes of a tile
-    int partial;                  // some block has tokens that are not valid
-    int sizes_are_64_bit;
-    const void* sizes;  // int32 or int64, valid tokens of each block, which come first in it; null: all inside the video
+    int w_log2, hw_log2;  // of the tokens in a row and in a frame
+
+    // Where a token lies in the box.
+    __device__ __forceinline__ Extent3 position(int token) const {
+        return {token >> hw_log2, token >> w_log2 & (extent.h - 1), token & (extent.w - 1)};
+    }
 };
 
-// Valid tokens of a box of a block that has a size. Sizes are clamped to 0 and the number of tokens of a block.
-__device__ __forceinline__ int valid_tokens_of_box(const TokenLayout& layout, int block, int box) {
-    const int most = layout.boxes.value * kBoxTokens;
-    int size;
-    if (layout.sizes_are_64_bit) {
-        const int64_t given = static_cast<const int64_t*>(layout.sizes)[block];
-        size = static_cast<int>(max(int64_t(0), min(given, int64_t(most))));
-    } else {
-        size = max(0, min(static_cast<const int*>(layout.sizes)[block], most));
+// Of a token of a box.
+struct Token {
+    int number;  // in the sequence
+    bool exists, valid;
+};
+
+constexpr uint32_t kWholeBox = 0;  // every token is valid
+
+// The extents of a box that exist along t, h and w, a byte each, and a bound for the numbers of its tokens.
+struct ValidTokens {
+    __device__ __forceinline__ static uint32_t pack(int bound, int t, int h, int w) {
+        return bound | t << 8 | h << 16 | w << 24;
     }
-    return max(0, min(size - box * kBoxTokens, kBoxTokens));
-}
+    __device__ __forceinline__ static int bound(uint32_t word) { return word & 255; }
+    __device__ __forceinline__ static bool has(uint32_t word, const Extent3& at) {
+        return at.t < int(word >> 8 & 255) && at.h < int(word >> 16 & 255) && at.w < int(word >> 24);
+    }
+    __device__ __forceinline__ static bool has_none(uint32_t word) {
+        return (word >> 8 & 255) == 0 || (word >> 16 & 255) == 0 || word >> 24 == 0;
+    }
+};
 
-__device__ __forceinline__ Extent3 position_in(const Divisor& width, const Divisor& height, int index) {
-    const int row = width.quotient(index), t = height.quotient(row);
-    return {t, row - t * height.value, index - row * width.value};
-}
-
-// The first token of a box of a block.
-__device__ __forceinline__ Extent3 origin_of_box(const TokenLayout& layout, int block, int box) {
-    const Extent3 tile = position_in(layout.tiles_w, layout.tiles_h, block);
-    const Extent3 inside = position_in(layout.boxes_w, layout.boxes_h, box);
-    return {tile.t * layout.tile.t + inside.t * layout.box.t, tile.h * layout.tile.h + inside.h * layout.box.h,
-            tile.w * layout.tile.w + inside.w * layout.box.w};
-}
-
-// The part of a box that is inside the video; the box has no token where an extent is not positive.
-__device__ __forceinline__ Extent3 extent_of_box(const TokenLayout& layout, const Extent3& origin) {
-    return {min(layout.box.t, layout.extent.t - origin.t), min(layout.box.h, layout.extent.h - origin.h),
-            min(layout.box.w, layout.extent.w - origin.w)};
-}
-
-// Where a token of a box lies in it.
-__device__ __forceinline__ Extent3 position_in_box(const TokenLayout& layout, int token) {
-    return {token >> layout.box_hw_log2, token >> layout.box_w_log2 & (layout.box.h - 1), token & (layout.box.w - 1)};
-}
+#if VSA_SEGMENTS
+#include "vsa/segments.cuh"
+#else
+#include "vsa/video.cuh"
+#endif

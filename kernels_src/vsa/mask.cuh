@@ -1,6 +1,6 @@
 // Masking of scores.
 //
-// Only tiles that have a key which is not valid are masked. That is decided where the list is written: KeyTile::of packs which
+// Only tiles that have a key which is not valid are masked. That is decided where the list is written: valid_tokens packs which
 // tokens of a box are valid, select_boxes leaves out boxes without any, and the loader of K sets StageTicket::is_partial. A
 // mask that depends on the query, too, would need the position of the key box in the ticket.
 #pragma once

@@ -43,14 +43,22 @@ __device__ __forceinline__ void release(kittens::semaphore& empty) {
     if (kittens::laneid() == 0) kittens::arrive(empty);
 }
 
+// A warp that loads boxes calls this first.
+template <typename... Tensors>
+__device__ __forceinline__ void acquire_maps(const Tensors&... tensors) {
+    (tensors.acquire_maps(), ...);
+}
+
 // Starts the load of a box of tokens.
 template <typename Tile>
-__device__ __forceinline__ void load_box(Tile& tile, const TokenTensor& tensor, kittens::coordinates from,
+__device__ __forceinline__ void load_box(Tile& tile, const TokenTensor& tensor, int batch, int head, const BoxOrigin& origin,
                                          kittens::semaphore& full) {
+    kittens::coordinates from = tensor.at(batch, head, origin);
+    const kittens::tensor_map& map = tensor.map_of(origin);
     kittens::tma::expect_bytes(full, Tile::bytes);
 #pragma unroll
     for (int panel = 0; panel < Tile::panels; ++panel, from.x[0] += Tile::panel_cols) {
-        kittens::tma::load_async(tile.panel(panel), tensor.map, from, full);
+        kittens::tma::load_async(tile.panel(panel), map, from, full);
     }
 }
 

@@ -83,13 +83,11 @@ struct Query {
     int token;
     bool exists, valid;
 
-    __device__ __forceinline__ Query(const TokenLayout& queries, const Extent3& origin, int first, int place) : place(place) {
-        const int row = (place + kBoxTokens - first) % kBoxTokens;
-        const Extent3 inside = position_in_box(queries, row);
-        const Extent3 at = {origin.t + inside.t, origin.h + inside.h, origin.w + inside.w};
-        exists = at.t < queries.extent.t && at.h < queries.extent.h && at.w < queries.extent.w;
-        valid = exists && row + first < kBoxTokens;
-        token = (at.t * queries.extent.h + at.h) * queries.extent.w + at.w;
+    __device__ __forceinline__ Query(const TokenLayout& queries, const BoxTokens& tokens, int first, int place) : place(place) {
+        const Token at = tokens(queries, (place + kBoxTokens - first) % kBoxTokens);
+        token = at.number;
+        exists = at.exists;
+        valid = at.valid;
     }
     // A token that exists, whose values are read and not used where this one is not valid: loads without branches overlap.
     __device__ __forceinline__ int readable() const { return valid ? token : 0; }
@@ -141,11 +139,11 @@ extern "C" __global__ void __launch_bounds__(kWarps* kWarpThreads) prepare_backw
     }
 
     for (int box = 0; box < queries.boxes.value; ++box) {
-        const Extent3 origin = origin_of_box(queries, block, box);
+        const BoxTokens tokens(queries, block, box, origin_of_box(queries, block, box));
         const int first = first_place_of(queries, block, box);
         RowStatistics* statistics = params.statistics + (int64_t(index) * queries.boxes.value + box) * kStatisticsPerBox;
         const auto query_of = [&](int step) {
-            return Query(queries, origin, first, (step * kWarps + warp) * kRows + laneid() / kLanesPerToken);
+            return Query(queries, tokens, first, (step * kWarps + warp) * kRows + laneid() / kLanesPerToken);
         };
         PackedRow dout_rows[kSteps], out_rows[kSteps];
         float lse_of[kSteps], dlse_of[kSteps] = {};

@@ -14,6 +14,9 @@
 // same length count as equal and stay in order.
 struct HeadPartition {
     Divisor query_groups;                  // of a head
+#if VSA_SEGMENTS
+    int first_row, end_row;                // of the rows that are divided
+#endif
     int group_rows, longer_groups;         // rows of a row group, and how many row groups have one more
     Divisor windows;                       // of a head
     int window_groups, longer_windows;     // row groups of a window, and how many windows have one more
@@ -24,8 +27,14 @@ template <typename Index>
 struct Schedule {
     Index rows;
     // partitions[0] divides the first heads, counted over all batches. partitions[1] divides the others into row groups of one
-    // row less, so that the last round of thread blocks ends together.
+    // row less, so that the last round of thread blocks ends together. Of segments, both leave out the first rows, which are
+    // long: partitions[2] divides those of all heads, and their work tiles come before all others, so that none ends last.
+#if VSA_SEGMENTS
+    HeadPartition partitions[3];
+    int num_long_tiles;
+#else
     HeadPartition partitions[2];
+#endif
     int first_heads, first_groups;
     int num_work_tiles;       // of all heads
     Divisor heads, kv_group;  // heads of rows, and those that share one head of columns
@@ -34,6 +43,17 @@ struct Schedule {
     Divisor consumers;
     int boxes_of_consumer;
     int* taken;  // work tiles that were taken beside the first of each thread block, initially 0
+
+    // Of a work tile, whose number becomes that among those of the partition.
+    __device__ __forceinline__ int partition_of(int& number) const {
+#if VSA_SEGMENTS
+        if (number < num_long_tiles) return 2;
+        number -= num_long_tiles;
+#endif
+        if (number < first_groups) return 0;
+        number -= first_groups;
+        return 1;
+    }
 };
 
 // A work tile: the boxes of one group of rows of one head, and the columns of one head that they name. The side of the rows is
@@ -42,38 +62,47 @@ struct Schedule {
 template <int kConsumers>
 struct WorkTile {
     QueryGroup<kConsumers> group;
-    Extent3 origin[kConsumers];  // of the boxes of the rows
+    BoxOrigin origin[kConsumers];  // of the boxes of the rows
     int batch, row_head, col_head;
     int is_first, is_last;  // of those with the same rows
+    int row_phase;  // of the barriers of the rows' boxes, if all work tiles have those of a row
+    int round;  // how many work tiles of this thread block came before it
     int ends;  // there is no more work, and the rest is not set
 };
 
 // Work tiles that the scheduler has taken and the other warps have not finished.
 template <int kConsumers, int kWorkTiles>
 struct WorkTileQueue {
-    WorkTile<kConsumers> tiles[kWorkTiles];
-    // `rows_known`: the query side is written. `full`: the list of key tiles is, too.
-    kittens::semaphore rows_known[kWorkTiles], full[kWorkTiles], empty[kWorkTiles];
+    // Beside each other, so that one address leads to all of it.
+    struct Slot {
+        WorkTile<kConsumers> tile;
+        // `rows_known`: the query side is written. `full`: the list of key tiles is, too.
+        kittens::semaphore rows_known, full, empty;
+    } slots[kWorkTiles];
 };
 
 // `warps`: all that read work tiles.
 template <int kConsumers, int kWorkTiles>
 __device__ __forceinline__ void init_work_tile_barriers(WorkTileQueue<kConsumers, kWorkTiles>& work_tiles, int warps) {
-    init_all(work_tiles.rows_known, kittens::kWarpThreads);
-    init_all(work_tiles.full, kittens::kWarpThreads);
-    init_all(work_tiles.empty, warps * kittens::kWarpThreads);
+    for (auto& slot : work_tiles.slots) {
+        kittens::init_semaphore(slot.rows_known, kittens::kWarpThreads);
+        kittens::init_semaphore(slot.full, kittens::kWarpThreads);
+        kittens::init_semaphore(slot.empty, warps * kittens::kWarpThreads);
+    }
 }
 
 // Calls `visit(work, state)` for one work tile after the other when its list is written, and gives it back after that.
 template <int kConsumers, int kWorkTiles, typename Visit>
 __device__ __forceinline__ void for_each_work_tile(WorkTileQueue<kConsumers, kWorkTiles>& work_tiles, Visit visit) {
-    for (int round = 0;; ++round) {
+    for (int round = 0;;) {
         const PipelineState<kWorkTiles> state(round);
-        const WorkTile<kConsumers>& work = work_tiles.tiles[state.index];
-        kittens::wait(work_tiles.full[state.index], state.phase);
+        const WorkTile<kConsumers>& work = work_tiles.slots[state.index].tile;
+        kittens::wait(work_tiles.slots[state.index].full, state.phase);
         if (work.ends) return;
         visit(work, state);
-        kittens::arrive(work_tiles.empty[state.index]);
+        // Read again, so that no register keeps it meanwhile.
+        round = work.round + 1;
+        kittens::arrive(work_tiles.slots[state.index].empty);
     }
 }
 
@@ -91,7 +120,12 @@ struct TileLists {
 
 // Where the rows of a row group begin, in the order in which rows are dealt out.
 __device__ __forceinline__ int first_row_of(const HeadPartition& partition, int num_rows, int group) {
-    return min(group * partition.group_rows + min(group, partition.longer_groups), num_rows);
+    const int row = group * partition.group_rows + min(group, partition.longer_groups);
+#if VSA_SEGMENTS
+    return min(partition.first_row + row, partition.end_row);
+#else
+    return min(row, num_rows);
+#endif
 }
 
 // Finds the blocks of a row group. Number n is group n / windows of window n % windows, so that the groups with the longest
@@ -110,9 +144,10 @@ __device__ __forceinline__ void find_row_group(const IndexTable& rows, const Hea
     // are.
     const int lane = kittens::laneid(), row = begin + lane / kLanesPerRow<kConsumers>;
     const int entry = lane % kLanesPerRow<kConsumers> * kEntriesPerLine;
-    if (row < end && entry < rows.width) kittens::prefetch(rows.row(head, first + row) + entry);
+    if (row < end && entry < rows.width) kittens::prefetch(rows.at(head, rows.ordered(first + row)) + entry);
     // Each lane ranks one row of the window.
-    const int length = lane < num_rows ? rows.length(head, first + lane) : 0;
+    const int block = lane < num_rows ? rows.ordered(first + lane) : -1;
+    const int length = lane < num_rows ? rows.length(head, block) : 0;
     const int length_class = lane < num_rows ? length_class_of(length) : -1;
     const int first_class = kittens::broadcast(length_class);
     int rank = lane;
@@ -126,7 +161,7 @@ __device__ __forceinline__ void find_row_group(const IndexTable& rows, const Hea
     }
     const int in_group = rank - begin;
     if (in_group >= 0 && in_group < kConsumers) {
-        group.block[in_group] = rank < end ? first + lane : -1;
+        group.block[in_group] = rank < end ? block : -1;
         group.length[in_group] = rank < end ? length : 0;
     }
     __syncwarp();
@@ -152,11 +187,10 @@ template <int kConsumers, typename Index>
 __device__ __forceinline__ void assign_rows(const Schedule<Index>& schedule, const TokenLayout& row_tokens, int number,
                                             int part, RowReaders<kConsumers>& readers, WorkTile<kConsumers>& work) {
     const Divisor& consumers = schedule.consumers;
-    const bool in_first = number < schedule.first_groups;
-    const HeadPartition& partition = schedule.partitions[in_first ? 0 : 1];
-    if (!in_first) number -= schedule.first_groups;
+    const int which = schedule.partition_of(number);
+    const HeadPartition& partition = schedule.partitions[which];
     const int of_head = partition.query_groups.quotient(number), group = number - of_head * partition.query_groups.value;
-    const int bh = of_head + (in_first ? 0 : schedule.first_heads), row_group = consumers.quotient(group);
+    const int bh = of_head + (which == 1 ? schedule.first_heads : 0), row_group = consumers.quotient(group);
     find_row_group(schedule.rows, partition, bh, row_group, readers.rows);
 
     const int lane = kittens::laneid();
@@ -191,25 +225,33 @@ __device__ void schedule_work_tiles(const Schedule<Index>& schedule, const Token
     int number = blockIdx.x, part = 0;
     for (int round = 0;; ++round) {
         const PipelineState<kWorkTiles> state(round);
-        WorkTile<kConsumers>& work = work_tiles.tiles[state.index];
+        WorkTile<kConsumers>& work = work_tiles.slots[state.index].tile;
         const bool ends = number >= schedule.num_work_tiles;
         // No __syncwarp is needed after this wait: `rows_known` and `full` complete only when all 32 lanes have arrived, so
         // that the slot cannot be released, and this phase pass, before every lane has seen it.
-        kittens::wait(work_tiles.empty[state.index], state.phase ^ 1);
-        if (kittens::laneid() == 0) work.ends = ends;
+        kittens::wait(work_tiles.slots[state.index].empty, state.phase ^ 1);
+        if (kittens::laneid() == 0) {
+            work.ends = ends;
+            work.round = round;
+        }
         if (!ends) assign_rows(schedule, row_tokens, number, part, scratch.readers, work);
+        if (Index::kHasRowPhases && kittens::laneid() == 0) {
+            const auto& before = work_tiles.slots[PipelineState<kWorkTiles>(round - 1).index].tile;
+            work.row_phase = round == 0 ? 0 : before.row_phase ^ (part == 0);
+        }
         __syncwarp();
-        kittens::arrive(work_tiles.rows_known[state.index]);
+        kittens::arrive(work_tiles.slots[state.index].rows_known);
         if (!ends) {
             const int head = work.batch * schedule.heads.value + work.row_head;
             write_list(schedule.rows, col_tokens, head * schedule.rows.col_heads() + part, scratch, work.group,
                        lists.at(state));
         }
-        kittens::arrive(work_tiles.full[state.index]);
+        kittens::arrive(work_tiles.slots[state.index].full);
         if (ends) return;
         if (++part == schedule.rows.col_heads()) {
             part = 0;
-            number = gridDim.x + kittens::broadcast(kittens::laneid() == 0 ? atomicAdd(schedule.taken, 1) : 0);
+            number =
+                kittens::num_thread_blocks() + kittens::broadcast(kittens::laneid() == 0 ? atomicAdd(schedule.taken, 1) : 0);
         }
     }
 }
@@ -222,8 +264,8 @@ __device__ __forceinline__ void load_row_boxes(WorkTileQueue<kConsumers, kWorkTi
     int phases = 0;  // of the consumers' boxes, a bit each
     for (int round = 0;; ++round) {
         const PipelineState<kWorkTiles> state(round);
-        const WorkTile<kConsumers>& work = work_tiles.tiles[state.index];
-        kittens::wait(work_tiles.rows_known[state.index], state.phase);
+        const WorkTile<kConsumers>& work = work_tiles.slots[state.index].tile;
+        kittens::wait(work_tiles.slots[state.index].rows_known, state.phase);
         if (work.ends) return;
 #pragma unroll 1
         for (int i = 0; i < kConsumers; ++i) {
@@ -235,6 +277,6 @@ __device__ __forceinline__ void load_row_boxes(WorkTileQueue<kConsumers, kWorkTi
             if (kittens::laneid() == 0) load(work, i);
         }
         __syncwarp();
-        kittens::arrive(work_tiles.empty[state.index]);
+        kittens::arrive(work_tiles.slots[state.index].empty);
     }
 }

@@ -41,12 +41,12 @@ extern "C" __global__ void __launch_bounds__(kWarpgroupThreads, 1) store_dq(cons
     const int bh = blockIdx.x / (params.num_blocks * queries.boxes.value);
     const int batch = bh / params.heads, head = bh - batch * params.heads;
     const int block = queries.boxes.quotient(box_of_head), box = box_of_head - block * queries.boxes.value;
-    const Extent3 origin = origin_of_box(queries, block, box), extent = extent_of_box(queries, origin);
-    if (extent.t <= 0 || extent.h <= 0 || extent.w <= 0) return;
+    const BoxOrigin origin = origin_of_box(queries, block, box);
+    if (!has_tokens(queries, block, box, origin)) return;
     OutputRows rows(queries, params.heads, batch, head, block, box, origin, first_place_of(queries, block, box));
     rt_fl<16, kHeadDim> dq;
     zero(dq);
-    const DqSums sums(queries, origin);
+    const DqSums sums(queries, box_of_head, origin);
     sums.for_each<kHeadDim>(queries, sums.of_lane<kHeadDim>(params.sums + rows.bh * params.q_len * kHeadDim), 0, dq, Load());
     col_vec factor;
 #pragma unroll

@@ -40,52 +40,26 @@ constexpr int kEntriesPerLine = 128 / sizeof(int);
 template <int kConsumers>
 struct alignas(VSA_KEY_TILE_BYTES) KeyTile {
     static constexpr int kMaskShift = 32 - kConsumers;
-    static constexpr uint32_t kWhole = 0;  // every token is valid
 
     uint32_t box_and_mask;
-    uint32_t valid;  // the first valid token, and the extents along t, h and w that are inside the video, a byte each
+    uint32_t valid;  // which of its tokens are, see layout.cuh
 
     // The box, counted over the blocks of a head.
     __device__ __forceinline__ int box() const { return box_and_mask & ((1u << kMaskShift) - 1); }
     // Bit i: consumer i attends the box.
     __device__ __forceinline__ int consumer_mask() const { return box_and_mask >> kMaskShift; }
-    __device__ __forceinline__ bool is_empty() const {
-        if (valid == kWhole) return false;
-        return (valid & 255) == kBoxTokens || (valid >> 8 & 255) == 0 || (valid >> 16 & 255) == 0 || valid >> 24 == 0;
-    }
-    // Where the box lies. Of a block with a size it starts so far before its row that its valid tokens come last: TMA fills
-    // what is before the row with zeros, and reads none of the tokens that are not valid, which may hold NaN.
-    __device__ __forceinline__ Extent3 origin(const TokenLayout& col_tokens) const {
-        const int block = col_tokens.boxes.quotient(box());
-        Extent3 origin = origin_of_box(col_tokens, block, box() - block * col_tokens.boxes.value);
-        if (col_tokens.sizes != nullptr) origin.w = -int(valid & 255);
-        return origin;
+    __device__ __forceinline__ bool is_empty() const { return ::is_empty(valid); }
+    // Where its load starts.
+    __device__ __forceinline__ BoxOrigin origin(const TokenLayout& col_tokens) const {
+        return origin_of_load(col_tokens, box(), valid);
     }
 
     __device__ __forceinline__ static KeyTile of(const TokenLayout& col_tokens, int block, int box, int consumer_mask) {
-        Extent3 extent = col_tokens.box;
-        int first = 0;
-        if (col_tokens.sizes != nullptr) {
-            first = kBoxTokens - valid_tokens_of_box(col_tokens, block, box);
-        } else if (col_tokens.partial) {
-            extent = extent_of_box(col_tokens, origin_of_box(col_tokens, block, box));
-        }
-        const bool whole =
-            first == 0 && extent.t == col_tokens.box.t && extent.h == col_tokens.box.h && extent.w == col_tokens.box.w;
-        const uint32_t packed = first | max(extent.t, 0) << 8 | max(extent.h, 0) << 16 | max(extent.w, 0) << 24;
-        // A box that is outside along every axis packs to kWhole, and is empty.
-        const uint32_t valid = whole ? kWhole : packed == kWhole ? kBoxTokens : packed;
-        return {uint32_t(consumer_mask) << kMaskShift | uint32_t(block * col_tokens.boxes.value + box), valid};
+        return {uint32_t(consumer_mask) << kMaskShift | uint32_t(block * col_tokens.boxes.value + box),
+                valid_tokens(col_tokens, block, box)};
     }
 };
 static_assert(sizeof(KeyTile<1>) == VSA_KEY_TILE_BYTES);
-
-// Whether a token of a box is valid, from the word that KeyTile::valid packs.
-__device__ __forceinline__ bool is_valid(const TokenLayout& col_tokens, uint32_t valid, int token) {
-    const Extent3 at = position_in_box(col_tokens, token);
-    return token >= int(valid & 255) && at.t < int(valid >> 8 & 255) && at.h < int(valid >> 16 & 255) &&
-           at.w < int(valid >> 24);
-}
 
 // What the warp that writes a list needs in shared memory. It covers a slice of the key boxes at a time, a bit for each.
 template <int kConsumers>

@@ -72,7 +72,7 @@ __device__ __forceinline__ void load_tiles(const TokenLayout& col_tokens, const 
             const KeyTile<kConsumers> later = tile_at(first + 2 * kWarpThreads + lane);
             // Each lane finds the entry of its tile in every consumer's queue, and whether the consumer's next tile is near.
             const int mask = own.consumer_mask(), next_mask = next.consumer_mask();
-            const Extent3 origin = own.origin(col_tokens);
+            const BoxOrigin origin = own.origin(col_tokens);
             uint32_t entries = issued;
 #pragma unroll
             for (int i = 0; i < kConsumers; ++i) {
@@ -102,7 +102,7 @@ __device__ __forceinline__ void load_tiles(const TokenLayout& col_tokens, const 
                     if (kHasV) queue.valid[stage] = own.valid;
                     load(work, origin, stage);
                     uint8_t code = stage | phase << PackedTicket::kPhaseShift;
-                    if (kHasK) code |= (own.valid != KeyTile<kConsumers>::kWhole) << PackedTicket::kPartialShift;
+                    if (kHasK) code |= (own.valid != kWholeBox) << PackedTicket::kPartialShift;
 #pragma unroll
                     for (int j = 0; j < kConsumers; ++j) {
                         if (!(mask >> j & 1)) continue;

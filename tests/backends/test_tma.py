@@ -12,7 +12,7 @@ from torch import Tensor
 
 from vsa_jit.backends.sm90 import launches, schedule, tma
 from vsa_jit.backends.sm90.layout import box_of, divisor, token_layout, view_of
-from vsa_jit.backends.sm90.structs import BOX_TOKENS, AttendForwardParams, BlockMeansParams
+from vsa_jit.backends.sm90.structs import BOX_TOKENS, structures
 from vsa_jit.backends.sm90.tma import tensor_ref, why_not_tma
 from vsa_jit.grid import block_tokens
 from vsa_jit.jit.driver import TensorMap
@@ -248,5 +248,5 @@ def test_every_row_is_in_a_trio_and_a_window_has_a_lane_for_each(num_rows, group
 
 
 def test_the_parameters_fit_a_launch():
-    assert ctypes.sizeof(BlockMeansParams) == 1024 <= 4096
-    assert ctypes.sizeof(AttendForwardParams) == 1152 <= 4096
+    assert ctypes.sizeof(structures(segments=False).BlockMeansParams) == 1024 <= 4096
+    assert ctypes.sizeof(structures(segments=False).AttendForwardParams) == 1152 <= 4096

@@ -24,7 +24,13 @@ from vsa_jit.jit.errors import CompileError
 MOST_SHARED_MEMORY = 227 * 1024
 # What each thread block takes beside its own, of a multiprocessor that has as much more than a thread block.
 RESERVED_SHARED_MEMORY = 1024
-KERNELS = {kernel.label: kernel for dtype in DTYPES for head_dim in HEAD_DIMS for kernel in kernels_of(dtype, head_dim)}
+KERNELS = {
+    kernel.label: kernel
+    for dtype in DTYPES
+    for head_dim in HEAD_DIMS
+    for segments in (False, True)
+    for kernel in kernels_of(dtype, head_dim, segments=segments)
+}
 
 
 def check_resources(log: str, kernel) -> None:

@@ -11,7 +11,7 @@ void list_rows(const Params& params) {
     SharedStorage& shared = *reinterpret_cast<SharedStorage*>(raw);
     const auto& schedule = params.schedule;
     for (int number = 0; number < schedule.num_work_tiles; ++number) {
-        WorkTile<1>& work = shared.work_tiles.tiles[0];
+        WorkTile<1>& work = shared.work_tiles.slots[0].tile;
         assign_rows(schedule, params.keys, number, 0, shared.scratch.readers, work);
         write_list(schedule.rows, params.queries, work.batch * schedule.heads.value * schedule.rows.group + work.col_head,
                    shared.scratch, work.group, params.lists.tiles + number * params.lists.length);

@@ -12,29 +12,28 @@ some of the gradients are needed, see ``takes_one_pass`` for the rest.
 from __future__ import annotations
 
 import functools
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from vsa_jit.backends.sm90 import specialise
-from vsa_jit.backends.sm90.launch import LOG2E, Launch, SideView, set_coarse, token_strides
+from vsa_jit.backends.sm90.launch import (
+    LOG2E,
+    Launch,
+    SideView,
+    maps_of,
+    set_coarse,
+    set_map,
+    set_tables,
+    tables_of,
+    token_strides,
+)
 from vsa_jit.backends.sm90.layout import SizesRef, sizes_ref
 from vsa_jit.backends.sm90.schedule import inverse_schedule_of, max_list_length, schedule_of, words_of
-from vsa_jit.backends.sm90.structs import (
-    BOX_TOKENS,
-    AttendBackwardQParams,
-    IndexBits,
-    IndexTable,
-    Inversion,
-    OrderRowsParams,
-    PassOverQueriesParams,
-    PrepareBackwardParams,
-    StoreDqParams,
-    TileLists,
-    TokenTensor,
-)
-from vsa_jit.backends.sm90.tma import TensorRef, why_not_tma
+from vsa_jit.backends.sm90.segments import SegmentMaps
+from vsa_jit.backends.sm90.structs import BOX_TOKENS, IndexBits, OrderRowsParams, TileLists, structures
+from vsa_jit.backends.sm90.tma import TensorRef, largest_grid, why_not_tma
 from vsa_jit.jit import module
 from vsa_jit.problem import Gradients, Operands, Problem, bhsd, contiguous_like, empty_like
 
@@ -55,7 +54,10 @@ def attend_backward(
     need_dkv: bool,
 ) -> Gradients:
     operands = operands._replace(q2k_idx=operands.q2k_idx.contiguous(), q2k_num=operands.q2k_num.contiguous())
-    if dout.stride(-1) != 1 or why_not_tma(bhsd(dout, problem.queries.layout), problem.queries.grid) is not None:
+    if (
+        dout.stride(-1) != 1
+        or why_not_tma(bhsd(dout, problem.queries.layout), largest_grid(problem.queries)) is not None
+    ):
         dout = dout.contiguous()
     in_one_pass = need_dq and need_dkv and takes_one_pass(problem)
     inversion = _Inversion.of(problem, operands) if need_dkv else None
@@ -112,7 +114,8 @@ def prepare(
     counters = q.new_empty(2, dtype=torch.int32)
     lse = lse.contiguous()
     launch = _prepare_launch(problem, q.dtype, q.get_device(), sizes_ref(operands.q_sizes), in_one_pass)
-    params = PrepareBackwardParams.from_buffer_copy(launch.params)
+    params = launch.new_params()
+    set_tables(tables_of(problem, q), params.queries)
     params.dout, params.out_s = dout.data_ptr(), out_s.data_ptr()
     params.lse, params.statistics = lse.data_ptr(), statistics.data_ptr()
     params.counters = counters.data_ptr()
@@ -143,7 +146,8 @@ def _prepare_launch(
     problem: Problem, dtype: torch.dtype, device: int, q_sizes: SizesRef | None, in_one_pass: bool
 ) -> Launch:
     queries = problem.queries
-    params = PrepareBackwardParams(
+    has_segments = queries.segments is not None
+    params = structures(has_segments).PrepareBackwardParams(
         queries=SideView(problem, queries, q_sizes, padded=False).layout(),
         heads=queries.heads,
         num_blocks=queries.num_blocks,
@@ -151,7 +155,7 @@ def _prepare_launch(
         shift_factor=-1.0 / problem.softmax_scale if in_one_pass else LOG2E,
         delta_factor=-1.0 if in_one_pass else 1.0,
     )
-    launcher = module.launcher(specialise.prepare_backward(dtype, problem.head_dim), device)
+    launcher = module.launcher(specialise.prepare_backward(dtype, problem.head_dim, has_segments), device)
     return Launch(params, problem.batch * queries.heads * queries.num_blocks, launcher)
 
 
@@ -163,7 +167,7 @@ class _Inversion(NamedTuple):
     """
 
     bits: Tensor
-    params: Inversion
+    params: Any
     blocks: int
 
     @classmethod
@@ -172,8 +176,10 @@ class _Inversion(NamedTuple):
         batch, heads, num_q_blocks, width = q2k_idx.shape
         words = words_of(num_q_blocks)
         bits = q2k_idx.new_empty((batch, heads, words, num_kv_blocks))
-        table = IndexTable(q2k_idx.data_ptr(), q2k_num.data_ptr(), width, num_q_blocks, num_kv_blocks)
-        return cls(bits, Inversion(table, bits.data_ptr(), words), batch * heads * words)
+        of_layout = structures(problem.keys.segments is not None)
+        table = of_layout.IndexTable(width=width, num_rows=num_q_blocks, num_cols=num_kv_blocks)
+        set_map(tables_of(problem, q2k_idx), table, q2k_idx, q2k_num)
+        return cls(bits, of_layout.Inversion(table, bits.data_ptr(), words), batch * heads * words)
 
 
 def transpose_index(problem: Problem, operands: Operands) -> tuple[Tensor, Tensor]:
@@ -184,8 +190,11 @@ def transpose_index(problem: Problem, operands: Operands) -> tuple[Tensor, Tenso
         ``(bits, order)``: int32 [B, H, words, n_k], bit i of word w for query block 32 w + i; int32 [B, H_kv, n_k].
     """
     inversion, q = _Inversion.of(problem, operands), operands.q
-    launcher = module.launcher(specialise.prepare_backward(q.dtype, problem.head_dim), q.get_device())
-    params = PrepareBackwardParams(inversion=inversion.params, inversion_blocks=inversion.blocks)
+    has_segments = problem.keys.segments is not None
+    launcher = module.launcher(specialise.prepare_backward(q.dtype, problem.head_dim, has_segments), q.get_device())
+    params = structures(has_segments).PrepareBackwardParams(
+        inversion=inversion.params, inversion_blocks=inversion.blocks
+    )
     launcher(inversion.blocks, params)
     return inversion.bits, _order_rows(problem, inversion.bits)
 
@@ -232,9 +241,11 @@ def backward_q(problem: Problem, operands: Operands, dout: Tensor, prepared: Pre
     q2k_idx, q2k_num = operands.q2k_idx, operands.q2k_num
     dq = empty_like(operands.q)
     launch = _backward_q_launch(problem, _Refs.of(operands, dout), q2k_idx.shape[-1], dq.stride())
-    params = AttendBackwardQParams.from_buffer_copy(launch.params)
-    rows = params.schedule.rows
-    rows.idx, rows.num = q2k_idx.data_ptr(), q2k_num.data_ptr()
+    params = launch.new_params()
+    tables = tables_of(problem, dq)
+    set_tables(tables, params.queries, params.keys)
+    set_map(tables, params.schedule.rows, q2k_idx, q2k_num)
+    _maps = launch.make_maps([params.q, params.k, params.v, params.dout], dq, tables)
     params.dq, params.statistics = dq.data_ptr(), prepared.statistics.data_ptr()
     launch.run_work_tiles(params, dq, prepared.counters.data_ptr())
     return dq
@@ -246,7 +257,8 @@ def _backward_q_launch(problem: Problem, refs: _Refs, width: int, dq_strides: tu
     keys = SideView(problem, problem.keys, refs.kv_sizes, padded=refs.kv_sizes is not None)
     consumers = specialise.Q_CONSUMERS[problem.head_dim]
     length = max_list_length(queries.side, keys.side, width, consumers)
-    params = AttendBackwardQParams(
+    has_segments = problem.queries.segments is not None
+    params = structures(has_segments).AttendBackwardQParams(
         *_tensors(queries, keys, refs),
         queries=queries.layout(),
         keys=keys.layout(),
@@ -256,8 +268,8 @@ def _backward_q_launch(problem: Problem, refs: _Refs, width: int, dq_strides: tu
         scale_log2=problem.softmax_scale * LOG2E,
     )
     params.dq_strides[:] = token_strides(dq_strides, queries.side)
-    launcher = module.launcher(specialise.attend_backward_q(refs.dtype, problem.head_dim), refs.device)
-    return Launch.of_work_tiles(params, launcher, refs.device)
+    launcher = module.launcher(specialise.attend_backward_q(refs.dtype, problem.head_dim, has_segments), refs.device)
+    return Launch.of_work_tiles(params, launcher, refs.device, maps=_maps_of(problem, refs))
 
 
 def backward_kv(
@@ -272,7 +284,10 @@ def backward_kv(
     """dk and dv; where ``sums`` is given, the pass for all three, which adds dq to it."""
     dk, dv = empty_like(operands.k), empty_like(operands.v)
     launch = _backward_kv_launch(problem, _Refs.of(operands, dout), dk.stride(), dv.stride(), sums is not None)
-    params = PassOverQueriesParams.from_buffer_copy(launch.params)
+    params = launch.new_params()
+    tables = tables_of(problem, dk)
+    set_tables(tables, params.queries, params.keys)
+    _maps = launch.make_maps([params.q, params.k, params.v, params.dout], dk, tables)
     if sums is not None:
         params.dq = sums.data_ptr()
     rows = params.schedule.rows
@@ -290,7 +305,8 @@ def _backward_kv_launch(
     queries = SideView(problem, problem.queries, refs.q_sizes, padded=refs.q_sizes is not None)
     keys = SideView(problem, problem.keys, refs.kv_sizes, padded=in_one_pass and refs.kv_sizes is not None)
     side = queries.side
-    params = PassOverQueriesParams(
+    has_segments = side.segments is not None
+    params = structures(has_segments).PassOverQueriesParams(
         *_tensors(queries, keys, refs),
         queries=queries.layout(),
         keys=keys.layout(),
@@ -302,9 +318,9 @@ def _backward_kv_launch(
     params.dk_strides[:] = token_strides(dk_strides, keys.side)
     params.dv_strides[:] = token_strides(dv_strides, keys.side)
     kernel = specialise.attend_backward_qkv if in_one_pass else specialise.attend_backward_kv
-    launcher = module.launcher(kernel(refs.dtype, problem.head_dim), refs.device)
+    launcher = module.launcher(kernel(refs.dtype, problem.head_dim, has_segments), refs.device)
     blocks_per_processor = 1 if in_one_pass else specialise.KV_THREAD_BLOCKS[problem.head_dim]
-    return Launch.of_work_tiles(params, launcher, refs.device, blocks_per_processor)
+    return Launch.of_work_tiles(params, launcher, refs.device, blocks_per_processor, _maps_of(problem, refs))
 
 
 def backward_qkv(
@@ -327,9 +343,10 @@ def backward_qkv(
 
 def _store_dq(problem: Problem, q_sizes: Tensor | None, sums: Tensor, lse: Tensor, dq: Tensor) -> None:
     launch = _store_dq_launch(problem, dq.dtype, dq.get_device(), sizes_ref(q_sizes), dq.stride())
-    params = StoreDqParams.from_buffer_copy(launch.params)
+    params = launch.new_params()
+    set_tables(tables_of(problem, dq), params.queries)
     params.sums, params.lse, params.dq = sums.data_ptr(), lse.data_ptr(), dq.data_ptr()
-    launch.launcher(launch.blocks, params)
+    launch.run(params)
 
 
 @functools.lru_cache(maxsize=256)
@@ -337,7 +354,8 @@ def _store_dq_launch(
     problem: Problem, dtype: torch.dtype, device: int, q_sizes: SizesRef | None, dq_strides: tuple[int, ...]
 ) -> Launch:
     queries = problem.queries
-    params = StoreDqParams(
+    has_segments = queries.segments is not None
+    params = structures(has_segments).StoreDqParams(
         queries=SideView(problem, queries, q_sizes, padded=q_sizes is not None).layout(),
         heads=queries.heads,
         num_blocks=queries.num_blocks,
@@ -346,10 +364,16 @@ def _store_dq_launch(
     )
     params.dq_strides[:] = token_strides(dq_strides, queries)
     boxes = problem.batch * queries.heads * queries.num_blocks * (queries.block // BOX_TOKENS)
-    return Launch(params, boxes, module.launcher(specialise.store_dq(dtype, problem.head_dim), device))
+    return Launch(params, boxes, module.launcher(specialise.store_dq(dtype, problem.head_dim, has_segments), device))
 
 
-def _tensors(queries: SideView, keys: SideView, refs: _Refs) -> list[TokenTensor]:
-    """Tensor maps of q, k, v and dout."""
+def _tensors(queries: SideView, keys: SideView, refs: _Refs) -> list[Any]:
+    """q, k, v and dout as TMA reads them."""
     tensors = ((queries, refs.q), (keys, refs.k), (keys, refs.v), (queries, refs.dout))
-    return [side.tiles_of(tensor, refs.dtype, refs.device) for side, tensor in tensors]
+    return [side.tensor(tensor, refs.dtype, refs.device) for side, tensor in tensors]
+
+
+def _maps_of(problem: Problem, refs: _Refs) -> SegmentMaps | None:
+    queries, keys = problem.queries, problem.keys
+    tensors = {"q": (queries, refs.q), "k": (keys, refs.k), "v": (keys, refs.v), "dout": (queries, refs.dout)}
+    return maps_of(problem, tensors, refs.dtype, refs.device)

@@ -10,8 +10,9 @@ import torch
 from torch import Tensor
 
 from vsa_jit.backends.sm90.layout import SizesRef, View, token_layout, view_of
-from vsa_jit.backends.sm90.structs import KEY_TILE_BYTES, WORK_TILES, CoarseOutput, TokenLayout, TokenTensor
-from vsa_jit.backends.sm90.tma import TensorRef, token_tensor
+from vsa_jit.backends.sm90.segments import SegmentMaps, SegmentTables, segment_layout
+from vsa_jit.backends.sm90.structs import KEY_TILE_BYTES, WORK_TILES, CoarseOutput, structures
+from vsa_jit.backends.sm90.tma import TensorRef, head_steps, token_tensor
 from vsa_jit.jit import driver
 from vsa_jit.problem import Operands, Problem, Side, axes
 
@@ -23,16 +24,41 @@ COUNTER_BYTES = 4
 
 
 class Launch(NamedTuple):
-    """All of a launch but the addresses that every call has anew."""
+    """All of a launch but the addresses that every call has anew.
+
+    Attributes:
+        maps: the launch before it that makes the tensor maps of segments, or None.
+    """
 
     params: Any
     blocks: int
     launcher: driver.Launcher
     list_bytes: int = 0
+    maps: SegmentMaps | None = None
+
+    def new_params(self) -> Any:
+        """A copy of the parameters, for one call."""
+        return type(self.params).from_buffer_copy(self.params)
+
+    def make_maps(self, tensors: Sequence[Any], like: Tensor, tables: SegmentTables | None) -> Tensor | None:
+        """Makes the maps of tensors among the parameters of a call, if they are of segments.
+
+        Returns:
+            What must not be freed before the kernel is launched.
+        """
+        return None if self.maps is None or tables is None else self.maps.make(tensors, like, tables)
+
+    def run(self, params: Any) -> None:
+        self.launcher(self.blocks, params)
 
     @classmethod
     def of_work_tiles(
-        cls, params: Any, launcher: driver.Launcher, device: int, blocks_per_processor: int = 1
+        cls,
+        params: Any,
+        launcher: driver.Launcher,
+        device: int,
+        blocks_per_processor: int = 1,
+        maps: SegmentMaps | None = None,
     ) -> Launch:
         """One that takes the work tiles of ``params.schedule``, with lists as long as ``params.lists`` says.
 
@@ -41,7 +67,7 @@ class Launch(NamedTuple):
         """
         processors = torch.cuda.get_device_properties(device).multi_processor_count
         blocks = min(blocks_per_processor * processors, params.schedule.num_work_tiles)
-        return cls(params, blocks, launcher, blocks * WORK_TILES * params.lists.length * KEY_TILE_BYTES)
+        return cls(params, blocks, launcher, blocks * WORK_TILES * params.lists.length * KEY_TILE_BYTES, maps)
 
     def run_work_tiles(self, params: Any, q: Tensor, counter: int | None = None) -> None:
         """Launches with lists of their own, on the device of ``q``.
@@ -75,13 +101,62 @@ class SideView(NamedTuple):
     def view(self) -> View:
         return view_of(self.side, padded=self.padded)
 
-    def layout(self) -> TokenLayout:
+    def layout(self) -> Any:
+        if self.side.segments is not None:
+            return segment_layout(self.side)
         return token_layout(self.side, self.view, self.sizes)
 
-    def tiles_of(self, tensor: TensorRef, dtype: torch.dtype, device: int) -> TokenTensor:
-        """The tensor map of a tensor of these tokens, for boxes in the layout of the matrix units."""
-        swizzle = driver.SWIZZLE_128B
-        return token_tensor(self.problem, self.side, self.view, dtype, device, tensor, PANEL_CHANNELS, swizzle)
+    def tensor(
+        self,
+        tensor: TensorRef,
+        dtype: torch.dtype,
+        device: int,
+        channels: int = PANEL_CHANNELS,
+        swizzle: int = driver.SWIZZLE_128B,
+    ) -> Any:
+        """A tensor of these tokens as TMA reads it; that of segments has no maps yet.
+
+        Args:
+            channels, swizzle: of a box; if not given, those of the matrix units.
+        """
+        if self.side.segments is not None:
+            steps = head_steps(self.problem, self.side, tensor)
+            return structures(segments=True).TokenTensor(steps=steps, num_maps=len(self.side.segments.segments))
+        return token_tensor(self.problem, self.side, self.view, dtype, device, tensor, channels, swizzle)
+
+
+def maps_of(
+    problem: Problem,
+    tensors: dict[str, tuple[Side, TensorRef]],
+    dtype: torch.dtype,
+    device: int,
+    channels: int = PANEL_CHANNELS,
+    swizzle: int = driver.SWIZZLE_128B,
+) -> SegmentMaps | None:
+    """The launch that makes the maps of a call's tensors, by their names; None where the tokens are no segments."""
+    if problem.queries.segments is None:
+        return None
+    return SegmentMaps.of(problem, tensors, dtype, device, channels, swizzle)
+
+
+def tables_of(problem: Problem, like: Tensor) -> SegmentTables | None:
+    """Where the tables of a call's segments are on the device of a tensor; None where the tokens are no segments."""
+    segments = problem.queries.segments
+    return None if segments is None else SegmentTables.of(segments, like.device)
+
+
+def set_tables(tables: SegmentTables | None, *layouts: Any) -> None:
+    """Says to layouts among a kernel's parameters where their tables are."""
+    if tables is not None:
+        for layout in layouts:
+            layout.table = tables.boxes
+
+
+def set_map(tables: SegmentTables | None, rows: Any, idx: Tensor, num: Tensor) -> None:
+    """Says where the map is that a kernel reads, and with segments in which order it takes its rows."""
+    rows.idx, rows.num = idx.data_ptr(), num.data_ptr()
+    if tables is not None:
+        rows.order, rows.columns = tables.order, tables.columns
 
 
 def token_strides(strides: Sequence[int], side: Side) -> list[int]:

@@ -9,12 +9,22 @@ from torch import Tensor
 
 from vsa_jit.backends.sm90 import specialise
 from vsa_jit.backends.sm90.backward import attend_backward, transpose_index
-from vsa_jit.backends.sm90.launch import LOG2E, Launch, SideView, set_coarse, token_strides
-from vsa_jit.backends.sm90.layout import SizesRef, sizes_ref, token_layout, view_of
+from vsa_jit.backends.sm90.launch import (
+    LOG2E,
+    Launch,
+    SideView,
+    maps_of,
+    set_coarse,
+    set_map,
+    set_tables,
+    tables_of,
+    token_strides,
+)
+from vsa_jit.backends.sm90.layout import SizesRef, sizes_ref
 from vsa_jit.backends.sm90.schedule import max_list_length, schedule_of
-from vsa_jit.backends.sm90.structs import CONSUMERS, AttendForwardParams, BlockMeansParams, TileLists
-from vsa_jit.backends.sm90.tma import TensorRef, tensor_ref, token_tensor
-from vsa_jit.jit import module
+from vsa_jit.backends.sm90.structs import CONSUMERS, TileLists, structures
+from vsa_jit.backends.sm90.tma import TensorRef, tensor_ref
+from vsa_jit.jit import driver, module
 from vsa_jit.problem import Operands, Problem, axes, empty_like
 
 __all__ = ["attend", "attend_backward", "block_means", "transpose_index"]
@@ -30,10 +40,13 @@ def block_means(
     launch = _block_means_launch(
         problem, q.dtype, q.get_device(), *map(tensor_ref, (q, k, v)), *map(sizes_ref, (q_sizes, kv_sizes))
     )
-    params = BlockMeansParams.from_buffer_copy(launch.params)
+    params = launch.new_params()
     for operand, mean in zip(params.operands, (q_c, k_c, v_c), strict=True):
         operand.mean = None if mean is None else mean.data_ptr()
-    launch.launcher(launch.blocks, params)
+    tables = tables_of(problem, q)
+    set_tables(tables, *params.layouts)
+    _maps = launch.make_maps([operand.tensor for operand in params.operands], q, tables)
+    launch.run(params)
     return q_c, k_c, v_c
 
 
@@ -48,21 +61,26 @@ def _block_means_launch(
     q_sizes: SizesRef | None,
     kv_sizes: SizesRef | None,
 ) -> Launch:
-    params = BlockMeansParams()
-    sides = (problem.queries, problem.keys, problem.keys)
-    views = view_of(problem.queries), view_of(problem.keys, padded=kv_sizes is not None)
-    for operand, tensor, side, view in zip(params.operands, (q, k, v), sides, (*views, views[1]), strict=True):
+    has_segments = problem.queries.segments is not None
+    params = structures(has_segments).BlockMeansParams()
+    queries = SideView(problem, problem.queries, q_sizes, padded=False)
+    keys = SideView(problem, problem.keys, kv_sizes, padded=kv_sizes is not None)
+    box = problem.head_dim, driver.SWIZZLE_NONE
+    tensors = {}
+    for operand, name, tensor, of in zip(params.operands, "qkv", (q, k, v), (queries, keys, keys), strict=True):
         if tensor is not None:
-            operand.tensor = token_tensor(problem, side, view, dtype, device, tensor, problem.head_dim)
+            side = of.side
+            tensors[name] = side, tensor
+            operand.tensor = of.tensor(tensor, dtype, device, *box)
             operand.num_blocks, operand.heads = side.num_blocks, side.heads
             operand.num_items = problem.batch * side.heads * side.num_blocks
-    for i, sizes in enumerate((q_sizes, kv_sizes)):
-        params.layouts[i] = token_layout(sides[i], views[i], sizes)
+    params.layouts[:] = queries.layout(), keys.layout()
     _, head_axis, token_axis, _ = axes(problem.queries.layout)
     _, strides = q
     params.heads_first = strides[head_axis] < strides[token_axis]
     blocks = sum(operand.num_items for operand in params.operands)
-    return Launch(params, blocks, module.launcher(specialise.block_means(dtype, problem.head_dim), device))
+    launcher = module.launcher(specialise.block_means(dtype, problem.head_dim, has_segments), device)
+    return Launch(params, blocks, launcher, maps=maps_of(problem, tensors, dtype, device, *box))
 
 
 def attend(problem: Problem, operands: Operands, keep_out_s: bool) -> tuple[Tensor, Tensor, Tensor | None]:
@@ -84,9 +102,11 @@ def attend(problem: Problem, operands: Operands, keep_out_s: bool) -> tuple[Tens
         sizes_ref(q_sizes),
         sizes_ref(kv_sizes),
     )
-    params = AttendForwardParams.from_buffer_copy(launch.params)
-    rows = params.schedule.rows
-    rows.idx, rows.num = q2k_idx.data_ptr(), q2k_num.data_ptr()
+    params = launch.new_params()
+    tables = tables_of(problem, q)
+    set_tables(tables, params.queries, params.keys)
+    set_map(tables, params.schedule.rows, q2k_idx, q2k_num)
+    _maps = launch.make_maps([params.q, params.k, params.v], q, tables)
     params.out, params.lse = out.data_ptr(), lse.data_ptr()
     if out_s is not None:
         params.out_s = out_s.data_ptr()
@@ -110,10 +130,11 @@ def _attend_launch(
 ) -> Launch:
     queries = SideView(problem, problem.queries, q_sizes, padded=False)
     keys = SideView(problem, problem.keys, kv_sizes, padded=kv_sizes is not None)
-    params = AttendForwardParams(
-        q=queries.tiles_of(q, dtype, device),
-        k=keys.tiles_of(k, dtype, device),
-        v=keys.tiles_of(v, dtype, device),
+    has_segments = problem.queries.segments is not None
+    params = structures(has_segments).AttendForwardParams(
+        q=queries.tensor(q, dtype, device),
+        k=keys.tensor(k, dtype, device),
+        v=keys.tensor(v, dtype, device),
         queries=queries.layout(),
         keys=keys.layout(),
         schedule=schedule_of(problem, width, device, CONSUMERS),
@@ -122,5 +143,6 @@ def _attend_launch(
         scale_log2=problem.softmax_scale * LOG2E,
     )
     params.out_strides[:] = token_strides(out_strides, queries.side)
-    launcher = module.launcher(specialise.attend_forward(dtype, problem.head_dim), device)
-    return Launch.of_work_tiles(params, launcher, device)
+    launcher = module.launcher(specialise.attend_forward(dtype, problem.head_dim, has_segments), device)
+    tensors = {"q": (queries.side, q), "k": (keys.side, k), "v": (keys.side, v)}
+    return Launch.of_work_tiles(params, launcher, device, maps=maps_of(problem, tensors, dtype, device))

@@ -1,14 +1,14 @@
-"""The host's side of ``layout.cuh``: a sequence in any order as a video, cut into tiles, and these into boxes."""
+"""The host's side of ``video.cuh``: a sequence in any order as a video, cut into tiles, and these into boxes."""
 
 from __future__ import annotations
 
 import math
-from typing import NamedTuple, TypeAlias
+from typing import Any, NamedTuple, TypeAlias
 
 import torch
 from torch import Tensor
 
-from vsa_jit.backends.sm90.structs import BOX_TOKENS, Divisor, Extent3, TokenLayout
+from vsa_jit.backends.sm90.structs import BOX_TOKENS, BoxShape, Divisor, Extent3, structures
 from vsa_jit.problem import Side
 
 # Where a tensor of block sizes is, and whether they are of 64 bits. A bare tuple: every call makes some, and one with
@@ -63,23 +63,25 @@ def divisor(value: int) -> Divisor:
     return Divisor(value, -(-(1 << 31 + shift) // value), shift)
 
 
-def token_layout(side: Side, view: View, sizes: SizesRef | None) -> TokenLayout:
+def box_shape(box: tuple[int, int, int]) -> BoxShape:
+    return BoxShape(Extent3(*box), box[2].bit_length() - 1, (box[1] * box[2]).bit_length() - 1)
+
+
+def token_layout(side: Side, view: View, sizes: SizesRef | None) -> Any:
     """How a sequence is cut into blocks and boxes.
 
     Args:
         sizes: valid tokens of each block; None where all that are inside the video are valid.
     """
     extent, tile, box = view
-    layout = TokenLayout(
+    layout = structures(segments=False).TokenLayout(
         tiles_w=divisor(-(-extent[2] // tile[2])),
         tiles_h=divisor(-(-extent[1] // tile[1])),
         boxes_w=divisor(tile[2] // box[2]),
         boxes_h=divisor(tile[1] // box[1]),
         extent=Extent3(*extent),
         tile=Extent3(*tile),
-        box=Extent3(*box),
-        box_w_log2=box[2].bit_length() - 1,
-        box_hw_log2=(box[1] * box[2]).bit_length() - 1,
+        box=box_shape(box),
         boxes=divisor(side.block // BOX_TOKENS),
         partial=sizes is not None or side.is_partial,
     )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import functools
 
 import torch
@@ -41,16 +42,27 @@ FLOAT_BYTES = 4
 MEANS_SMEM_BESIDE_BOX = 128
 
 
-def kernels_of(dtype: torch.dtype, head_dim: int, block: int | None = None) -> list[Kernel]:
-    """All kernels that calls with such blocks may launch, or with blocks of any size. They are made ready together."""
+def kernels_of(dtype: torch.dtype, head_dim: int, block: int | None = None, segments: bool = False) -> list[Kernel]:
+    """All kernels that calls with such blocks may launch, or with blocks of any size. They are made ready together.
+
+    Args:
+        segments: of calls whose tokens are segments.
+    """
     of_kind = [block_means, attend_forward, prepare_backward, attend_backward_q, attend_backward_kv]
     if block is None or block >= ONE_PASS_BLOCK:
         of_kind += [attend_backward_qkv, store_dq]
-    return [*(kernel(dtype, head_dim) for kernel in of_kind), order_rows()]
+    found = [*(kernel(dtype, head_dim, segments) for kernel in of_kind), order_rows()]
+    return [*found, segment_maps()] if segments else found
 
 
-def _defines(dtype: torch.dtype, head_dim: int, **others: int) -> tuple[tuple[str, str], ...]:
+def _label(name: str, dtype: torch.dtype, head_dim: int, segments: bool) -> str:
+    return f"{name} {LABELS[dtype]} D={head_dim}{', segments' if segments else ''}"
+
+
+def _defines(dtype: torch.dtype, head_dim: int, segments: bool, **others: int) -> tuple[tuple[str, str], ...]:
     numbers = {"VSA_HEAD_DIM": head_dim, "VSA_BOX_TOKENS": structs.BOX_TOKENS, **others}
+    if segments:
+        numbers |= {"VSA_SEGMENTS": 1, "VSA_BOX_RECORD_BYTES": ctypes.sizeof(structs.BoxRecord)}
     return ("VSA_DTYPE", DTYPES[dtype]), *((name, str(number)) for name, number in numbers.items())
 
 
@@ -60,20 +72,20 @@ def _box_bytes(dtype: torch.dtype, columns: int) -> int:
 
 
 @functools.cache
-def block_means(dtype: torch.dtype, head_dim: int) -> Kernel:
+def block_means(dtype: torch.dtype, head_dim: int, segments: bool = False) -> Kernel:
     return Kernel(
         source="vsa/block_means.cu",
         entry="block_means",
-        label=f"block means {LABELS[dtype]} D={head_dim}",
-        defines=_defines(dtype, head_dim),
-        params=structs.BlockMeansParams,
+        label=_label("block means", dtype, head_dim, segments),
+        defines=_defines(dtype, head_dim, segments),
+        params=structs.structures(segments).BlockMeansParams,
         threads=WARP_THREADS,
         smem_bytes=_box_bytes(dtype, head_dim) + MEANS_SMEM_BESIDE_BOX,
     )
 
 
 @functools.cache
-def attend_forward(dtype: torch.dtype, head_dim: int) -> Kernel:
+def attend_forward(dtype: torch.dtype, head_dim: int, segments: bool = False) -> Kernel:
     box_bytes = _box_bytes(dtype, head_dim)
     stages = (MAX_SHARED_MEMORY - FORWARD_SMEM_BESIDE_TILES) // box_bytes - structs.CONSUMERS
     # A tile of V waits for the probabilities of its keys: it is held for longer than the K.
@@ -81,30 +93,33 @@ def attend_forward(dtype: torch.dtype, head_dim: int) -> Kernel:
     return Kernel(
         source="vsa/attend_forward.cu",
         entry="attend_forward",
-        label=f"forward {LABELS[dtype]} D={head_dim}",
+        label=_label("forward", dtype, head_dim, segments),
         defines=_defines(
             dtype,
             head_dim,
+            segments,
             VSA_CONSUMERS=structs.CONSUMERS,
             VSA_WORK_TILES=structs.WORK_TILES,
             VSA_KEY_TILE_BYTES=structs.KEY_TILE_BYTES,
             VSA_K_STAGES=k_stages,
             VSA_V_STAGES=stages - k_stages,
         ),
-        params=structs.AttendForwardParams,
+        params=structs.structures(segments).AttendForwardParams,
         threads=(structs.CONSUMERS + 1) * WARPGROUP_THREADS,
         smem_bytes=(stages + structs.CONSUMERS) * box_bytes + FORWARD_SMEM_BESIDE_TILES,
     )
 
 
 @functools.cache
-def prepare_backward(dtype: torch.dtype, head_dim: int) -> Kernel:
+def prepare_backward(dtype: torch.dtype, head_dim: int, segments: bool = False) -> Kernel:
     return Kernel(
         source="vsa/prepare_backward.cu",
         entry="prepare_backward",
-        label=f"backward's preparation {LABELS[dtype]} D={head_dim}",
-        defines=_defines(dtype, head_dim, VSA_KEY_TILE_BYTES=structs.KEY_TILE_BYTES, VSA_INVERSE_SLICE=INVERSE_SLICE),
-        params=structs.PrepareBackwardParams,
+        label=_label("backward's preparation", dtype, head_dim, segments),
+        defines=_defines(
+            dtype, head_dim, segments, VSA_KEY_TILE_BYTES=structs.KEY_TILE_BYTES, VSA_INVERSE_SLICE=INVERSE_SLICE
+        ),
+        params=structs.structures(segments).PrepareBackwardParams,
         threads=WARPGROUP_THREADS,
         # More than the sums of the coarse gradient take.
         smem_bytes=INVERSE_SLICE * FLOAT_BYTES,
@@ -125,7 +140,7 @@ def order_rows() -> Kernel:
 
 
 @functools.cache
-def attend_backward_q(dtype: torch.dtype, head_dim: int) -> Kernel:
+def attend_backward_q(dtype: torch.dtype, head_dim: int, segments: bool = False) -> Kernel:
     consumers = Q_CONSUMERS[head_dim]
     # Q and dO of every consumer, and K and V in each stage.
     boxes = (MAX_SHARED_MEMORY - FORWARD_SMEM_BESIDE_TILES) // _box_bytes(dtype, head_dim)
@@ -133,23 +148,24 @@ def attend_backward_q(dtype: torch.dtype, head_dim: int) -> Kernel:
     return Kernel(
         source="vsa/attend_backward_q.cu",
         entry="attend_backward_q",
-        label=f"backward of q {LABELS[dtype]} D={head_dim}",
+        label=_label("backward of q", dtype, head_dim, segments),
         defines=_defines(
             dtype,
             head_dim,
+            segments,
             VSA_CONSUMERS=consumers,
             VSA_WORK_TILES=structs.WORK_TILES,
             VSA_KEY_TILE_BYTES=structs.KEY_TILE_BYTES,
             VSA_STAGES=stages,
         ),
-        params=structs.AttendBackwardQParams,
+        params=structs.structures(segments).AttendBackwardQParams,
         threads=(consumers + 1) * WARPGROUP_THREADS,
         smem_bytes=2 * (stages + consumers) * _box_bytes(dtype, head_dim) + FORWARD_SMEM_BESIDE_TILES,
     )
 
 
 @functools.cache
-def attend_backward_kv(dtype: torch.dtype, head_dim: int) -> Kernel:
+def attend_backward_kv(dtype: torch.dtype, head_dim: int, segments: bool = False) -> Kernel:
     entry, warpgroups, beside_stages = "attend_backward_kv_64", 2, 2 * _box_bytes(dtype, head_dim)
     if head_dim > 64:
         # Pᵀ of two tiles is on its way between warpgroups.
@@ -160,6 +176,7 @@ def attend_backward_kv(dtype: torch.dtype, head_dim: int) -> Kernel:
         "backward of k and v",
         dtype,
         head_dim,
+        segments,
         warpgroups=warpgroups,
         beside_stages=beside_stages,
         blocks=KV_THREAD_BLOCKS[head_dim],
@@ -167,11 +184,17 @@ def attend_backward_kv(dtype: torch.dtype, head_dim: int) -> Kernel:
 
 
 @functools.cache
-def attend_backward_qkv(dtype: torch.dtype, head_dim: int) -> Kernel:
+def attend_backward_qkv(dtype: torch.dtype, head_dim: int, segments: bool = False) -> Kernel:
     # K and V of two boxes, and two buffers for dSᵀ of each.
     beside_stages = 4 * _box_bytes(dtype, head_dim) + 4 * _box_bytes(dtype, structs.BOX_TOKENS)
     return _pass_over_queries(
-        "attend_backward_qkv", "backward in one pass", dtype, head_dim, warpgroups=4, beside_stages=beside_stages
+        "attend_backward_qkv",
+        "backward in one pass",
+        dtype,
+        head_dim,
+        segments,
+        warpgroups=4,
+        beside_stages=beside_stages,
     )
 
 
@@ -180,6 +203,7 @@ def _pass_over_queries(
     label: str,
     dtype: torch.dtype,
     head_dim: int,
+    segments: bool,
     *,
     warpgroups: int,
     beside_stages: int,
@@ -198,28 +222,46 @@ def _pass_over_queries(
     return Kernel(
         source=f"vsa/{entry}.cu",
         entry=entry,
-        label=f"{label} {LABELS[dtype]} D={head_dim}",
+        label=_label(label, dtype, head_dim, segments),
         defines=_defines(
             dtype,
             head_dim,
+            segments,
             VSA_WORK_TILES=structs.WORK_TILES,
             VSA_KEY_TILE_BYTES=structs.KEY_TILE_BYTES,
             VSA_STAGES=stages,
         ),
-        params=structs.PassOverQueriesParams,
+        params=structs.structures(segments).PassOverQueriesParams,
         threads=warpgroups * WARPGROUP_THREADS,
         smem_bytes=stages * stage_bytes + beside_stages,
     )
 
 
 @functools.cache
-def store_dq(dtype: torch.dtype, head_dim: int) -> Kernel:
+def store_dq(dtype: torch.dtype, head_dim: int, segments: bool = False) -> Kernel:
     return Kernel(
         source="vsa/store_dq.cu",
         entry="store_dq",
-        label=f"store of dq {LABELS[dtype]} D={head_dim}",
-        defines=_defines(dtype, head_dim, VSA_KEY_TILE_BYTES=structs.KEY_TILE_BYTES),
-        params=structs.StoreDqParams,
+        label=_label("store of dq", dtype, head_dim, segments),
+        defines=_defines(dtype, head_dim, segments, VSA_KEY_TILE_BYTES=structs.KEY_TILE_BYTES),
+        params=structs.structures(segments).StoreDqParams,
+        threads=WARPGROUP_THREADS,
+        smem_bytes=0,
+    )
+
+
+@functools.cache
+def segment_maps() -> Kernel:
+    return Kernel(
+        source="vsa/segment_maps.cu",
+        entry="segment_maps",
+        label="tensor maps of segments",
+        defines=(
+            ("VSA_TENSORS", str(structs.MAPPED_TENSORS)),
+            ("VSA_THREADS", str(WARPGROUP_THREADS)),
+            ("VSA_SEGMENT_EXTENT_BYTES", str(ctypes.sizeof(structs.SegmentExtent))),
+        ),
+        params=structs.SegmentMapsParams,
         threads=WARPGROUP_THREADS,
         smem_bytes=0,
     )

@@ -9,12 +9,14 @@ import torch
 from torch import Tensor
 
 from vsa_jit.backends.base import BackendSpec
+from vsa_jit.backends.sm90 import segments
 from vsa_jit.backends.sm90.schedule import why_too_many_blocks
 from vsa_jit.backends.sm90.specialise import ARCH, DTYPES, HEAD_DIMS, kernels_of
-from vsa_jit.backends.sm90.tma import why_not_tma
+from vsa_jit.backends.sm90.tma import largest_grid, why_not_tma
 from vsa_jit.backends.triton import support as triton
 from vsa_jit.jit import engines, module, toolchain
 from vsa_jit.jit.errors import Unavailable
+from vsa_jit.jit.kernel import Kernel
 from vsa_jit.jit.toolchain import dotted
 from vsa_jit.problem import Problem, bhsd
 
@@ -25,7 +27,11 @@ RUNNERS = {**triton.RUNNERS, "block_means": "sm90", "attend": "sm90", "attend_ba
 
 def prepare(problem: Problem, device: torch.device, dtype: torch.dtype, engine: str) -> None:
     """Loads the kernels of a call on its device, compiling those that the cache does not hold."""
-    module.load(kernels_of(dtype, problem.head_dim, problem.block), device.index, engine)
+    module.load(_kernels_of(problem, dtype), device.index, engine)
+
+
+def _kernels_of(problem: Problem, dtype: torch.dtype) -> list[Kernel]:
+    return kernels_of(dtype, problem.head_dim, problem.block, problem.queries.segments is not None)
 
 
 def is_native_on(device: torch.device) -> bool:
@@ -62,8 +68,11 @@ def why_not(problem: Problem, dtype: torch.dtype, tensors: Sequence[Tensor]) -> 
         return reason
     side = problem.queries
     if side.segments is not None:
-        return "the kernels know no segments yet"
-    reasons = (why_not_tma(bhsd(x, side.layout), side.grid) for x in tensors)
+        reason = segments.why_not(side.segments)
+        if reason is not None:
+            return reason
+    grid = largest_grid(side)
+    reasons = (why_not_tma(bhsd(x, side.layout), grid) for x in tensors)
     return next((reason for reason in reasons if reason is not None), None)
 
 
@@ -80,7 +89,7 @@ def why_no_engine(name: str) -> str | None:
 
 def engine_of(problem: Problem, device: torch.device, dtype: torch.dtype) -> str:
     """The engine whose kernels run a call: the one that has loaded them already, or the one to compile them with."""
-    kernels = kernels_of(dtype, problem.head_dim, problem.block)
+    kernels = _kernels_of(problem, dtype)
     return module.loaded_engine(kernels, device.index) or engines.choose(kernels, ARCH).name
 
 

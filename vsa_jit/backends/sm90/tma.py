@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple, TypeAlias
+from typing import Any, NamedTuple, TypeAlias
 
 import torch
 from torch import Tensor
 
 from vsa_jit.backends.sm90.layout import View
-from vsa_jit.backends.sm90.structs import HeadSteps, TokenTensor
-from vsa_jit.jit.driver import SWIZZLE_NONE, encode_tensor_map
+from vsa_jit.backends.sm90.structs import HeadSteps, structures
+from vsa_jit.jit.driver import SWIZZLE_NONE, TensorMap, encode_tensor_map
 from vsa_jit.problem import Problem, Side, axes
 
 INT32_MAX = 2**31 - 1
@@ -63,20 +63,48 @@ def token_tensor(
     tensor: TensorRef,
     channels: int,
     swizzle: int = SWIZZLE_NONE,
-) -> TokenTensor:
+) -> Any:
     """The tensor map of q, k, v or a tensor like them, and where in it the heads are.
 
     Args:
-        side: whose tensor it is, and how TMA sees its tokens.
+        side: whose tensor it is.
         channels: how many of a head's a box has.
     """
+    encoded = token_map(problem, side, view, dtype, device, tensor, channels, swizzle)
+    return structures(segments=False).TokenTensor(encoded, head_steps(problem, side, tensor))
+
+
+def _heads_of(problem: Problem, side: Side, tensor: TensorRef) -> Heads:
+    _, strides = tensor
+    batch_stride, head_stride, _, _ = (strides[axis] for axis in axes(side.layout))
+    return heads_of(problem.batch, side.heads, problem.head_dim, batch_stride, head_stride)
+
+
+def head_steps(problem: Problem, side: Side, tensor: TensorRef) -> HeadSteps:
+    """Where the heads of a tensor are in its map."""
+    heads = _heads_of(problem, side, tensor)
+    return HeadSteps(heads.head_channel, heads.batch_channel, heads.head_outer, heads.batch_outer)
+
+
+def token_map(
+    problem: Problem,
+    side: Side,
+    view: View,
+    dtype: torch.dtype,
+    device: int,
+    tensor: TensorRef,
+    channels: int,
+    swizzle: int,
+) -> TensorMap:
+    """The tensor map of a tensor whose tokens TMA sees as a video."""
     address, strides = tensor
-    batch_stride, head_stride, token_stride, _ = (strides[axis] for axis in axes(side.layout))
-    heads = heads_of(problem.batch, side.heads, problem.head_dim, batch_stride, head_stride)
+    # Of a single token any stride does, but not to TMA.
+    token_stride = strides[axes(side.layout)[2]] if side.length > 1 else problem.head_dim
+    heads = _heads_of(problem, side, tensor)
     frames, height, width = view.extent
     extents = (width, height, frames, heads.outer)
     steps = (token_stride, token_stride * width, token_stride * width * height, heads.outer_stride)
-    encoded = encode_tensor_map(
+    return encode_tensor_map(
         device,
         address,
         dtype,
@@ -86,11 +114,18 @@ def token_tensor(
         (channels, *reversed(view.box), 1),
         swizzle,
     )
-    return TokenTensor(encoded, HeadSteps(heads.head_channel, heads.batch_channel, heads.head_outer, heads.batch_outer))
+
+
+def largest_grid(side: Side) -> tuple[int, int, int] | None:
+    """The video with the largest frame, or None where there is no video."""
+    if side.segments is None:
+        return side.grid
+    grids = [segment.grid for segment in side.segments.segments if segment.grid is not None]
+    return max(grids, key=lambda grid: grid[1] * grid[2], default=None)
 
 
 def why_not_tma(x: Tensor, grid: tuple[int, int, int] | None) -> str | None:
-    """Why TMA cannot read a [B, H, S, D] view. None: it can."""
+    """Why TMA cannot read a [B, H, S, D] view of tokens among which is a video of this size. None: it can."""
     if x.data_ptr() % ALIGNMENT_BYTES != 0:
         return f"TMA needs an address that is a multiple of {ALIGNMENT_BYTES} bytes"
     strides = [stride for extent, stride in zip(x.shape[:3], x.stride()[:3], strict=True) if extent > 1]

@@ -4,6 +4,8 @@
 
 namespace kittens {
 
+inline int num_thread_blocks() { return gridDim.x; }
+
 inline float value_of_half(uint16_t bits) {
     const int exponent = bits >> 10 & 31, fraction = bits & 1023;
     const float sign = bits >> 15 ? -1.0f : 1.0f;
@@ -61,5 +63,6 @@ void add_to(float* address, Values... values) {
 }
 
 inline void prefetch(const void*) {}
+inline void prefetch_to_l1(const void*) {}
 
 }  // namespace kittens

@@ -1,0 +1,124 @@
+// The layout of several segments, one after the other: videos, which are cut into tiles as in video.cuh, and runs of plain
+// tokens. What is to be known of a box stands in a table that the host made; every segment has a tensor map of its own, so that
+// TMA fills with zeros what is outside of it, and reads none of the next one's tokens. See layout.cuh.
+//
+// A box of plain tokens is described as one of a video whose rows and columns are as long as those of a box: its tokens are
+// then consecutive. Where it ends is said by the number of its tokens alone.
+#pragma once
+
+// A box in the table.
+struct alignas(16) BoxRecord {
+    int segment;
+    int t, h, w;  // where it starts in its segment
+    int first_token;  // in the sequence
+    uint32_t rows_of;  // rows of a frame of the segment, and above 16 bits tokens of a row
+    uint32_t valid;  // see valid_tokens
+    int first_place;  // see PackedBox
+};
+static_assert(sizeof(BoxRecord) == VSA_BOX_RECORD_BYTES);
+
+// Its number among those of a head. What the table says of it is read where it is needed, which saves registers in between.
+struct BoxOrigin {
+    int index;
+};
+
+// A tensor of tokens, as TMA reads it.
+struct TokenTensor {
+    const kittens::tensor_map* maps;  // of each segment
+    const BoxRecord* table;
+    HeadSteps steps;
+    int num_maps;
+
+    // A kernel before this one made the maps: a warp that copies by them calls this first.
+    __device__ __forceinline__ void acquire_maps() const {
+        for (int i = kittens::laneid(); i < num_maps; i += kittens::kWarpThreads) kittens::tma::acquire_map(maps + i);
+        __syncwarp();
+    }
+    __device__ __forceinline__ kittens::coordinates at(int batch, int head, const BoxOrigin& box) const {
+        const uint4 words = reinterpret_cast<const uint4*>(table + box.index)[0];
+        return steps.at(batch, head, int(words.y), int(words.z), int(words.w));
+    }
+    __device__ __forceinline__ const kittens::tensor_map& map_of(const BoxOrigin& box) const {
+        return maps[reinterpret_cast<const uint4*>(table + box.index)[0].x];
+    }
+};
+
+struct TokenLayout {
+    const BoxRecord* table;  // of all boxes of a head
+    BoxShape box;  // of a video
+    Divisor boxes;  // boxes of a block
+    int partial;  // some block has tokens that are not valid
+    int length;  // of the sequence
+
+    __device__ __forceinline__ int num_tokens() const { return length; }
+    __device__ __forceinline__ const BoxRecord& record(int block, int box) const { return table[block * boxes.value + box]; }
+};
+
+__device__ __forceinline__ BoxOrigin origin_of_box(const TokenLayout& layout, int block, int box) {
+    return {block * layout.boxes.value + box};
+}
+
+// The bound is the number of tokens.
+__device__ __forceinline__ uint32_t valid_tokens(const TokenLayout& layout, int block, int box) {
+    return layout.record(block, box).valid;
+}
+
+__device__ __forceinline__ bool is_empty(uint32_t valid) { return valid != kWholeBox && ValidTokens::bound(valid) == 0; }
+
+__device__ __forceinline__ bool is_valid(const TokenLayout& layout, uint32_t valid, int token) {
+    return token < ValidTokens::bound(valid) && ValidTokens::has(valid, layout.box.position(token));
+}
+
+__device__ __forceinline__ bool has_tokens(const TokenLayout& layout, int block, int box, const BoxOrigin&) {
+    return !is_empty(valid_tokens(layout, block, box));
+}
+
+__device__ __forceinline__ BoxOrigin origin_of_load(const TokenLayout& layout, int index, uint32_t) {
+    kittens::prefetch_to_l1(layout.table + index);
+    return {index};
+}
+
+__device__ __forceinline__ int first_place_of(const TokenLayout&, int, int) { return 0; }
+
+__device__ __forceinline__ BoxOrigin before(const BoxOrigin& origin, int) { return origin; }
+
+struct BoxTokens {
+    int first_token;
+    uint32_t rows_of, valid;
+
+    __device__ __forceinline__ BoxTokens(const TokenLayout& layout, int block, int box, const BoxOrigin&) {
+        const uint4 words = reinterpret_cast<const uint4*>(&layout.record(block, box))[1];
+        first_token = int(words.x), rows_of = words.y, valid = words.z;
+    }
+
+    __device__ __forceinline__ Token operator()(const TokenLayout& layout, int token) const {
+        const Extent3 inside = layout.box.position(token);
+        const bool exists = valid == kWholeBox || (token < ValidTokens::bound(valid) && ValidTokens::has(valid, inside));
+        return {first_token + (inside.t * int(rows_of & 0xffff) + inside.h) * int(rows_of >> 16) + inside.w, exists, exists};
+    }
+
+    __device__ __forceinline__ int count(const TokenLayout&) const {
+        if (valid == kWholeBox) return kBoxTokens;
+        const int t = valid >> 8 & 255, h = valid >> 16 & 255, w = valid >> 24;
+        // Either plain tokens end before the box does, or the video.
+        return min(ValidTokens::bound(valid), t * h * w);
+    }
+    __device__ __forceinline__ int end(const TokenLayout&) const { return kBoxTokens; }
+};
+
+struct alignas(8) PackedBox {
+    uint32_t extent;  // of BoxRecord
+    int first;
+
+    PackedBox() = default;
+    // `index` counts the boxes of a head.
+    __device__ __forceinline__ PackedBox(const TokenLayout& layout, int index, const BoxOrigin&)
+        : extent(layout.table[index].valid), first(layout.table[index].first_place) {}
+
+    // The place of a token of a box that is not whole, among those of the box; -1: it does not exist.
+    __device__ __forceinline__ int place_of(const TokenLayout& layout, int token) const {
+        const Extent3 at = layout.box.position(token);
+        if (token >= ValidTokens::bound(extent) || !ValidTokens::has(extent, at)) return -1;
+        return (at.t * int(extent >> 16 & 255) + at.h) * int(extent >> 24) + at.w;
+    }
+};

@@ -1,0 +1,108 @@
+"""The Hopper kernels for segments on the CPU, against the torch backend: text beside video, and samples in one row."""
+
+import pytest
+import torch
+from support import emulate
+from support import reference as ref
+from torch import Tensor
+
+from vsa_jit.backends.sm90 import launches
+from vsa_jit.backends.torch import launches as plain
+from vsa_jit.checks import check_problem
+from vsa_jit.problem import Gradients, Operands
+from vsa_jit.segments import selection_rows, selection_width
+
+pytestmark = emulate.NEEDS_COMPILER
+
+TEXT_AND_VIDEO = [77, (5, 6, 7)]
+SEVERAL = [3, (4, 4, 4), 130, (5, 6, 7), (1, 1, 1), 64]
+PACKED = [[77, (5, 6, 7)], [0, (2, 9, 5)], [1], [200, (3, 4, 8), 65]]
+ALONE = [130]
+CALLS = {
+    "text beside video": (TEXT_AND_VIDEO, 64, "bhsd"),
+    "several, bshd": (SEVERAL, 64, "bshd"),
+    "packed": (PACKED, 64, "bhsd"),
+    "text alone": (ALONE, 64, "bhsd"),
+    "packed, 128": (PACKED, 128, "bhsd"),
+    "several, 256, bshd": (SEVERAL, 256, "bshd"),
+    "text beside video, 192": (TEXT_AND_VIDEO, (2, 8, 12), "bhsd"),
+    "many": ([[i % 70, (1 + i % 3, 2 + i % 5, 3)] for i in range(20)], 64, "bhsd"),
+}
+# With one multiprocessor a thread block takes all work tiles, and with many one.
+KINDS = [(torch.bfloat16, 128, 1), (torch.float16, 64, 200)]
+
+
+def length_of(segments) -> int:
+    return sum(
+        length_of(entry)
+        if isinstance(entry, list)
+        else entry
+        if isinstance(entry, int)
+        else entry[0] * entry[1] * entry[2]
+        for entry in segments
+    )
+
+
+class Call:
+    """Tensors of a call whose other tokens of the same memory are NaN, and a map: that of a selection by chance."""
+
+    def __init__(self, name: str, dtype: torch.dtype, head_dim: int, heads: int = 2, kv_heads: int = 1, batch: int = 2):
+        segments, block_size, self.layout = CALLS[name]
+        length = length_of(segments)
+        self.dtype = dtype
+
+        def tensor(heads: int) -> Tensor:
+            # Beside the tokens of the call there are others, which must not be read.
+            shape = (
+                (batch, heads, length + 150, head_dim)
+                if self.layout == "bhsd"
+                else (batch, length + 150, heads, head_dim)
+            )
+            x = torch.full(shape, float("nan"), dtype=dtype)
+            x = x.narrow(2 if self.layout == "bhsd" else 1, 70, length)
+            return x.copy_(torch.randn(x.shape))
+
+        q, k, v, self.dout = tensor(heads), tensor(kv_heads), tensor(kv_heads), tensor(heads)
+        self.problem = check_problem(
+            q,
+            k,
+            v,
+            block_size=block_size,
+            grid=None,
+            segments=segments,
+            layout=self.layout,
+            softmax_scale=None,
+            variable_block_sizes=None,
+            q_variable_block_sizes=None,
+        )
+        of = self.problem.keys.segments
+        assert of is not None
+        topk = [min(2, sample.num_video_blocks) for sample in of.samples]
+        scores = torch.randn(batch * heads, of.num_blocks, of.num_blocks)
+        idx, num = plain.select_in_samples(scores, selection_rows(of, topk, False), selection_width(of, topk))
+        idx, num = (x.unflatten(0, (batch, heads)) for x in (idx, num))
+        self.operands = Operands(q, k, v, idx, num, None, None, None, None, 0.0)
+
+
+def compare(name: str, found: Tensor, exact: Tensor, dtype: torch.dtype) -> None:
+    """Rounding to the dtype, of the result and of what it was computed from."""
+    assert ref.error(found, exact) <= 3 * torch.finfo(dtype).eps, (name, ref.error(found, exact))
+
+
+def run(backend, call: Call) -> tuple[Tensor, Tensor, Gradients]:
+    out, lse, _ = backend.attend(call.problem, call.operands, False)
+    gradients = backend.attend_backward(call.problem, call.operands, out, lse, call.dout, None, True, True)
+    return out, lse, gradients
+
+
+@pytest.mark.parametrize(("dtype", "head_dim", "processors"), KINDS, ids=str)
+@pytest.mark.parametrize("name", CALLS)
+def test_output_and_gradients(monkeypatch, name, dtype, head_dim, processors):
+    emulate.emulate(monkeypatch, processors)
+    call = Call(name, dtype, head_dim)
+    out, lse, gradients = run(launches, call)
+    exact_out, exact_lse, exact = run(plain, call)
+    compare("out", out, exact_out, dtype)
+    assert ref.error(lse, exact_lse) <= 1e-5
+    for field in ("dq", "dk", "dv"):
+        compare(field, getattr(gradients, field), getattr(exact, field), dtype)
