@@ -12,6 +12,7 @@ import triton.language as tl
 from vsa_jit.backends.triton.product import add_product
 from vsa_jit.backends.triton.rows import (
     block_origin,
+    frame_size,
     is_partial,
     load_gate,
     load_rows,
@@ -21,6 +22,7 @@ from vsa_jit.backends.triton.rows import (
     token_at,
     valid_rows,
 )
+from vsa_jit.backends.triton.runs import load_range, named_block, num_named
 
 LOG2E = tl.constexpr(math.log2(math.e))
 
@@ -41,6 +43,7 @@ def prepare_backward_kernel(
     Lse,
     DLse,
     QSizes,
+    Blocks,
     Gate,
     OutC,
     DGate,
@@ -101,10 +104,15 @@ def prepare_backward_kernel(
         out_c = tl.load(OutC + row * D + d, mask=in_head, other=0.0).to(tl.float32)
         dout_c = tl.zeros([D_PAD], tl.float32)
     q_w = W if RASTER else q_len
-    origin = block_origin(q_block, RASTER, BLOCK, TILE_T, TILE_H, TILE_W, tiles_hw, tiles_w, inverse_hw, inverse_w)
+    origin = block_origin(
+        q_block, RASTER, BLOCK, TILE_T, TILE_H, TILE_W, tiles_hw, tiles_w, inverse_hw, inverse_w, Blocks
+    )
+    height, width = frame_size(q_block, H, W, Blocks)
     for row0 in range(0, BLOCK, BLOCK_M):
-        token = token_at(origin, H, W) + relative_tokens(row0, BLOCK_M, RASTER, TILE_H, TILE_W, H, W)
-        valid = valid_rows(q_block, origin, row0, BLOCK_M, RASTER, TILE_H, TILE_W, T, H, q_w, QSizes, HAS_Q_SIZES)
+        token = token_at(origin, height, width) + relative_tokens(row0, BLOCK_M, RASTER, TILE_H, TILE_W, height, width)
+        valid = valid_rows(
+            q_block, origin, row0, BLOCK_M, RASTER, TILE_H, TILE_W, T, H, q_w, QSizes, HAS_Q_SIZES, Blocks
+        )
         mask = valid[:, None] & in_head[None, :]
         dout_ptrs = DOut + b * stride_dob + h * stride_doh + token[:, None] * stride_dos + d[None, :]
         dout = tl.load(dout_ptrs, mask=mask, other=0.0).to(tl.float32)
@@ -148,6 +156,7 @@ def attend_backward_q_kernel(
     Q2kNum,
     QSizes,
     KSizes,
+    Blocks,
     stride_qb,
     stride_qh,
     stride_qs,
@@ -200,7 +209,8 @@ def attend_backward_q_kernel(
     TILES_M: tl.constexpr = BLOCK // BLOCK_M
     TILES_N: tl.constexpr = BLOCK // BLOCK_N
     MASK_D: tl.constexpr = D != D_PAD
-    SHIFTED: tl.constexpr = tiles_are_shifted(BLOCK_N, RASTER, TILE_H, TILE_W)
+    SEGMENTS: tl.constexpr = Blocks is not None
+    SHIFTED: tl.constexpr = tiles_are_shifted(BLOCK_N, RASTER, SEGMENTS, TILE_H, TILE_W)
 
     pid = tl.program_id(0)
     tile = pid % (num_q_blocks * TILES_M)
@@ -215,10 +225,15 @@ def attend_backward_q_kernel(
     in_head = d < D
     q_w = W if RASTER else q_len
     kv_w = W if RASTER else kv_len
-    q_origin = block_origin(q_block, RASTER, BLOCK, TILE_T, TILE_H, TILE_W, tiles_hw, tiles_w, inverse_hw, inverse_w)
-    q_token = token_at(q_origin, H, W)
-    q_token += relative_tokens(q_row0, BLOCK_M, RASTER, TILE_H, TILE_W, H, W)
-    q_valid = valid_rows(q_block, q_origin, q_row0, BLOCK_M, RASTER, TILE_H, TILE_W, T, H, q_w, QSizes, HAS_Q_SIZES)
+    q_origin = block_origin(
+        q_block, RASTER, BLOCK, TILE_T, TILE_H, TILE_W, tiles_hw, tiles_w, inverse_hw, inverse_w, Blocks
+    )
+    q_height, q_width = frame_size(q_block, H, W, Blocks)
+    q_token = token_at(q_origin, q_height, q_width)
+    q_token += relative_tokens(q_row0, BLOCK_M, RASTER, TILE_H, TILE_W, q_height, q_width)
+    q_valid = valid_rows(
+        q_block, q_origin, q_row0, BLOCK_M, RASTER, TILE_H, TILE_W, T, H, q_w, QSizes, HAS_Q_SIZES, Blocks
+    )
     q_ptrs = Q + b * stride_qb + h * stride_qh + q_token[:, None] * stride_qs + d[None, :]
     dout_ptrs = DOut + b * stride_dob + h * stride_doh + q_token[:, None] * stride_dos + d[None, :]
     q = load_rows(q_ptrs, q_valid, in_head, MASK_Q, MASK_D)
@@ -236,28 +251,28 @@ def attend_backward_q_kernel(
     K += b * stride_kb + h // GROUP * stride_kh
     V += b * stride_vb + h // GROUP * stride_vh
     Q2kIdx += row * width
-    num = tl.minimum(tl.maximum(tl.load(Q2kNum + row), 0), width)
+    num, is_run = num_named(tl.load(Q2kNum + row), width, num_kv_blocks, SEGMENTS)
 
     dq = tl.zeros([BLOCK_M, D_PAD], tl.float32)
     for step in range(0, num * TILES_N):
-        kv_block = tl.load(Q2kIdx + step // TILES_N)
+        kv_block = named_block(Q2kIdx, step // TILES_N, is_run, SEGMENTS)
         kv_block = tl.minimum(tl.maximum(kv_block, 0), num_kv_blocks - 1)
         kv_row0 = step % TILES_N * BLOCK_N
         kv_origin = block_origin(
-            kv_block, RASTER, BLOCK, TILE_T, TILE_H, TILE_W, tiles_hw, tiles_w, inverse_hw, inverse_w
+            kv_block, RASTER, BLOCK, TILE_T, TILE_H, TILE_W, tiles_hw, tiles_w, inverse_hw, inverse_w, Blocks
         )
-        kv_token = token_at(kv_origin, H, W)
-        if TILES_N > 1:
-            if SHIFTED:
-                kv_token += row_token(kv_row0, RASTER, TILE_H, TILE_W, H, W)
-            else:
-                kv_row = relative_tokens(kv_row0, BLOCK_N, RASTER, TILE_H, TILE_W, H, W).to(OFFSET)
-                k_tile = kv_row[:, None] * stride_ks + d[None, :]
-                v_tile = kv_row[:, None] * stride_vs + d[None, :]
+        kv_height, kv_width = frame_size(kv_block, H, W, Blocks)
+        kv_token = token_at(kv_origin, kv_height, kv_width)
+        if not SHIFTED:
+            kv_row = relative_tokens(kv_row0, BLOCK_N, RASTER, TILE_H, TILE_W, kv_height, kv_width).to(OFFSET)
+            k_tile = kv_row[:, None] * stride_ks + d[None, :]
+            v_tile = kv_row[:, None] * stride_vs + d[None, :]
+        elif TILES_N > 1:
+            kv_token += row_token(kv_row0, RASTER, TILE_H, TILE_W, kv_height, kv_width)
         k_ptrs = K + kv_token * stride_ks + k_tile
         v_ptrs = V + kv_token * stride_vs + v_tile
         kv_valid = valid_rows(
-            kv_block, kv_origin, kv_row0, BLOCK_N, RASTER, TILE_H, TILE_W, T, H, kv_w, KSizes, HAS_K_SIZES
+            kv_block, kv_origin, kv_row0, BLOCK_N, RASTER, TILE_H, TILE_W, T, H, kv_w, KSizes, HAS_K_SIZES, Blocks
         )
         k = load_rows(k_ptrs, kv_valid, in_head, MASK_K, MASK_D)
         v = load_rows(v_ptrs, kv_valid, in_head, MASK_K, MASK_D)
@@ -267,7 +282,9 @@ def attend_backward_q_kernel(
         ds = p * (dp - delta[:, None])
         if MASK_K:
             # The branch spares full blocks the masking.
-            if is_partial(kv_block, kv_origin, RASTER, BLOCK, TILE_T, TILE_H, TILE_W, T, H, kv_w, KSizes, HAS_K_SIZES):
+            if is_partial(
+                kv_block, kv_origin, RASTER, BLOCK, TILE_T, TILE_H, TILE_W, T, H, kv_w, KSizes, HAS_K_SIZES, Blocks
+            ):
                 ds = tl.where(kv_valid[None, :], ds, 0.0)
         dq = add_product(dq, ds.to(k.dtype), k, EXACT)
 
@@ -294,8 +311,11 @@ def attend_backward_kv_kernel(
     Delta,
     K2qEnd,
     K2qIdx,
+    Ranges,
+    NumRanges,
     QSizes,
     KSizes,
+    Blocks,
     stride_qb,
     stride_qh,
     stride_qs,
@@ -354,7 +374,8 @@ def attend_backward_kv_kernel(
     TILES_M: tl.constexpr = BLOCK // BLOCK_M
     TILES_N: tl.constexpr = BLOCK // BLOCK_N
     MASK_D: tl.constexpr = D != D_PAD
-    SHIFTED: tl.constexpr = tiles_are_shifted(BLOCK_M, RASTER, TILE_H, TILE_W)
+    SEGMENTS: tl.constexpr = Blocks is not None
+    SHIFTED: tl.constexpr = tiles_are_shifted(BLOCK_M, RASTER, SEGMENTS, TILE_H, TILE_W)
 
     pid = tl.program_id(0)
     tile = pid % (num_kv_blocks * TILES_N)
@@ -368,11 +389,14 @@ def attend_backward_kv_kernel(
     in_head = d < D
     q_w = W if RASTER else q_len
     kv_w = W if RASTER else kv_len
-    kv_origin = block_origin(kv_block, RASTER, BLOCK, TILE_T, TILE_H, TILE_W, tiles_hw, tiles_w, inverse_hw, inverse_w)
-    kv_token = token_at(kv_origin, H, W)
-    kv_token += relative_tokens(kv_row0, BLOCK_N, RASTER, TILE_H, TILE_W, H, W)
+    kv_origin = block_origin(
+        kv_block, RASTER, BLOCK, TILE_T, TILE_H, TILE_W, tiles_hw, tiles_w, inverse_hw, inverse_w, Blocks
+    )
+    kv_height, kv_width = frame_size(kv_block, H, W, Blocks)
+    kv_token = token_at(kv_origin, kv_height, kv_width)
+    kv_token += relative_tokens(kv_row0, BLOCK_N, RASTER, TILE_H, TILE_W, kv_height, kv_width)
     kv_valid = valid_rows(
-        kv_block, kv_origin, kv_row0, BLOCK_N, RASTER, TILE_H, TILE_W, T, H, kv_w, KSizes, HAS_K_SIZES
+        kv_block, kv_origin, kv_row0, BLOCK_N, RASTER, TILE_H, TILE_W, T, H, kv_w, KSizes, HAS_K_SIZES, Blocks
     )
     k_ptrs = K + b * stride_kb + h_kv * stride_kh + kv_token[:, None] * stride_ks + d[None, :]
     v_ptrs = V + b * stride_vb + h_kv * stride_vh + kv_token[:, None] * stride_vs + d[None, :]
@@ -396,36 +420,49 @@ def attend_backward_kv_kernel(
         entry = (bh * num_kv_blocks + kv_block) * chunks
         begin = tl.load(K2qEnd + entry - 1, mask=entry > 0, other=0)
         count = (tl.load(K2qEnd + entry + chunks - 1) - begin).to(tl.int32)
-        for step in range(0, count * TILES_M):
-            q_block = tl.load(K2qIdx + begin + step // TILES_M)
-            q_row0 = step % TILES_M * BLOCK_M
-            q_origin = block_origin(
-                q_block, RASTER, BLOCK, TILE_T, TILE_H, TILE_W, tiles_hw, tiles_w, inverse_hw, inverse_w
-            )
-            q_token = token_at(q_origin, H, W)
-            if TILES_M > 1:
-                if SHIFTED:
-                    q_token += row_token(q_row0, RASTER, TILE_H, TILE_W, H, W)
+        # The list of query blocks that name the key block, and ranges of those that name a run with it in it.
+        num_lists = 1
+        if SEGMENTS:
+            num_lists += tl.load(NumRanges + bh)
+        for index in range(0, num_lists):
+            first, num = 0, count
+            if SEGMENTS:
+                first, num = load_range(Ranges + bh * num_q_blocks * 4, index - 1, kv_block)
+                num = tl.where(index == 0, count, num)
+            for step in range(0, num * TILES_M):
+                if SEGMENTS:
+                    of_range = first + step // TILES_M
+                    q_block = tl.load(K2qIdx + begin + step // TILES_M, mask=index == 0, other=of_range)
                 else:
-                    q_row = relative_tokens(q_row0, BLOCK_M, RASTER, TILE_H, TILE_W, H, W).to(OFFSET)
+                    q_block = tl.load(K2qIdx + begin + step // TILES_M)
+                q_row0 = step % TILES_M * BLOCK_M
+                q_origin = block_origin(
+                    q_block, RASTER, BLOCK, TILE_T, TILE_H, TILE_W, tiles_hw, tiles_w, inverse_hw, inverse_w, Blocks
+                )
+                q_height, q_width = frame_size(q_block, H, W, Blocks)
+                q_token = token_at(q_origin, q_height, q_width)
+                if not SHIFTED:
+                    q_row = relative_tokens(q_row0, BLOCK_M, RASTER, TILE_H, TILE_W, q_height, q_width).to(OFFSET)
                     q_tile = q_row[:, None] * stride_qs + d[None, :]
                     dout_tile = q_row[:, None] * stride_dos + d[None, :]
-            q_ptrs = Q_h + q_token * stride_qs + q_tile
-            dout_ptrs = DOut_h + q_token * stride_dos + dout_tile
-            q_valid = valid_rows(
-                q_block, q_origin, q_row0, BLOCK_M, RASTER, TILE_H, TILE_W, T, H, q_w, QSizes, HAS_Q_SIZES
-            )
-            q = load_rows(q_ptrs, q_valid, in_head, MASK_Q, MASK_D)
-            dout = load_rows(dout_ptrs, q_valid, in_head, MASK_Q, MASK_D)
-            padded = (bh * num_q_blocks + q_block) * BLOCK + q_row0 + tl.arange(0, BLOCK_M)
-            shift = tl.load(Shift + padded)
-            delta = tl.load(Delta + padded)
-            s_t = tl.dot(k, tl.trans(q), input_precision="ieee")
-            p_t = probabilities(s_t, shift[None, :], scale, scale_log2, EXACT)
-            dv = add_product(dv, p_t.to(dout.dtype), dout, EXACT)
-            dp_t = tl.dot(v, tl.trans(dout), input_precision="ieee")
-            ds_t = p_t * (dp_t - delta[None, :])
-            dk = add_product(dk, ds_t.to(q.dtype), q, EXACT)
+                elif TILES_M > 1:
+                    q_token += row_token(q_row0, RASTER, TILE_H, TILE_W, q_height, q_width)
+                q_ptrs = Q_h + q_token * stride_qs + q_tile
+                dout_ptrs = DOut_h + q_token * stride_dos + dout_tile
+                q_valid = valid_rows(
+                    q_block, q_origin, q_row0, BLOCK_M, RASTER, TILE_H, TILE_W, T, H, q_w, QSizes, HAS_Q_SIZES, Blocks
+                )
+                q = load_rows(q_ptrs, q_valid, in_head, MASK_Q, MASK_D)
+                dout = load_rows(dout_ptrs, q_valid, in_head, MASK_Q, MASK_D)
+                padded = (bh * num_q_blocks + q_block) * BLOCK + q_row0 + tl.arange(0, BLOCK_M)
+                shift = tl.load(Shift + padded)
+                delta = tl.load(Delta + padded)
+                s_t = tl.dot(k, tl.trans(q), input_precision="ieee")
+                p_t = probabilities(s_t, shift[None, :], scale, scale_log2, EXACT)
+                dv = add_product(dv, p_t.to(dout.dtype), dout, EXACT)
+                dp_t = tl.dot(v, tl.trans(dout), input_precision="ieee")
+                ds_t = p_t * (dp_t - delta[None, :])
+                dk = add_product(dk, ds_t.to(q.dtype), q, EXACT)
 
     dk *= scale
     if RASTER:

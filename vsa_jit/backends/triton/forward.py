@@ -6,6 +6,7 @@ import triton.language as tl
 from vsa_jit.backends.triton.product import add_product
 from vsa_jit.backends.triton.rows import (
     block_origin,
+    frame_size,
     is_partial,
     load_gate,
     load_rows,
@@ -15,6 +16,7 @@ from vsa_jit.backends.triton.rows import (
     token_at,
     valid_rows,
 )
+from vsa_jit.backends.triton.runs import named_block, num_named
 
 
 @triton.jit
@@ -29,6 +31,7 @@ def attend_forward_kernel(
     Q2kNum,
     QSizes,
     KSizes,
+    Blocks,
     Gate,
     OutC,
     gate_value,
@@ -87,7 +90,8 @@ def attend_forward_kernel(
     TILES_M: tl.constexpr = BLOCK // BLOCK_M
     TILES_N: tl.constexpr = BLOCK // BLOCK_N
     MASK_D: tl.constexpr = D != D_PAD
-    SHIFTED: tl.constexpr = tiles_are_shifted(BLOCK_N, RASTER, TILE_H, TILE_W)
+    SEGMENTS: tl.constexpr = Blocks is not None
+    SHIFTED: tl.constexpr = tiles_are_shifted(BLOCK_N, RASTER, SEGMENTS, TILE_H, TILE_W)
 
     pid = tl.program_id(0)
     tile = pid % (num_q_blocks * TILES_M)
@@ -101,16 +105,22 @@ def attend_forward_kernel(
     in_head = d < D
     q_w = W if RASTER else q_len
     kv_w = W if RASTER else kv_len
-    q_origin = block_origin(q_block, RASTER, BLOCK, TILE_T, TILE_H, TILE_W, tiles_hw, tiles_w, inverse_hw, inverse_w)
-    q_token = token_at(q_origin, H, W) + relative_tokens(q_row0, BLOCK_M, RASTER, TILE_H, TILE_W, H, W)
-    q_valid = valid_rows(q_block, q_origin, q_row0, BLOCK_M, RASTER, TILE_H, TILE_W, T, H, q_w, QSizes, HAS_Q_SIZES)
+    q_origin = block_origin(
+        q_block, RASTER, BLOCK, TILE_T, TILE_H, TILE_W, tiles_hw, tiles_w, inverse_hw, inverse_w, Blocks
+    )
+    q_height, q_width = frame_size(q_block, H, W, Blocks)
+    q_token = token_at(q_origin, q_height, q_width)
+    q_token += relative_tokens(q_row0, BLOCK_M, RASTER, TILE_H, TILE_W, q_height, q_width)
+    q_valid = valid_rows(
+        q_block, q_origin, q_row0, BLOCK_M, RASTER, TILE_H, TILE_W, T, H, q_w, QSizes, HAS_Q_SIZES, Blocks
+    )
     q_ptrs = Q + b * stride_qb + h * stride_qh + q_token[:, None] * stride_qs + d[None, :]
     q = load_rows(q_ptrs, q_valid, in_head, MASK_Q, MASK_D)
 
     # With one row stride for both, one set of offsets is kept in registers.
     if ALIKE:
         stride_vs = stride_ks
-    # The offsets inside a block are the same for every block: only its first token moves from step to step.
+    # Where offsets inside a block are the same for every block, only its first token moves from step to step.
     kv_row = relative_tokens(0, BLOCK_N, RASTER, TILE_H, TILE_W, H, W).to(OFFSET)
     k_tile = kv_row[:, None] * stride_ks + d[None, :]
     v_tile = kv_row[:, None] * stride_vs + d[None, :]
@@ -118,38 +128,40 @@ def attend_forward_kernel(
     V += b * stride_vb + h // GROUP * stride_vh
     row = bh.to(tl.int64) * num_q_blocks + q_block
     Q2kIdx += row * width
-    num = tl.minimum(tl.maximum(tl.load(Q2kNum + row), 0), width)
+    num, is_run = num_named(tl.load(Q2kNum + row), width, num_kv_blocks, SEGMENTS)
 
     acc = tl.zeros([BLOCK_M, D_PAD], tl.float32)
     row_max = tl.full([BLOCK_M], float("-inf"), tl.float32)
     row_sum = tl.zeros([BLOCK_M], tl.float32)
     out_of_range = 0
     for step in range(0, num * TILES_N):
-        named = tl.load(Q2kIdx + step // TILES_N)
+        named = named_block(Q2kIdx, step // TILES_N, is_run, SEGMENTS)
         kv_block = tl.minimum(tl.maximum(named, 0), num_kv_blocks - 1)
         out_of_range |= named ^ kv_block
         kv_row0 = step % TILES_N * BLOCK_N
         kv_origin = block_origin(
-            kv_block, RASTER, BLOCK, TILE_T, TILE_H, TILE_W, tiles_hw, tiles_w, inverse_hw, inverse_w
+            kv_block, RASTER, BLOCK, TILE_T, TILE_H, TILE_W, tiles_hw, tiles_w, inverse_hw, inverse_w, Blocks
         )
-        kv_token = token_at(kv_origin, H, W)
-        if TILES_N > 1:
-            if SHIFTED:
-                kv_token += row_token(kv_row0, RASTER, TILE_H, TILE_W, H, W)
-            else:
-                kv_row = relative_tokens(kv_row0, BLOCK_N, RASTER, TILE_H, TILE_W, H, W).to(OFFSET)
-                k_tile = kv_row[:, None] * stride_ks + d[None, :]
-                v_tile = kv_row[:, None] * stride_vs + d[None, :]
+        kv_height, kv_width = frame_size(kv_block, H, W, Blocks)
+        kv_token = token_at(kv_origin, kv_height, kv_width)
+        if not SHIFTED:
+            kv_row = relative_tokens(kv_row0, BLOCK_N, RASTER, TILE_H, TILE_W, kv_height, kv_width).to(OFFSET)
+            k_tile = kv_row[:, None] * stride_ks + d[None, :]
+            v_tile = kv_row[:, None] * stride_vs + d[None, :]
+        elif TILES_N > 1:
+            kv_token += row_token(kv_row0, RASTER, TILE_H, TILE_W, kv_height, kv_width)
         k_ptrs = K + kv_token * stride_ks + k_tile
         v_ptrs = V + kv_token * stride_vs + v_tile
         kv_valid = valid_rows(
-            kv_block, kv_origin, kv_row0, BLOCK_N, RASTER, TILE_H, TILE_W, T, H, kv_w, KSizes, HAS_K_SIZES
+            kv_block, kv_origin, kv_row0, BLOCK_N, RASTER, TILE_H, TILE_W, T, H, kv_w, KSizes, HAS_K_SIZES, Blocks
         )
         k = load_rows(k_ptrs, kv_valid, in_head, MASK_K, MASK_D)
         s = tl.dot(q, tl.trans(k), input_precision="ieee")
         if MASK_K:
             # The branch spares full blocks the masking.
-            if is_partial(kv_block, kv_origin, RASTER, BLOCK, TILE_T, TILE_H, TILE_W, T, H, kv_w, KSizes, HAS_K_SIZES):
+            if is_partial(
+                kv_block, kv_origin, RASTER, BLOCK, TILE_T, TILE_H, TILE_W, T, H, kv_w, KSizes, HAS_K_SIZES, Blocks
+            ):
                 s = tl.where(kv_valid[None, :], s, float("-inf"))
         new_max = tl.maximum(row_max, tl.max(s, 1))
         if MASK_K:

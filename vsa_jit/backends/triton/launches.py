@@ -19,12 +19,15 @@ from vsa_jit.backends.triton.backward import (
     attend_backward_q_kernel,
     prepare_backward_kernel,
 )
+from vsa_jit.backends.triton.blocks import block_table, product_tiles
 from vsa_jit.backends.triton.forward import attend_forward_kernel
 from vsa_jit.backends.triton.means import block_mean_backward_kernel, block_means_kernel
 from vsa_jit.backends.triton.product import matmul_kernel
 from vsa_jit.backends.triton.rows import reciprocal
+from vsa_jit.backends.triton.runs import find_runs_kernel
 from vsa_jit.backends.triton.select import map_to_indices_kernel, select_kernel, transpose_index_kernel
 from vsa_jit.problem import Gradients, Operands, Problem, Side, axes, contiguous_like, empty_like
+from vsa_jit.segments import Segments
 
 LOG2E = math.log2(math.e)
 INT32_MAX = 2**31 - 1
@@ -33,6 +36,8 @@ ROWS_PER_CHUNK = 16
 MAX_CHUNKS = 64
 # One warp holds all rows of a sum: several would have to meet in shared memory.
 _MEANS_LAUNCH = {"ROWS": 32, "num_warps": 1}
+# Query blocks that are looked at together.
+_RUNS_LAUNCH = {"ROWS": 512, "num_warps": 4}
 
 
 def block_means(
@@ -55,6 +60,7 @@ def block_means(
             v_c,
             q_sizes,
             kv_sizes,
+            _blocks(queries, q.device),
             *_strides(q, layout),
             *_strides(k, layout),
             *((0, 0, 0) if v is None else _strides(v, layout)),
@@ -82,6 +88,7 @@ def block_mean_backward(side: Side, dmean: Tensor, x: Tensor, sizes: Tensor | No
             dmean.contiguous(),
             dx,
             sizes,
+            _blocks(side, x.device),
             *_strides(dx, side.layout),
             heads,
             blocks,
@@ -96,30 +103,66 @@ def block_mean_backward(side: Side, dmean: Tensor, x: Tensor, sizes: Tensor | No
 
 
 def matmul(a: Tensor, b: Tensor) -> Tensor:
+    return _matmul(a, b, None, False)
+
+
+def matmul_in_samples(a: Tensor, b: Tensor, segments: Segments, over_blocks: bool) -> Tensor:
+    return _matmul(a, b, segments, over_blocks)
+
+
+def _matmul(a: Tensor, b: Tensor, segments: Segments | None, over_blocks: bool) -> Tensor:
     rows, m, k = a.shape
     n = b.shape[2]
     out = a.new_empty((rows, m, n))
     tiles, depth = config.matmul(along_sum=b.stride(1) < b.stride(2))
+    table, num_tiles = None, None
+    programs = rows * triton.cdiv(m, tiles.rows) * triton.cdiv(n, tiles.columns)
+    if segments is not None:
+        table = product_tiles(segments, tiles.rows, tiles.columns, n if over_blocks else None, a.device)
+        num_tiles = len(table)
+        programs = rows * num_tiles
     with torch.cuda.device_of(a):
-        matmul_kernel[(rows * triton.cdiv(m, tiles.rows) * triton.cdiv(n, tiles.columns),)](
-            a, b, out, m, n, k, *a.stride(), *b.stride(), BLOCK_K=depth, **tiles.launch
+        matmul_kernel[(programs,)](
+            a,
+            b,
+            out,
+            table,
+            num_tiles,
+            m,
+            n,
+            k,
+            *a.stride(),
+            *b.stride(),
+            OVER_BLOCKS=over_blocks,
+            BLOCK_K=depth,
+            **tiles.launch,
         )
     return out
 
 
 def select(scores: Tensor, kv_sizes: Tensor | None, topk: int) -> tuple[Tensor, Tensor]:
-    q2k_idx, q2k_num = _new_indices(scores, topk)
+    return _select(scores, kv_sizes, None, topk)
+
+
+def select_in_samples(scores: Tensor, rows: Tensor, width: int) -> tuple[Tensor, Tensor]:
+    return _select(scores, None, rows, width)
+
+
+def _select(scores: Tensor, kv_sizes: Tensor | None, rows: Tensor | None, width: int) -> tuple[Tensor, Tensor]:
+    q2k_idx, q2k_num = _new_indices(scores, width)
     columns = triton.next_power_of_2(scores.shape[-1])
     with torch.cuda.device_of(scores):
         select_kernel[(q2k_num.numel(),)](
             scores,
             kv_sizes,
+            rows,
+            None if rows is None else rows[:, 3].bool(),
             q2k_idx,
             q2k_num,
             scores.shape[-1],
-            topk,
+            width,
             COLUMNS=columns,
-            WIDTH_PAD=triton.next_power_of_2(topk),
+            WIDTH_PAD=triton.next_power_of_2(width),
             HAS_SIZES=kv_sizes is not None,
             num_warps=_row_warps(columns),
         )
@@ -152,9 +195,34 @@ def _row_warps(columns: int) -> int:
     return min(max(columns // 2048, 1), 16)
 
 
-def transpose_index(problem: Problem, operands: Operands) -> tuple[Tensor, Tensor, int]:
-    """The query blocks of each key block, see ``invert_map``."""
-    return invert_map(operands.q2k_idx, operands.q2k_num, problem.keys.num_blocks)
+def transpose_index(problem: Problem, operands: Operands) -> tuple[Tensor, Tensor, int, Tensor | None, Tensor | None]:
+    """The query blocks of each key block, see ``invert_map`` and ``_find_runs``."""
+    return _transpose_index(problem, operands.q2k_idx, operands.q2k_num)
+
+
+def _transpose_index(
+    problem: Problem, q2k_idx: Tensor, q2k_num: Tensor
+) -> tuple[Tensor, Tensor, int, Tensor | None, Tensor | None]:
+    num_kv_blocks = problem.keys.num_blocks
+    ranges, num_ranges = None, None
+    if problem.keys.segments is not None:
+        ranges, num_ranges = _find_runs(q2k_idx, q2k_num, num_kv_blocks)
+    return *invert_map(q2k_idx, q2k_num, num_kv_blocks), ranges, num_ranges
+
+
+def _find_runs(q2k_idx: Tensor, q2k_num: Tensor, num_kv_blocks: int) -> tuple[Tensor, Tensor]:
+    """The ranges of query blocks that name the same run of key blocks, and how many each head has."""
+    batch, heads, num_q_blocks, width = q2k_idx.shape
+    ranges = q2k_idx.new_empty((batch * heads, num_q_blocks, 4))
+    num_ranges = q2k_idx.new_empty(batch * heads)
+    if width == 0:
+        # There is no entry that could name a run.
+        return ranges, num_ranges.zero_()
+    with torch.cuda.device_of(q2k_idx):
+        find_runs_kernel[(batch * heads,)](
+            q2k_idx, q2k_num, ranges, num_ranges, num_q_blocks, num_kv_blocks, width, **_RUNS_LAUNCH
+        )
+    return ranges, num_ranges
 
 
 def invert_map(q2k_idx: Tensor, q2k_num: Tensor, num_kv_blocks: int) -> tuple[Tensor, Tensor, int]:
@@ -201,6 +269,7 @@ def attend(problem: Problem, operands: Operands, keep_out_s: bool) -> tuple[Tens
             q2k_num.contiguous(),
             q_sizes,
             kv_sizes,
+            _blocks(queries, q.device),
             gate,
             None if out_c is None else out_c.contiguous(),
             gate_value,
@@ -253,6 +322,7 @@ def attend_backward(
             lse.contiguous(),
             None if dlse is None else dlse.contiguous(),
             q_sizes,
+            _blocks(queries, q.device),
             gate,
             None if out_c is None else out_c.contiguous(),
             dgate,
@@ -297,6 +367,7 @@ def attend_backward(
                 q2k_num,
                 q_sizes,
                 kv_sizes,
+                _blocks(queries, q.device),
                 *_strides(q, layout),
                 *_strides(k, layout),
                 *_strides(v, layout),
@@ -316,8 +387,8 @@ def attend_backward(
             )
     if need_dkv:
         dk, dv = empty_like(k), empty_like(v)
-        ends, k2q_idx, chunks = invert_map(q2k_idx, q2k_num, keys.num_blocks)
-        raster = queries.grid is not None
+        ends, k2q_idx, chunks, ranges, num_ranges = _transpose_index(problem, q2k_idx, q2k_num)
+        raster = _in_raster_order(queries)
         border = raster and queries.is_partial
         tiles = config.backward_kv(problem.block, problem.head_dim, q.element_size(), arch, raster, border)
         programs = problem.batch * keys.heads * keys.num_blocks * (problem.block // tiles.columns)
@@ -333,8 +404,11 @@ def attend_backward(
                 delta,
                 ends,
                 k2q_idx,
+                ranges,
+                num_ranges,
                 q_sizes,
                 kv_sizes,
+                _blocks(queries, q.device),
                 *_strides(q, layout),
                 *_strides(k, layout),
                 *_strides(v, layout),
@@ -382,8 +456,18 @@ def _head_and_tile(side: Side, head_dim: int) -> dict[str, Any]:
         "TILE_T": tile_t,
         "TILE_H": tile_h,
         "TILE_W": tile_w,
-        "RASTER": side.grid is not None,
+        "RASTER": _in_raster_order(side),
     }
+
+
+def _in_raster_order(side: Side) -> bool:
+    """Whether blocks are tiles, of one video or of segments."""
+    return side.grid is not None or side.segments is not None
+
+
+def _blocks(side: Side, device: torch.device) -> Tensor | None:
+    """The table of blocks, which only segments have."""
+    return None if side.segments is None else block_table(side.segments, device)
 
 
 def _masks(problem: Problem, q_sizes: Tensor | None, kv_sizes: Tensor | None) -> dict[str, bool]:
@@ -414,7 +498,8 @@ def _attention_constants(
 
 def _block_reach(side: Side) -> int:
     """The largest distance, in tokens, between two tokens of one block."""
-    if side.grid is None:
-        return side.block - 1
+    grids = [side.grid] if side.segments is None else [segment.grid for segment in side.segments.segments]
     t, h, w = side.tile
-    return ((t - 1) * side.grid[1] + h - 1) * side.grid[2] + w - 1
+    return max(
+        [side.block - 1 if grid is None else ((t - 1) * grid[1] + h - 1) * grid[2] + w - 1 for grid in grids],
+    )

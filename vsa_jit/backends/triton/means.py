@@ -3,7 +3,7 @@
 import triton
 import triton.language as tl
 
-from vsa_jit.backends.triton.rows import block_origin, relative_tokens, token_at, valid_rows
+from vsa_jit.backends.triton.rows import block_origin, frame_size, relative_tokens, token_at, valid_rows
 
 
 @triton.jit
@@ -19,6 +19,7 @@ def block_weight(
     W,
     Sizes,
     HAS_SIZES: tl.constexpr,
+    Blocks,
     MASK: tl.constexpr,
     ROWS: tl.constexpr,
 ):
@@ -27,7 +28,7 @@ def block_weight(
     if MASK:
         count = 0
         for row0 in tl.static_range(0, BLOCK, ROWS):
-            valid = valid_rows(block, origin, row0, ROWS, RASTER, TILE_H, TILE_W, T, H, W, Sizes, HAS_SIZES)
+            valid = valid_rows(block, origin, row0, ROWS, RASTER, TILE_H, TILE_W, T, H, W, Sizes, HAS_SIZES, Blocks)
             count += tl.sum(valid.to(tl.int32), 0)
         weight = 1.0 / tl.maximum(count, 1).to(tl.float32)
     return weight
@@ -38,6 +39,7 @@ def write_block_mean(
     X,
     Mean,
     Sizes,
+    Blocks,
     index,
     stride_b,
     stride_h,
@@ -68,14 +70,17 @@ def write_block_mean(
     X += (bh // heads).to(tl.int64) * stride_b + (bh % heads).to(tl.int64) * stride_h
     d = tl.arange(0, D_PAD)
     in_head = d < D
-    origin = block_origin(block, RASTER, BLOCK, TILE_T, TILE_H, TILE_W, tiles_hw, tiles_w, inverse_hw, inverse_w)
-    weight = block_weight(block, origin, BLOCK, RASTER, TILE_H, TILE_W, T, H, W, Sizes, HAS_SIZES, MASK, ROWS)
+    origin = block_origin(
+        block, RASTER, BLOCK, TILE_T, TILE_H, TILE_W, tiles_hw, tiles_w, inverse_hw, inverse_w, Blocks
+    )
+    weight = block_weight(block, origin, BLOCK, RASTER, TILE_H, TILE_W, T, H, W, Sizes, HAS_SIZES, Blocks, MASK, ROWS)
+    height, width = frame_size(block, H, W, Blocks)
     total = tl.zeros([D_PAD], tl.float32)
     for row0 in tl.static_range(0, BLOCK, ROWS):
-        token = token_at(origin, H, W) + relative_tokens(row0, ROWS, RASTER, TILE_H, TILE_W, H, W)
+        token = token_at(origin, height, width) + relative_tokens(row0, ROWS, RASTER, TILE_H, TILE_W, height, width)
         x_ptrs = X + token[:, None] * stride_s + d[None, :]
         if MASK:
-            valid = valid_rows(block, origin, row0, ROWS, RASTER, TILE_H, TILE_W, T, H, W, Sizes, HAS_SIZES)
+            valid = valid_rows(block, origin, row0, ROWS, RASTER, TILE_H, TILE_W, T, H, W, Sizes, HAS_SIZES, Blocks)
             x = tl.load(x_ptrs, mask=valid[:, None] & in_head[None, :], other=0.0)
         else:
             x = tl.load(x_ptrs, mask=in_head[None, :], other=0.0)
@@ -93,6 +98,7 @@ def block_means_kernel(
     VMean,
     QSizes,
     KSizes,
+    Blocks,
     stride_qb,
     stride_qh,
     stride_qs,
@@ -136,21 +142,21 @@ def block_means_kernel(
     pid = tl.program_id(0)
     if pid < q_programs:
         write_block_mean(
-            Q, QMean, QSizes, pid, stride_qb, stride_qh, stride_qs, heads, num_q_blocks, T, H, q_w,
+            Q, QMean, QSizes, Blocks, pid, stride_qb, stride_qh, stride_qs, heads, num_q_blocks, T, H, q_w,
             tiles_hw, tiles_w, inverse_hw, inverse_w, D, D_PAD, BLOCK, TILE_T, TILE_H, TILE_W, RASTER,
             HAS_Q_SIZES, MASK_Q, ROWS,
         )  # fmt: skip
     elif pid < q_programs + kv_programs:
         write_block_mean(
-            K, KMean, KSizes, pid - q_programs, stride_kb, stride_kh, stride_ks, kv_heads, num_kv_blocks, T, H, kv_w,
-            tiles_hw, tiles_w, inverse_hw, inverse_w, D, D_PAD, BLOCK, TILE_T, TILE_H, TILE_W, RASTER,
+            K, KMean, KSizes, Blocks, pid - q_programs, stride_kb, stride_kh, stride_ks, kv_heads, num_kv_blocks, T, H,
+            kv_w, tiles_hw, tiles_w, inverse_hw, inverse_w, D, D_PAD, BLOCK, TILE_T, TILE_H, TILE_W, RASTER,
             HAS_K_SIZES, MASK_K, ROWS,
         )  # fmt: skip
     elif V is not None:
         write_block_mean(
-            V, VMean, KSizes, pid - q_programs - kv_programs, stride_vb, stride_vh, stride_vs, kv_heads, num_kv_blocks,
-            T, H, kv_w, tiles_hw, tiles_w, inverse_hw, inverse_w, D, D_PAD, BLOCK, TILE_T, TILE_H, TILE_W, RASTER,
-            HAS_K_SIZES, MASK_K, ROWS,
+            V, VMean, KSizes, Blocks, pid - q_programs - kv_programs, stride_vb, stride_vh, stride_vs, kv_heads,
+            num_kv_blocks, T, H, kv_w, tiles_hw, tiles_w, inverse_hw, inverse_w, D, D_PAD, BLOCK,
+            TILE_T, TILE_H, TILE_W, RASTER, HAS_K_SIZES, MASK_K, ROWS,
         )  # fmt: skip
 
 
@@ -159,6 +165,7 @@ def block_mean_backward_kernel(
     DMean,
     DX,
     Sizes,
+    Blocks,
     stride_b,
     stride_h,
     stride_s,
@@ -190,12 +197,15 @@ def block_mean_backward_kernel(
     d = tl.arange(0, D_PAD)
     in_head = d < D
     w = W if RASTER else length
-    origin = block_origin(block, RASTER, BLOCK, TILE_T, TILE_H, TILE_W, tiles_hw, tiles_w, inverse_hw, inverse_w)
-    weight = block_weight(block, origin, BLOCK, RASTER, TILE_H, TILE_W, T, H, w, Sizes, HAS_SIZES, MASK, ROWS)
+    origin = block_origin(
+        block, RASTER, BLOCK, TILE_T, TILE_H, TILE_W, tiles_hw, tiles_w, inverse_hw, inverse_w, Blocks
+    )
+    weight = block_weight(block, origin, BLOCK, RASTER, TILE_H, TILE_W, T, H, w, Sizes, HAS_SIZES, Blocks, MASK, ROWS)
     share = tl.load(DMean + (bh.to(tl.int64) * num_blocks + block) * D + d, mask=in_head, other=0.0) * weight
+    height, width = frame_size(block, H, W, Blocks)
     for row0 in tl.static_range(0, BLOCK, ROWS):
-        token = token_at(origin, H, W) + relative_tokens(row0, ROWS, RASTER, TILE_H, TILE_W, H, W)
-        valid = valid_rows(block, origin, row0, ROWS, RASTER, TILE_H, TILE_W, T, H, w, Sizes, HAS_SIZES)
+        token = token_at(origin, height, width) + relative_tokens(row0, ROWS, RASTER, TILE_H, TILE_W, height, width)
+        valid = valid_rows(block, origin, row0, ROWS, RASTER, TILE_H, TILE_W, T, H, w, Sizes, HAS_SIZES, Blocks)
         if RASTER:
             stored = valid
         else:

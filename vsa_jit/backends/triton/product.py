@@ -19,6 +19,8 @@ def matmul_kernel(
     A,
     B,
     Out,
+    Tiles,
+    num_tiles,
     m_len,
     n_len,
     k_len,
@@ -28,6 +30,7 @@ def matmul_kernel(
     stride_br,
     stride_bk,
     stride_bn,
+    OVER_BLOCKS: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
@@ -36,14 +39,31 @@ def matmul_kernel(
 
     Each factor is a sum of two TF32 numbers, which hold 22 of its 24 bits, and three of their four products are added:
     faster than fp32's own units, and measured to be closer to fp64, since tensor cores add fewer partial sums in turn.
+
+    ``Tiles`` is None where all of Out is computed, else the table of ``blocks.product_tiles``: either the columns or
+    the sum (OVER_BLOCKS) are then the blocks of the sample that the rows of a tile belong to.
     """
-    tiles_m, tiles_n = tl.cdiv(m_len, BLOCK_M), tl.cdiv(n_len, BLOCK_N)
-    tile = tl.program_id(0)
-    r = (tile // (tiles_m * tiles_n)).to(tl.int64)
-    m = (tile // tiles_n % tiles_m * BLOCK_M + tl.arange(0, BLOCK_M)).to(tl.int64)
-    n = (tile % tiles_n * BLOCK_N + tl.arange(0, BLOCK_N)).to(tl.int64)
+    pid = tl.program_id(0)
+    if Tiles is not None:
+        r = (pid // num_tiles).to(tl.int64)
+        Tiles += pid % num_tiles * 4
+        m0, n0, begin, end = tl.load(Tiles), tl.load(Tiles + 1), tl.load(Tiles + 2), tl.load(Tiles + 3)
+    else:
+        tiles_m, tiles_n = tl.cdiv(m_len, BLOCK_M), tl.cdiv(n_len, BLOCK_N)
+        r = (pid // (tiles_m * tiles_n)).to(tl.int64)
+        m0, n0 = pid // tiles_n % tiles_m * BLOCK_M, pid % tiles_n * BLOCK_N
+    m = (m0 + tl.arange(0, BLOCK_M)).to(tl.int64)
+    n = (n0 + tl.arange(0, BLOCK_N)).to(tl.int64)
     k = tl.arange(0, BLOCK_K).to(tl.int64)
     in_m, in_n = m < m_len, n < n_len
+    if Tiles is not None:
+        in_m = m < end
+        if OVER_BLOCKS:
+            k_len = end - begin
+            A += begin.to(tl.int64) * stride_ak
+            B += begin.to(tl.int64) * stride_bk
+        else:
+            in_n = n < end
     a_ptrs = A + r * stride_ar + m[:, None] * stride_am + k[None, :] * stride_ak
     b_ptrs = B + r * stride_br + k[:, None] * stride_bk + n[None, :] * stride_bn
     acc = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)

@@ -4,12 +4,19 @@ A block is a tile (t, h, w) of a video in raster order, or (RASTER false) a run 
 w. ``T, H, W`` is the extent of the video; of a sequence, W is its length. Divisions by the number of tiles would be the
 longest chain of instructions in the inner loop: ``inverse_hw`` and ``inverse_w`` are the reciprocals of ``tiles_hw``
 and ``tiles_w``, see ``reciprocal``.
+
+Blocks of segments are tiles in raster order, too, each of a video of its own: ``Blocks``, which is None for the other
+orders, points to the table of ``blocks.block_table``.
 """
 
 import triton
 import triton.language as tl
 
 SHIFT = tl.constexpr(40)
+# What ``blocks.block_table`` says of each block of segments, by column, and the number of columns.
+FIRST_TOKEN, HEIGHT, WIDTH = tl.constexpr(0), tl.constexpr(1), tl.constexpr(2)
+T_LEFT, H_LEFT, W_LEFT = tl.constexpr(3), tl.constexpr(4), tl.constexpr(5)
+ROWS_LEFT, NUM_TOKENS, COLUMNS = tl.constexpr(6), tl.constexpr(7), tl.constexpr(8)
 
 
 def reciprocal(divisor: int) -> int:
@@ -22,11 +29,19 @@ def divide(x, inverse):
     return ((x.to(tl.int64) * inverse) >> SHIFT).to(tl.int32)
 
 
+@triton.jit
+def of_block(Blocks, block, COLUMN: tl.constexpr):
+    return tl.load(Blocks + block * COLUMNS + COLUMN)
+
+
 @triton.constexpr_function
-def tiles_are_shifted(rows, raster, tile_h, tile_w):
-    """Whether any run of ``rows`` rows of a block is a shifted copy of the first, so that its offsets can be reused."""
+def tiles_are_shifted(rows, raster, segments, tile_h, tile_w):
+    """Whether any run of ``rows`` rows of any block is a shifted copy of the first, so that its offsets can be reused.
+
+    Those of segments are not: each block may be of a video of another width.
+    """
     plane = tile_h * tile_w
-    return not raster or (rows % tile_w == 0 and (rows % plane == 0 or plane % rows == 0))
+    return not raster or (not segments and rows % tile_w == 0 and (rows % plane == 0 or plane % rows == 0))
 
 
 @triton.jit
@@ -41,9 +56,13 @@ def block_origin(
     tiles_w,
     inverse_hw,
     inverse_w,
+    Blocks,
 ):
-    """Coordinates (t, h, w) of a block's first token: int64 scalars."""
-    if RASTER:
+    """Coordinates (t, h, w) of a block's first token: int64 scalars; of segments (0, 0, token)."""
+    if Blocks is not None:
+        zero = tl.full([], 0, tl.int64)
+        origin = (zero, zero, of_block(Blocks, block, FIRST_TOKEN).to(tl.int64))
+    elif RASTER:
         t = divide(block, inverse_hw)
         h = divide(block - t * tiles_hw, inverse_w)
         w = block - t * tiles_hw - h * tiles_w
@@ -55,6 +74,15 @@ def block_origin(
 
 
 @triton.jit
+def frame_size(block, H, W, Blocks):
+    """Height and width of the video that a block is of."""
+    if Blocks is not None:
+        H = of_block(Blocks, block, HEIGHT)
+        W = of_block(Blocks, block, WIDTH)
+    return H, W
+
+
+@triton.jit
 def token_at(origin, H, W):
     """Token number of a block's first token: int64 scalar."""
     return (origin[0] * H + origin[1]) * W + origin[2]
@@ -62,7 +90,10 @@ def token_at(origin, H, W):
 
 @triton.jit
 def row_token(row, RASTER: tl.constexpr, TILE_H: tl.constexpr, TILE_W: tl.constexpr, H, W):
-    """Token number of a row (or rows) of any block, counted from the block's first token: int64, of the rows' shape."""
+    """Token number of a row (or rows) of a block, counted from the block's first token: int64, of the rows' shape.
+
+    ``H`` and ``W`` are those of ``frame_size``.
+    """
     if RASTER:
         t = row // (TILE_H * TILE_W)
         h = row // TILE_W % TILE_H
@@ -92,9 +123,12 @@ def is_partial(
     W,
     Sizes,
     HAS_SIZES: tl.constexpr,
+    Blocks,
 ):
     """Whether some row of a block holds no valid token."""
-    if RASTER:
+    if Blocks is not None:
+        partial = of_block(Blocks, block, NUM_TOKENS) < BLOCK
+    elif RASTER:
         partial = (origin[0] + TILE_T > T) | (origin[1] + TILE_H > H) | (origin[2] + TILE_W > W)
     elif HAS_SIZES:
         partial = tl.load(Sizes + block) < BLOCK
@@ -117,15 +151,23 @@ def valid_rows(
     W,
     Sizes,
     HAS_SIZES: tl.constexpr,
+    Blocks,
 ):
     """Which of the rows ``row0 .. row0 + ROWS`` of a block hold a valid token: bool [ROWS]."""
     row = row0 + tl.arange(0, ROWS)
     if RASTER:
-        # An extent of a video fits 32 bits, and comparing in 64 costs registers.
-        t_left = (T - origin[0]).to(tl.int32)
-        h_left = (H - origin[1]).to(tl.int32)
-        w_left = (W - origin[2]).to(tl.int32)
+        if Blocks is not None:
+            t_left = of_block(Blocks, block, T_LEFT)
+            h_left = of_block(Blocks, block, H_LEFT)
+            w_left = of_block(Blocks, block, W_LEFT)
+        else:
+            # An extent of a video fits 32 bits, and comparing in 64 costs registers.
+            t_left = (T - origin[0]).to(tl.int32)
+            h_left = (H - origin[1]).to(tl.int32)
+            w_left = (W - origin[2]).to(tl.int32)
         valid = (row // (TILE_H * TILE_W) < t_left) & (row // TILE_W % TILE_H < h_left) & (row % TILE_W < w_left)
+        if Blocks is not None:
+            valid = valid & (row < of_block(Blocks, block, ROWS_LEFT))
     elif HAS_SIZES:
         valid = row < tl.load(Sizes + block)
     else:

@@ -20,6 +20,8 @@ def store_selected(selected, column, Q2kIdx, Q2kNum, row, width, WIDTH_PAD: tl.c
 def select_kernel(
     Scores,
     Sizes,
+    Rows,
+    IsForced,
     Q2kIdx,
     Q2kNum,
     num_kv_blocks,
@@ -32,22 +34,39 @@ def select_kernel(
 
     A threshold that exactly topk scores reach is sought bit by bit, from the highest down; where none exists, because
     several scores equal the k-th largest, all bits are found and the ties are counted off.
+
+    ``Rows`` is None where all columns are alike, else the table of ``segments.selection_rows``, whose last column is
+    ``IsForced``, bool. Room is then for topk columns of a row, of which the table may want fewer; a row that attends
+    all of its sample names the first column alone.
     """
     row = tl.program_id(0).to(tl.int64)
     column = tl.arange(0, COLUMNS)
     eligible = column < num_kv_blocks
+    wanted = topk
+    if Rows is not None:
+        Rows += tl.program_id(0) % num_kv_blocks * 4
+        first, num = tl.load(Rows), tl.load(Rows + 2)
+        # Where all blocks of the sample are attended there is nothing to choose from.
+        end = tl.where(num < 0, first, tl.load(Rows + 1))
+        eligible = (column >= first) & (column < end)
+        wanted = tl.minimum(tl.maximum(num, 0), topk)
     if HAS_SIZES:
         eligible = eligible & (tl.load(Sizes + column, mask=eligible, other=0) > 0)
     score = tl.load(Scores + row * num_kv_blocks + column, mask=eligible, other=0.0)
     # Unsigned keys in the order of the floats; -0 counts as +0, and 0 is left to the columns that take no part.
     bits = tl.where(score == 0.0, 0.0, score).to(tl.int32, bitcast=True)
     key = tl.where(bits < 0, ~bits, bits ^ -2147483648).to(tl.uint32, bitcast=True)
-    key = tl.where(eligible, tl.maximum(key, 1), 0)
+    key = tl.maximum(key, 1)
+    if Rows is not None:
+        # The highest key is left to the columns that every row takes.
+        is_forced = tl.load(IsForced + column, mask=eligible, other=0) != 0
+        key = tl.where(is_forced, 0xFFFFFFFF, tl.minimum(key, 0xFFFFFFFE))
+    key = tl.where(eligible, key, 0)
 
     one = tl.full([], 1, tl.uint32)
     threshold = tl.full([], 0, tl.uint32)
     count = tl.sum(eligible.to(tl.int32), 0)
-    wanted = tl.minimum(count, topk)
+    wanted = tl.minimum(count, wanted)
     bit = 31
     while (bit >= 0) & (count != wanted):
         candidate = threshold | (one << bit)
@@ -62,6 +81,12 @@ def select_kernel(
         rank = tl.cumsum(equal.to(tl.int32), 0)
         selected = above | (equal & (rank <= wanted - tl.sum(above.to(tl.int32), 0)))
     store_selected(selected, column, Q2kIdx, Q2kNum, row, topk, WIDTH_PAD)
+    if Rows is not None:
+        if num < 0:
+            # Threads that wrote 0 may be others than the one that writes now.
+            tl.debug_barrier()
+            tl.store(Q2kIdx + row * topk, first)
+            tl.store(Q2kNum + row, num)
 
 
 @triton.jit

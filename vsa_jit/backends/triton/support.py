@@ -44,7 +44,7 @@ SPEC = BackendSpec(
     name="triton",
     is_native_on=is_native_on,
     why_not_on=why_not_on,
-    why_not=lambda problem, dtype, tensors: "no segments yet" if problem.keys.segments is not None else None,
+    why_not=lambda problem, dtype, tensors: None,
     engine_of=lambda problem, device, dtype: "triton",
     runners=RUNNERS,
 )
