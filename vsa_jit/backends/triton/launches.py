@@ -196,7 +196,7 @@ def _row_warps(columns: int) -> int:
 
 
 def transpose_index(problem: Problem, operands: Operands) -> tuple[Tensor, Tensor, int, Tensor | None, Tensor | None]:
-    """The query blocks of each key block, see ``invert_map`` and ``_find_runs``."""
+    """The query blocks of each key block, see ``invert_map`` and ``find_runs``."""
     return _transpose_index(problem, operands.q2k_idx, operands.q2k_num)
 
 
@@ -206,11 +206,11 @@ def _transpose_index(
     num_kv_blocks = problem.keys.num_blocks
     ranges, num_ranges = None, None
     if problem.keys.segments is not None:
-        ranges, num_ranges = _find_runs(q2k_idx, q2k_num, num_kv_blocks)
+        ranges, num_ranges = find_runs(q2k_idx, q2k_num, num_kv_blocks)
     return *invert_map(q2k_idx, q2k_num, num_kv_blocks), ranges, num_ranges
 
 
-def _find_runs(q2k_idx: Tensor, q2k_num: Tensor, num_kv_blocks: int) -> tuple[Tensor, Tensor]:
+def find_runs(q2k_idx: Tensor, q2k_num: Tensor, num_kv_blocks: int) -> tuple[Tensor, Tensor]:
     """The ranges of query blocks that name the same run of key blocks, and how many each head has."""
     batch, heads, num_q_blocks, width = q2k_idx.shape
     ranges = q2k_idx.new_empty((batch * heads, num_q_blocks, 4))
