@@ -32,6 +32,7 @@ from vsa_jit.backends.triton.backward import (
 from vsa_jit.backends.triton.forward import attend_forward_kernel
 from vsa_jit.backends.triton.means import block_mean_backward_kernel, block_means_kernel
 from vsa_jit.backends.triton.product import matmul_kernel
+from vsa_jit.backends.triton.runs import find_runs_kernel
 from vsa_jit.backends.triton.select import map_to_indices_kernel, select_kernel, transpose_index_kernel
 
 # Shared memory that a thread block may use, in bytes, from NVIDIA's table of compute capabilities.
@@ -53,54 +54,72 @@ MAKE_LLIR = CUDABackend.make_llir
 ADD_ALLOCATION = nvidia.passes.ttnvgpuir.add_allocate_tensor_memory
 TYPE_NAMES = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32"}
 FP32 = {"Lse", "DLse", "OutC", "DOutC", "Shift", "Delta", "QMean", "KMean", "VMean", "DMean", "Scores", "A", "B"}
-INT32 = {"Q2kIdx", "Q2kNum", "K2qIdx", "QSizes", "KSizes", "Sizes"}
+INT32 = {"Q2kIdx", "Q2kNum", "K2qIdx", "QSizes", "KSizes", "Sizes", "Blocks", "Ranges", "NumRanges", "Rows", "Tiles"}
+BOOL = {"BlockMap", "IsForced"}
 INT64 = {"K2qEnd", "Counts"}
 INT64_SCALARS = {"inverse_hw", "inverse_w"}
 OPTIONS = ("num_warps", "num_stages", "enable_fp_fusion")
 POINTERS = {"Q", "K", "V", "A", "B"}
 FLOATS = {"gate_value", "scale", "scale_log2"}
 TILES = {64: (4, 4, 4), 128: (2, 8, 8), 192: (4, 6, 8), 256: (4, 8, 8)}
-# Block size, head dimension, dtype, raster order, mask. These are compiled to machine code for every architecture, and
-# other variants of the attention for the reference. What else is unusual is compiled until its memory is known.
+PLAIN, RASTER, SEGMENTS = "plain", "raster", "segments"
+# Block size, head dimension, dtype, order of tokens, mask. These are compiled to machine code for every architecture,
+# and other variants of the attention for the reference. What else is unusual is compiled until its memory is known.
 USUAL = (
-    (64, 128, torch.bfloat16, False, False),
-    (256, 128, torch.bfloat16, True, True),
+    (64, 128, torch.bfloat16, PLAIN, False),
+    (256, 128, torch.bfloat16, RASTER, True),
+    (64, 128, torch.bfloat16, SEGMENTS, True),
 )
 # What between them takes every choice of tiles.
 EVERY = (
     *USUAL,
-    (64, 64, torch.float32, False, False),
-    (128, 128, torch.bfloat16, False, False),
-    (256, 64, torch.bfloat16, False, False),
-    (64, 256, torch.bfloat16, False, False),
-    (128, 256, torch.bfloat16, False, False),
-    (64, 128, torch.float32, False, False),
-    (128, 256, torch.float32, False, False),
-    (192, 96, torch.bfloat16, True, True),
-    (64, 128, torch.float16, True, True),
-    (256, 128, torch.bfloat16, False, True),
+    (64, 64, torch.float32, PLAIN, False),
+    (128, 128, torch.bfloat16, PLAIN, False),
+    (256, 64, torch.bfloat16, PLAIN, False),
+    (64, 256, torch.bfloat16, PLAIN, False),
+    (128, 256, torch.bfloat16, PLAIN, False),
+    (64, 128, torch.float32, PLAIN, False),
+    (128, 256, torch.float32, PLAIN, False),
+    (192, 96, torch.bfloat16, RASTER, True),
+    (64, 128, torch.float16, RASTER, True),
+    (256, 128, torch.bfloat16, PLAIN, True),
+    (256, 128, torch.bfloat16, SEGMENTS, True),
+    (256, 128, torch.bfloat16, SEGMENTS, False),
+    (192, 96, torch.float16, SEGMENTS, True),
+    (64, 256, torch.bfloat16, SEGMENTS, True),
+    (64, 128, torch.float32, SEGMENTS, True),
 )
 # Where a loop over the rows of a block is unrolled, a larger block is the same code more often: one of 256 is enough.
 EVERY_ROWS = (
-    (64, 128, torch.bfloat16, False, False),
-    (128, 64, torch.bfloat16, False, False),
-    (64, 256, torch.bfloat16, False, False),
-    (64, 128, torch.float32, False, False),
-    (64, 256, torch.float32, False, False),
-    (192, 96, torch.bfloat16, True, True),
-    (256, 128, torch.bfloat16, True, True),
-    (64, 128, torch.float16, True, True),
-    (128, 128, torch.bfloat16, False, True),
+    (64, 128, torch.bfloat16, PLAIN, False),
+    (128, 64, torch.bfloat16, PLAIN, False),
+    (64, 256, torch.bfloat16, PLAIN, False),
+    (64, 128, torch.float32, PLAIN, False),
+    (64, 256, torch.float32, PLAIN, False),
+    (192, 96, torch.bfloat16, RASTER, True),
+    (256, 128, torch.bfloat16, RASTER, True),
+    (64, 128, torch.float16, RASTER, True),
+    (128, 128, torch.bfloat16, PLAIN, True),
+    (64, 128, torch.bfloat16, SEGMENTS, True),
+    (192, 96, torch.float32, SEGMENTS, True),
 )
-USUAL_ROWS = ((64, 128, torch.bfloat16, False, False), (64, 128, torch.float16, True, True))
+USUAL_ROWS = (
+    (64, 128, torch.bfloat16, PLAIN, False),
+    (64, 128, torch.float16, RASTER, True),
+    (64, 128, torch.bfloat16, SEGMENTS, True),
+)
+# What the kernels do without where the tokens are not segments.
+NO_SEGMENTS = {"Blocks": None, "Ranges": None, "NumRanges": None}
 # Columns and warps.
 EVERY_SELECTION = ((64, 1), (1024, 1), (4096, 2))
 
 
-def constants_of(block: int, head_dim: int, dtype: torch.dtype, raster: bool, masked: bool) -> dict:
+def constants_of(block: int, head_dim: int, dtype: torch.dtype, order: str, masked: bool) -> dict:
     """What the backend takes from the problem."""
     tile_t, tile_h, tile_w = TILES[block]
+    has_sizes = masked and order == PLAIN
     return {
+        **({} if order == SEGMENTS else NO_SEGMENTS),
         "GROUP": 2,
         "D": head_dim,
         "D_PAD": triton.next_power_of_2(head_dim),
@@ -108,10 +127,10 @@ def constants_of(block: int, head_dim: int, dtype: torch.dtype, raster: bool, ma
         "TILE_T": tile_t,
         "TILE_H": tile_h,
         "TILE_W": tile_w,
-        "RASTER": raster,
-        "HAS_Q_SIZES": masked and not raster,
-        "HAS_K_SIZES": masked and not raster,
-        "HAS_SIZES": masked and not raster,
+        "RASTER": order != PLAIN,
+        "HAS_Q_SIZES": has_sizes,
+        "HAS_K_SIZES": has_sizes,
+        "HAS_SIZES": has_sizes,
         "MASK": masked,
         "MASK_Q": masked,
         "MASK_K": masked,
@@ -126,14 +145,13 @@ def constants_of(block: int, head_dim: int, dtype: torch.dtype, raster: bool, ma
     }
 
 
-def attend_kernels(
-    arch: config.Architecture, block: int, head_dim: int, dtype: torch.dtype, raster: bool, masked: bool
-):
+def attend_kernels(arch: config.Architecture, block: int, head_dim: int, dtype: torch.dtype, order: str, masked: bool):
     """Those whose tiles depend on the architecture."""
-    common, work = constants_of(block, head_dim, dtype, raster, masked), (block, head_dim, dtype.itemsize, arch)
+    common, work = constants_of(block, head_dim, dtype, order, masked), (block, head_dim, dtype.itemsize, arch)
+    tiled = order != PLAIN
     yield attend_forward_kernel, common | config.forward(*work).launch
     yield attend_backward_q_kernel, common | config.backward_q(*work).launch
-    yield attend_backward_kv_kernel, common | config.backward_kv(*work, raster, raster and masked).launch
+    yield attend_backward_kv_kernel, common | config.backward_kv(*work, tiled, tiled and masked).launch
 
 
 def row_kernels(*variant):
@@ -150,7 +168,8 @@ def row_kernels(*variant):
 def selection_kernels(shapes):
     for columns, warps in shapes:
         shape = {"COLUMNS": columns, "WIDTH_PAD": 64, "num_warps": warps}
-        yield select_kernel, shape | {"HAS_SIZES": True}
+        yield select_kernel, shape | {"HAS_SIZES": True, "Rows": None, "IsForced": None}
+        yield select_kernel, shape | {"HAS_SIZES": False, "Sizes": None}
         yield map_to_indices_kernel, shape
         for place in (False, True):
             yield transpose_index_kernel, shape | {"PLACE": place}
@@ -160,7 +179,10 @@ def product_kernels():
     for along_sum in (False, True):
         tiles, depth = config.matmul(along_sum)
         strides = {"stride_ak": 1, "stride_bk" if along_sum else "stride_bn": 1}
-        yield matmul_kernel, strides | {"BLOCK_K": depth} | tiles.launch
+        common = strides | {"BLOCK_K": depth} | tiles.launch
+        yield matmul_kernel, common | {"Tiles": None, "num_tiles": None, "OVER_BLOCKS": False}
+        for over_blocks in (False, True):
+            yield matmul_kernel, common | {"OVER_BLOCKS": over_blocks}
 
 
 class Memory(NamedTuple):
@@ -204,10 +226,9 @@ def compile_kernel(kernel, constants: dict, dtype: torch.dtype, capability: int)
         elif name in FLOATS:
             signature[name] = "fp32"
         elif name in POINTERS or (name[0].isupper() and len(name) > 1):
-            element = (
-                "fp32" if name in FP32 else "i32" if name in INT32 else "i64" if name in INT64 else TYPE_NAMES[dtype]
-            )
-            signature[name] = "*i1" if name == "BlockMap" else f"*{element}"
+            elements = {"fp32": FP32, "i32": INT32, "i64": INT64, "i1": BOOL}
+            element = next((element for element, names in elements.items() if name in names), TYPE_NAMES[dtype])
+            signature[name] = f"*{element}"
             attributes[(position,)] = [["tt.divisibility", 16]]
         else:
             signature[name] = "i64" if name in INT64_SCALARS else "i32"
@@ -238,14 +259,15 @@ def main(capability: int) -> None:
         report_all(row_kernels(*variant), variant, capability, variant in USUAL_ROWS)
     for kernel, constants in selection_kernels(EVERY_SELECTION if is_reference else EVERY_SELECTION[-1:]):
         report(kernel, constants, torch.float32, capability, f"{constants['COLUMNS']} columns", whole=True)
+    report(find_runs_kernel, {"ROWS": 512, "num_warps": 4}, torch.float32, capability, "512 rows", whole=True)
     for kernel, constants in product_kernels():
         report(kernel, constants, torch.float32, capability, f"depth {constants['BLOCK_K']}", whole=True)
 
 
 def report_all(kernels, variant: tuple, capability: int, whole: bool) -> None:
-    block, head_dim, dtype, raster, _ = variant
+    block, head_dim, dtype, order, _ = variant
     for kernel, constants in kernels:
-        report(kernel, constants, dtype, capability, f"block {block}, D {head_dim}, {dtype}, raster {raster}", whole)
+        report(kernel, constants, dtype, capability, f"block {block}, D {head_dim}, {dtype}, {order}", whole)
 
 
 def report(kernel, constants: dict, dtype: torch.dtype, capability: int, variant: str, whole: bool) -> None:
