@@ -207,3 +207,90 @@ WRONG_INDICES = [
         "q2k_num: expected q's device cpu, got meta",
     ),
 ]
+
+LENGTHS_OF_PACKED = [[100, (2, 3, 4)], [32, (4, 5, 5)]]
+
+WRONG_SEGMENTS = [
+    ({"segments": [100]}, ValueError, "segments: expected lengths that add up to q's sequence length 256, got 100"),
+    ({"segments": [57, (10, 4, 5)]}, ValueError, "segments: .* q's sequence length 256, got 257"),
+    ({"segments": [[57], [(10, 4, 5)]]}, ValueError, "segments: .* q's sequence length 256, got 257"),
+    ({"segments": []}, ValueError, "segments: .* q's sequence length 256, got 0"),
+    ({"segments": [[], [0]]}, ValueError, "segments: .* q's sequence length 256, got 0"),
+    ({"segments": [[4, 8, 8]]}, ValueError, "segments: .* 256, got 20; .* a video is a tuple"),
+    (
+        {"segments": [S], "k": torch.randn(B, H, 128, D), "v": torch.randn(B, H, 128, D)},
+        ValueError,
+        "segments: .* k's sequence length 128, got 256",
+    ),
+    ({"segments": [-1, 257]}, ValueError, "segments: expected no negative length, got -1"),
+    ({"segments": [0, (-4, -8, 8)]}, ValueError, r"segments: expected no negative size, got \(-4, -8, 8\)"),
+    ({"segments": [[S], [(0, -1, 2)]]}, ValueError, r"segments: expected no negative size, got \(0, -1, 2\)"),
+    ({"segments": [256.0]}, TypeError, "segments: expected a number of tokens or a grid .*, got float"),
+    ({"segments": ["256"]}, (TypeError, ValueError), "segments: expected a number of tokens or a grid"),
+    ({"segments": "256"}, TypeError, "segments: expected a list of lengths and grids .*, got str"),
+    ({"segments": S}, TypeError, "segments: expected a list of lengths and grids .*, got int"),
+    ({"segments": [True]}, TypeError, "segments: expected a number of tokens or a grid .*, got bool"),
+    ({"segments": [None, S]}, TypeError, "segments: expected a number of tokens or a grid .*, got NoneType"),
+    ({"segments": [torch.tensor(256)]}, TypeError, "segments: expected a number of tokens or a grid .*, got Tensor"),
+    ({"segments": [(4, 8.0, 8)]}, TypeError, "segments: expected a number of tokens or a grid .*, got float"),
+    ({"segments": [(4, "8", 8)]}, TypeError, "segments: expected a number of tokens or a grid .*, got str"),
+    ({"segments": [128, (4, 32)]}, ValueError, r"segments: expected .* a grid \(T, H, W\) .*, got \(4, 32\)"),
+    ({"segments": [[128], [(4, 32)]]}, ValueError, r"segments: expected .* a grid \(T, H, W\) .*, got \(4, 32\)"),
+    ({"segments": [128, (2, 4, 4, 4)]}, ValueError, r"segments: expected .*, got \(2, 4, 4, 4\)"),
+    ({"segments": [[[128, (2, 8, 8)]]]}, ValueError, "segments: expected a number of tokens or a grid"),
+    (
+        {"segments": [(4, 8, 8)], "grid": (4, 8, 8)},
+        ValueError,
+        "grid, segments: expected at most one of them, got both",
+    ),
+    (
+        {"segments": [S], "variable_block_sizes": SIZES},
+        ValueError,
+        "variable_block_sizes: expected None where segments are given",
+    ),
+    (
+        {"segments": [S], "q_variable_block_sizes": SIZES},
+        ValueError,
+        "q_variable_block_sizes: expected None where segments are given",
+    ),
+    ({"segments": [S], "block_size": 192}, ValueError, "block_size: expected a tile .*, got 192"),
+    ({"segments": [S], "block_size": 8}, ValueError, r"block_size: .*, got 8; did you mean \(8, 8, 8\)\?$"),
+]
+
+WRONG_TOPK_OF_SEGMENTS = [
+    (
+        {"segments": LENGTHS_OF_PACKED, "topk": [1, 2, 3]},
+        ValueError,
+        "topk: expected one value, or a list of 2, one for each sample of segments, got 3",
+    ),
+    ({"segments": LENGTHS_OF_PACKED, "topk": [1]}, ValueError, "topk: expected one value, or a list of 2.*, got 1"),
+    ({"segments": LENGTHS_OF_PACKED, "topk": []}, ValueError, "topk: expected one value, or a list of 2.*, got 0"),
+    (
+        {"segments": LENGTHS_OF_PACKED, "sparsity": [0.5]},
+        ValueError,
+        "sparsity: expected one value, or a list of 2, one for each sample of segments, got 1",
+    ),
+    ({"segments": [128, (2, 8, 8)], "topk": [1, 2]}, ValueError, "topk: expected one value, or a list of 1.*, got 2"),
+    ({"topk": [1]}, TypeError, "topk: expected an int, got list"),
+    ({"sparsity": [0.5]}, TypeError, "sparsity: expected a float, got list"),
+    ({"grid": (4, 8, 8), "topk": [1]}, TypeError, "topk: expected an int, got list"),
+    ({"segments": LENGTHS_OF_PACKED, "topk": [1, 0]}, ValueError, "topk: expected at least 1, got 0"),
+    ({"segments": [S], "topk": 0}, ValueError, "topk: expected at least 1, got 0"),
+    ({"segments": LENGTHS_OF_PACKED, "topk": [1, 2.0]}, TypeError, "topk: expected an int, got float"),
+    ({"segments": LENGTHS_OF_PACKED, "topk": [1, True]}, TypeError, "topk: expected an int, got bool"),
+    ({"segments": LENGTHS_OF_PACKED, "topk": [1, None]}, (TypeError, ValueError), "topk"),
+    ({"segments": LENGTHS_OF_PACKED, "sparsity": [0.5, 1.0]}, ValueError, r"sparsity: .* in \[0, 1\), got 1.0"),
+    ({"segments": LENGTHS_OF_PACKED, "sparsity": [0.5, "0"]}, TypeError, "sparsity: expected a float, got str"),
+    (
+        {"segments": LENGTHS_OF_PACKED, "topk": [1, 1], "sparsity": [0.5, 0.5]},
+        ValueError,
+        "topk, sparsity: .*, got both",
+    ),
+    (
+        {"segments": [S], "topk": 1, "context": "ignore"},
+        ValueError,
+        r"context: expected one of \('attend', 'compete'\), got 'ignore'",
+    ),
+    ({"segments": [S], "topk": 1, "context": None}, TypeError, "context: expected a string, got NoneType"),
+    ({"topk": 1, "context": 1}, TypeError, "context: expected a string, got int"),
+]
