@@ -490,7 +490,9 @@ def _is_sequence(value: Any) -> bool:
     """Whether a value may hold several integers: a list, a tuple, or a NumPy array, of no text."""
     if isinstance(value, (str, bytes, bytearray, Tensor)):
         return False
-    return isinstance(value, Sequence) or getattr(value, "ndim", 0) > 0
+    # PyTorch's compiler cannot ask a symbolic int for an attribute.
+    is_int = isinstance(value, (int, torch.SymInt))
+    return isinstance(value, Sequence) or (not is_int and getattr(value, "ndim", 0) > 0)
 
 
 def _check_triple(name: str, value: Any) -> tuple[int, int, int]:
