@@ -15,6 +15,7 @@ from safetensors import safe_open
 from torch import Tensor, nn
 
 from vsa_jit.checks import DTYPES
+from vsa_jit.integrations.diffusers import wan
 from vsa_jit.integrations.diffusers.models import find_transformers
 from vsa_jit.integrations.diffusers.wan import GATE
 
@@ -54,13 +55,13 @@ def load_fastwan(transformer_or_pipe: Any, source: Source) -> None:
     ``from_pretrained`` leaves weights on the device "meta"; this fills them, before the model is moved to a device.
 
     Args:
-        transformer_or_pipe: as in ``enable_vsa``, which loads the gates; not offloaded.
+        transformer_or_pipe: Wan, as in ``enable_vsa``, which loads the gates; not offloaded.
         source: as ``gates`` in ``enable_vsa``.
 
     Raises:
         TypeError, ValueError: an argument is wrong, or keys are missing or name no weight; the message names them.
     """
-    models = find_transformers(transformer_or_pipe)
+    models = find_transformers(transformer_or_pipe, (wan,))
     sources = split("source", source, list(models))
     plans = []
     for name, transformer in models.items():

@@ -10,9 +10,8 @@ from torch import nn
 
 from vsa_jit.backends.choose import NAMES
 from vsa_jit.checks import check_block_size, check_choice, check_int, check_selection_dtype, check_topk
-from vsa_jit.integrations.diffusers import wan
 from vsa_jit.integrations.diffusers.checkpoint import Source, read_gates, split
-from vsa_jit.integrations.diffusers.models import find_transformers, is_in_parallel_wrapper
+from vsa_jit.integrations.diffusers.models import family_of, find_transformers, is_in_parallel_wrapper
 from vsa_jit.integrations.diffusers.settings import DenseSteps, Settings
 from vsa_jit.problem import BackendName
 
@@ -72,13 +71,16 @@ def enable_vsa(
         )
     plans = []
     for name, transformer in models.items():
-        wan.check(transformer)
-        layers = _check_layers(dense_layers, len(transformer.blocks))
+        family = family_of(transformer)
+        if gates is not None and not family.TAKES_GATES:
+            raise ValueError(f"gates: expected None for {type(transformer).__name__}, got {type(gates).__name__}")
+        family.check(transformer)
+        layers = _check_layers(dense_layers, len(family.attentions(transformer)))
         settings = Settings(topk, sparsity, tile, selection_dtype, layers, steps, backend)
         new_gates = None if sources is None else read_gates(sources[name], name, transformer)
-        plans.append((transformer, settings, new_gates))
-    for transformer, settings, new_gates in plans:
-        wan.enable(transformer, settings, new_gates)
+        plans.append((family, transformer, settings, new_gates))
+    for family, transformer, settings, new_gates in plans:
+        family.enable(transformer, settings, new_gates)
 
 
 def disable_vsa(transformer_or_pipe: Any) -> None:
@@ -91,7 +93,7 @@ def disable_vsa(transformer_or_pipe: Any) -> None:
         TypeError: there is no supported transformer.
     """
     for transformer in find_transformers(transformer_or_pipe).values():
-        wan.disable(transformer)
+        family_of(transformer).disable(transformer)
 
 
 def _check_layers(dense_layers: Sequence[int], layers: int) -> frozenset[int]:

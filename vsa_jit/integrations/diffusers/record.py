@@ -15,9 +15,10 @@ from torch import Tensor
 import vsa_jit
 from vsa_jit.bench.extras import DIFFUSERS_INSTALL, has_matplotlib
 from vsa_jit.checks import check_block_size, check_sparsities
-from vsa_jit.integrations.diffusers import wan
-from vsa_jit.integrations.diffusers.models import find_transformers
+from vsa_jit.integrations.diffusers.models import family_of, find_transformers
+from vsa_jit.integrations.diffusers.processor import Grid, is_enabled
 from vsa_jit.integrations.diffusers.settings import Settings
+from vsa_jit.problem import SegmentList
 
 SPARSITIES = (0.5, 0.7, 0.8, 0.9, 0.95)
 
@@ -148,30 +149,32 @@ def record(
     """
     models = find_transformers(transformer_or_pipe)
     check_sparsities(sparsity)
-    first = next(iter(models.values()))
+    attentions = {name: family_of(transformer).attentions(transformer) for name, transformer in models.items()}
+    was_enabled = {name: is_enabled(attentions[name]) for name in models}
+    first = next(iter(models))
     if block_size is None:
-        block_size = first.blocks[0].attn1.processor.settings.tile if wan.is_enabled(first) else (4, 4, 4)
+        block_size = attentions[first][0].processor.settings.tile if was_enabled[first] else (4, 4, 4)
     tile = check_block_size(block_size, with_grid=True)
-    for transformer in models.values():
-        wan.check(transformer)
-        for block in transformer.blocks:
-            processor = block.attn1.processor
-            if processor._parallel_config is not None:
+    for name, transformer in models.items():
+        family_of(transformer).check(transformer)
+        for attention in attentions[name]:
+            processor = attention.processor
+            if getattr(processor, "_parallel_config", None) is not None:
                 raise ValueError(
                     "transformer_or_pipe: expected a model on one device, got one with context parallelism"
                 )
             if getattr(processor, "observer", None) is not None:
                 raise ValueError("transformer_or_pipe: expected a model that is not being recorded, got one that is")
     recording = Recording(sparsity, tile)
-    was_enabled = {name: wan.is_enabled(transformer) for name, transformer in models.items()}
     observed = []
     for name, transformer in models.items():
         if not was_enabled[name]:
-            wan.enable(transformer, Settings.all_dense(tile, len(transformer.blocks)), None)
-        for block in transformer.blocks:
-            processor = block.attn1.processor
+            settings = Settings.all_dense(tile, len(attentions[name]))
+            family_of(transformer).enable(transformer, settings, None)
+        for attention in attentions[name]:
+            processor = attention.processor
             processor.observer = _Observer(recording, name, processor.settings.selection_dtype)
-            observed.append((block.attn1, processor))
+            observed.append((attention, processor))
     try:
         yield recording
     finally:
@@ -180,7 +183,7 @@ def record(
             processor.observer = None
         for name, transformer in models.items():
             if is_as_it_was and not was_enabled[name]:
-                wan.disable(transformer)
+                family_of(transformer).disable(transformer)
     if not is_as_it_was:
         raise RuntimeError("record: expected no enable_vsa or disable_vsa inside; calls after it were not recorded")
 
@@ -191,7 +194,7 @@ class _Observer:
         self._name = name
         self._selection_dtype = selection_dtype
 
-    def __call__(self, layer: int, q: Tensor, k: Tensor, grid: tuple[int, int, int]) -> None:
+    def __call__(self, layer: int, q: Tensor, k: Tensor, grid: Grid, segments: SegmentList | None = None) -> None:
         if torch.compiler.is_compiling():
             raise RuntimeError("record: expected a model that is not compiled")
         recording = self._recording
@@ -200,7 +203,8 @@ class _Observer:
             k,
             sparsity=recording.sparsities,
             block_size=recording.block_size,
-            grid=grid,
+            grid=grid if segments is None else None,
+            segments=segments,
             layout="bshd",
             selection_dtype=self._selection_dtype,
         )

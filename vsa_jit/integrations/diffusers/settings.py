@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 import vsa_jit
-from vsa_jit.problem import BackendName
+from vsa_jit.problem import BackendName, SegmentList
 
 
 class Settings(NamedTuple):
@@ -28,8 +28,17 @@ class Settings(NamedTuple):
         """Of a model that attends all keys in all layers."""
         return cls(1, None, tile, None, frozenset(range(layers)), None, "auto")
 
-    def attend(self, q: Tensor, k: Tensor, v: Tensor, gate: Tensor | None, grid: tuple[int, int, int]) -> Tensor:
-        """Video Sparse Attention of [B, T·H·W, heads, D]; without a gate the coarse output is dropped."""
+    def attend(
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        *,
+        gate: Tensor | None = None,
+        grid: tuple[int, int, int] | None = None,
+        segments: SegmentList | None = None,
+    ) -> Tensor:
+        """Video Sparse Attention of [B, S, heads, D], a video or segments; without a gate no coarse output."""
         return vsa_jit.video_sparse_attn(
             q,
             k,
@@ -39,6 +48,7 @@ class Settings(NamedTuple):
             block_size=self.tile,
             compress_attn_weight=0.0 if gate is None else gate,
             grid=grid,
+            segments=segments,
             layout="bshd",
             selection_dtype=self.selection_dtype,
             backend=self.backend,

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -12,14 +12,15 @@ from diffusers.models.attention_dispatch import SeqAllToAllDim, dispatch_attenti
 from diffusers.models.transformers.transformer_wan import WanAttnProcessor
 from torch import Tensor, nn
 
+from vsa_jit.integrations.diffusers import processor
+from vsa_jit.integrations.diffusers.processor import Grid, VsaProcessor
 from vsa_jit.integrations.diffusers.settings import Settings
 
-MODEL = WanTransformer3DModel.__name__
+MODELS = (WanTransformer3DModel,)
+TAKES_GATES = True
 # The layer of a block that gives the weight of the coarse output, under the name that FastWan's checkpoints have.
 GATE = "to_gate_compress"
 HEADS, TOKENS = 2, 1
-
-Observer = Callable[[int, Tensor, Tensor, tuple[int, int, int]], None]
 
 
 class VideoRotary(NamedTuple):
@@ -32,7 +33,7 @@ class VideoRotary(NamedTuple):
     cos: Tensor
     sin: Tensor
     rotations: Tensor
-    grid: tuple[int, int, int]
+    grid: Grid
     is_dense_step: bool
 
 
@@ -53,17 +54,13 @@ class VideoSize:
         return VideoRotary(cos, sin, torch.complex(cos, sin), grid, is_dense_step)
 
 
-class WanVsaProcessor:
+class WanVsaProcessor(VsaProcessor):
     """Self-attention of one block of Wan by Video Sparse Attention, or by all keys where the layer or step is dense."""
 
     def __init__(self, layer: int, block: Any, settings: Settings) -> None:
-        self.layer = layer
+        super().__init__(layer, block.attn1, settings)
         # The block owns its processor: the memory of a model that nobody holds any more is free at once.
         self._block = weakref.ref(block)
-        self.settings = settings
-        self.original = block.attn1.processor
-        self.is_dense = layer in settings.dense_layers
-        self.observer: Observer | None = None
 
     def __getstate__(self) -> dict[str, Any]:
         return self.__dict__ | {"_block": self._block()}
@@ -71,23 +68,19 @@ class WanVsaProcessor:
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state, _block=weakref.ref(state["_block"]))
 
-    # diffusers sets both on the processors that it finds, and the original one keeps them.
-    @property
-    def _attention_backend(self) -> Any:
-        return self.original._attention_backend
-
-    @_attention_backend.setter
-    def _attention_backend(self, value: Any) -> None:
-        self.original._attention_backend = value
-
-    @property
-    def _parallel_config(self) -> Any:
-        return self.original._parallel_config
-
-    @_parallel_config.setter
-    def _parallel_config(self, value: Any) -> None:
-        _check_parallel(value)
-        self.original._parallel_config = value
+    @staticmethod
+    def check_parallel(config: Any) -> None:
+        """Raises ``ValueError`` where the sequence is sharded in a way that is not served."""
+        context = None if config is None else config.context_parallel_config
+        if context is None:
+            return
+        if context.ring_degree > 1:
+            raise ValueError(
+                f"ring_degree: expected 1, got {context.ring_degree}; each rank must see whole sequences to choose "
+                "blocks, which ulysses_degree gives it"
+            )
+        if context.ulysses_anything:
+            raise ValueError("ulysses_anything: expected False (heads and tokens shared evenly), got True")
 
     def __call__(
         self,
@@ -119,10 +112,10 @@ class WanVsaProcessor:
         out = out.flatten(-2).type_as(q)
         return attn.to_out[1](attn.to_out[0](out))
 
-    def _attend(self, q: Tensor, k: Tensor, v: Tensor, gate: Tensor | None, grid: tuple[int, int, int]) -> Tensor:
+    def _attend(self, q: Tensor, k: Tensor, v: Tensor, gate: Tensor | None, grid: Grid) -> Tensor:
         config = self._parallel_config
         if config is None:
-            return self.settings.attend(q, k, v, gate, grid)
+            return self.settings.attend(q, k, v, gate=gate, grid=grid)
         # Ulysses: whole sequences of some heads, instead of some tokens of all heads.
         mesh = config.context_parallel_config._ulysses_mesh
         heads, ranks = q.shape[HEADS], mesh.size()
@@ -134,7 +127,7 @@ class WanVsaProcessor:
             return SeqAllToAllDim.apply(group, x, HEADS, TOKENS)
 
         gate = None if gate is None else to_heads(gate)
-        out = self.settings.attend(to_heads(q), to_heads(k), to_heads(v), gate, grid)
+        out = self.settings.attend(to_heads(q), to_heads(k), to_heads(v), gate=gate, grid=grid)
         return SeqAllToAllDim.apply(group, out, TOKENS, HEADS)
 
 
@@ -151,24 +144,14 @@ def rotate(x: Tensor, rotary: VideoRotary) -> Tensor:
     return rotated.flatten(-2).to(x.dtype)
 
 
-def is_supported(module: nn.Module) -> bool:
-    return isinstance(module, WanTransformer3DModel)
-
-
-def is_enabled(transformer: Any) -> bool:
-    return any(_is_ours(block) for block in transformer.blocks)
+def attentions(transformer: Any) -> list[Any]:
+    """The self-attention of each block."""
+    return [block.attn1 for block in transformer.blocks]
 
 
 def check(transformer: Any) -> None:
     """Raises ``ValueError`` where a model has attention that its processors cannot do as well."""
-    for block in transformer.blocks:
-        processor = block.attn1.processor
-        if not isinstance(processor, (WanAttnProcessor, WanVsaProcessor)):
-            raise ValueError(
-                f"transformer_or_pipe: expected self-attention by {WanAttnProcessor.__name__}, got "
-                f"{type(processor).__name__}"
-            )
-        _check_parallel(processor._parallel_config)
+    processor.check_originals(attentions(transformer), (WanAttnProcessor,), WanVsaProcessor)
 
 
 def enable(transformer: Any, settings: Settings, gates: Sequence[nn.Linear] | None) -> None:
@@ -189,28 +172,7 @@ def disable(transformer: Any) -> None:
             delattr(block, GATE)
 
 
-def _is_ours(block: Any) -> bool:
-    return isinstance(block.attn1.processor, WanVsaProcessor)
-
-
 def _restore(transformer: Any) -> None:
     """Gives each block that has a processor of ours the one that it had, and the position embedding its output."""
-    hooks = transformer.rope._forward_hooks
-    for key in [key for key, hook in hooks.items() if isinstance(hook, VideoSize)]:
-        del hooks[key]
-    for block in filter(_is_ours, transformer.blocks):
-        block.attn1.set_processor(block.attn1.processor.original)
-
-
-def _check_parallel(config: Any) -> None:
-    """Raises ``ValueError`` where the sequence is sharded in a way that is not served."""
-    context = None if config is None else config.context_parallel_config
-    if context is None:
-        return
-    if context.ring_degree > 1:
-        raise ValueError(
-            f"ring_degree: expected 1, got {context.ring_degree}; each rank must see whole sequences to choose blocks, "
-            "which ulysses_degree gives it"
-        )
-    if context.ulysses_anything:
-        raise ValueError("ulysses_anything: expected False (heads and tokens shared evenly), got True")
+    processor.remove_hooks(transformer.rope, VideoSize)
+    processor.restore(attentions(transformer))
