@@ -488,7 +488,8 @@ def _check_input(name: str, x: Any, layout: str) -> None:
 
 def _is_sequence(value: Any) -> bool:
     """Whether a value may hold several integers: a list, a tuple, or a NumPy array, of no text."""
-    if isinstance(value, (str, bytes, bytearray, Tensor)):
+    # Integers are told by their types: a symbolic one has no attributes that a compiler could look up.
+    if isinstance(value, (int, torch.SymInt, str, bytes, bytearray, Tensor)):
         return False
     # PyTorch's compiler cannot ask a symbolic int for an attribute.
     is_int = isinstance(value, (int, torch.SymInt))
