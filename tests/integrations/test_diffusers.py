@@ -588,7 +588,11 @@ def test_wrong_arguments_are_named_and_change_nothing(tmp_path, monkeypatch, arg
 
 
 def test_what_is_no_supported_model_is_named():
-    with pytest.raises(TypeError, match="expected a WanTransformer3DModel, or a pipeline with one, got Linear"):
+    models = (
+        "WanTransformer3DModel, HunyuanVideoTransformer3DModel, HunyuanVideo15Transformer3DModel or "
+        "CogVideoXTransformer3DModel"
+    )
+    with pytest.raises(TypeError, match=f"expected a {models}, or a pipeline with one, got Linear"):
         enable_vsa(torch.nn.Linear(2, 2), topk=2)
     with pytest.raises(TypeError, match="got int"):
         disable_vsa(3)

@@ -30,23 +30,31 @@ def enable_vsa(
 ) -> None:
     """Makes the self-attention of a diffusers model Video Sparse Attention, for videos of any size.
 
-    Wan 2.1 and 2.2, from text and from images (``WanTransformer3DModel``). The processors of self-attention change, and
-    gates are added where they are asked for. Before or after ``enable_parallelism`` (Ulysses), ``torch.compile``,
-    adapters and whole-model offloading; gates before data parallelism and before offloading by parts. A second call
-    replaces the settings of the first.
+    Wan 2.1 and 2.2, from text and from images (``WanTransformer3DModel``), HunyuanVideo and HunyuanVideo 1.5
+    (``HunyuanVideoTransformer3DModel``, ``HunyuanVideo15Transformer3DModel``) and CogVideoX
+    (``CogVideoXTransformer3DModel``). The processors of self-attention change, and gates are added where they are asked
+    for. Before or after ``enable_parallelism`` (Ulysses, Wan alone), ``torch.compile``, adapters and whole-model
+    offloading; gates before data parallelism and before offloading by parts. A second call replaces the settings of
+    the first.
+
+    Where video and prompt attend together, every query attends all tokens of the prompt, and those of the prompt attend
+    the whole video; ``sparsity`` and ``topk`` count blocks of video. HunyuanVideo masks the padding of its prompts: how
+    many tokens count is read from the mask, which waits for the device once in each forward of the model, however many
+    layers it has.
 
     Args:
         transformer_or_pipe: a transformer, also one in a wrapper, or a pipeline with one or two of them.
         sparsity: the share of key blocks to leave out, in [0, 1). Exactly one of it and ``topk`` is given.
         topk: key blocks to attend for each query block, at least 1.
-        gates: where the gates come from, layers of each block that weigh the coarse output. A folder, a
+        gates: of Wan alone: where the gates come from, layers of each block that weigh the coarse output. A folder, a
             ``.safetensors`` file or a repository of the hub, of a pipeline or of its transformer. A state dict, or for
             each of several transformers one by its name in the pipeline. Only keys of gates are read,
             ``blocks.N.to_gate_compress.{weight,bias}``. What it has none for is zero, and a warning names it; an empty
             dict makes all zero, to be trained. None: gates that the model has from an earlier call are kept, and where
             it has none the coarse output is dropped with its cost.
         block_size: tokens of a block or a video tile (t, h, w), as in ``video_sparse_attn``.
-        dense_layers: layers that attend all keys, by index, from the end where it is negative.
+        dense_layers: layers that attend all keys, by index, from the end where it is negative. Of HunyuanVideo the
+            dual-stream blocks come first, then the single-stream blocks.
         dense_steps: the first steps of each run that attend all keys, as the scheduler of this pipeline counts them.
             Not for a transformer that ``torch.compile`` compiles as a whole (its repeated blocks may be compiled).
         selection_dtype: as in ``video_sparse_attn``: the dtype of the weights for a model that FastVideo trained.

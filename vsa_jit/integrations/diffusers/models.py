@@ -7,7 +7,7 @@ from typing import Any, Protocol
 
 from torch import nn
 
-from vsa_jit.integrations.diffusers import wan
+from vsa_jit.integrations.diffusers import cogvideox, hunyuan_video, wan
 from vsa_jit.integrations.diffusers.settings import Settings
 
 
@@ -33,7 +33,7 @@ class Family(Protocol):
         """Undoes ``enable``."""
 
 
-FAMILIES: tuple[Family, ...] = (wan,)
+FAMILIES: tuple[Family, ...] = (wan, hunyuan_video, cogvideox)
 # Wrappers that know the parameters they found, by the names of their classes: not all PyTorchs have all of them.
 PARALLEL_WRAPPERS = {"DistributedDataParallel", "FullyShardedDataParallel", "FSDPModule"}
 
