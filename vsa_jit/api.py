@@ -154,7 +154,8 @@ def block_sparse_attn(
         block_map: bool [B, H, n_q, n_k], or what broadcasts to it: whether the query block attends the key block.
 
     The other arguments are those of ``video_sparse_attn``, but for one: where ``q_variable_block_sizes`` is None every
-    query token is valid, whatever the sizes of the key blocks.
+    query token is valid, whatever the sizes of the key blocks. With ``segments`` blocks are numbered in their order, and
+    the map alone says what is attended, context and other samples too.
 
     Returns:
         ``(out, lse)``: out of q's shape and dtype; lse fp32 [B, H, S_q], the natural-log log-sum-exp of the scaled
@@ -382,6 +383,7 @@ def warmup(
     dtype: torch.dtype | Sequence[torch.dtype] | None = None,
     head_dim: int | Sequence[int] | None = None,
     block_size: int | Sequence[int] | Sequence[int | Sequence[int]] | None = None,
+    segments: bool | None = None,
     engine: str = "auto",
 ) -> list[Path]:
     """Compiles this package's CUDA kernels ahead of time and keeps them, so that no later call compiles.
@@ -396,6 +398,7 @@ def warmup(
         head_dim: 64, 128 or several; None for both.
         block_size: as in ``video_sparse_attn``, or a list of such; None for all. Blocks of 128 tokens and more share
             their kernels, of which blocks of 64 need fewer.
+        segments: True for the kernels of calls with ``segments``, False for those of other calls, None for both.
         engine: "nvrtc", "nvcc" or "auto".
 
     Returns:
@@ -409,7 +412,7 @@ def warmup(
     """
     from vsa_jit.backends import warmup
 
-    return warmup.warmup(arch, dtype, head_dim, block_size, engine)
+    return warmup.warmup(arch, dtype, head_dim, block_size, segments, engine)
 
 
 def _check(

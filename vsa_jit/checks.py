@@ -347,6 +347,42 @@ def check_block_map(block_map: Tensor, problem: Problem, device: torch.device) -
     return block_map.expand(full)
 
 
+def check_map(block_map: Tensor) -> None:
+    _check_tensor("block_map", block_map, (torch.bool,), None)
+    if block_map.dim() != 4:
+        raise ValueError(f"block_map: expected 4 dimensions [B, H, n_q, n_k], got shape {tuple(block_map.shape)}")
+
+
+def check_scores(
+    scores: Tensor, sizes: Tensor | None, *, block_size: int | Sequence[int], segments: Sequence[Any] | None
+) -> tuple[tuple[int, int, int], Side]:
+    """The tile, and the key blocks that the scores are of."""
+    _check_tensor("scores", scores, (*DTYPES, torch.float64), None)
+    if scores.dim() != 4 or any([size == 0 for size in scores.shape[1:]]):
+        raise ValueError(f"scores: expected shape [B, H, n_q, n_k], nothing empty, got {tuple(scores.shape)}")
+    tile = check_block_size(block_size, with_grid=segments is not None)
+    num_q_blocks, num_kv_blocks = scores.shape[2:]
+    block = math.prod(tile)
+    if segments is None:
+        keys = Side(1, num_kv_blocks * block, tile, None, "bhsd")
+        if sizes is not None:
+            _check_sizes("variable_block_sizes", sizes, keys, scores.device)
+        return tile, keys
+    if sizes is not None:
+        raise ValueError("variable_block_sizes: expected None where segments are given")
+    numbers = _check_segments(segments)
+    order = order_of([number for sample, extents in numbers for number in (sample, *extents)], tile)
+    total = sum(t * h * w if t != 0 else w for _, (t, h, w) in numbers)
+    keys = Side(1, total, tile, order.grid, "bhsd", order.segments)
+    for number in (num_q_blocks, num_kv_blocks):
+        if number != keys.num_blocks:
+            raise ValueError(
+                f"segments: expected as many blocks as the scores have, {tuple(scores.shape[2:])}, "
+                f"got {keys.num_blocks}"
+            )
+    return tile, keys
+
+
 def check_indices(q2k_idx: Tensor, q2k_num: Tensor, problem: Problem, device: torch.device) -> tuple[Tensor, Tensor]:
     """Both as int32."""
     _check_tensor("q2k_idx", q2k_idx, INDEX_DTYPES, device)
@@ -360,7 +396,8 @@ def check_indices(q2k_idx: Tensor, q2k_num: Tensor, problem: Problem, device: to
     # Clamped first: what does not fit into int32 names no block either, and must not come to name one.
     if q2k_idx.dtype != torch.int32:
         q2k_idx = q2k_idx.clamp(-1, problem.keys.num_blocks).int()
-    if q2k_num.dtype != torch.int32:
+    # A negative number has a meaning to the backends where the tokens are segments.
+    if q2k_num.dtype != torch.int32 or problem.keys.segments is not None:
         q2k_num = q2k_num.clamp(0, q2k_idx.shape[3]).int()
     return q2k_idx, q2k_num
 

@@ -130,7 +130,14 @@ def selection_rows(segments: Segments, topk: Sequence[int], compete: bool) -> Te
 
 def selection_width(segments: Segments, topk: Sequence[int]) -> int:
     """The most key blocks that a query block names one by one: one that attends all of its sample names only these."""
-    return max([sample.num_context_blocks + count for sample, count in zip(segments.samples, topk, strict=True)])
+    widths = [sample.num_context_blocks + count for sample, count in zip(segments.samples, topk, strict=True)]
+    return functools.reduce(torch.sym_max, widths)
+
+
+def listed_width(segments: Segments, topk: Sequence[int]) -> int:
+    """The most key blocks that a query block attends: of context, all of its sample."""
+    widths = [sample.num_blocks for sample in segments.samples if sample.num_context_blocks > 0]
+    return functools.reduce(torch.sym_max, [selection_width(segments, topk), *widths])
 
 
 class Order(NamedTuple):

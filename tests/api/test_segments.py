@@ -9,7 +9,7 @@ from dataclasses import replace
 import pytest
 import torch
 from support import reference as ref
-from support.problems import ON_HOPPER
+from support.problems import GPU, ON_HOPPER
 from support.segments import Inputs, Setting, Tokens, length_of, random_segments, samples_of
 from support.wrong_arguments import WRONG_SEGMENTS, WRONG_TOPK_OF_SEGMENTS, B, D, H, S, qkv
 from torch._dynamo.testing import CompileCounterWithBackend
@@ -19,8 +19,8 @@ import vsa_jit
 
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 CPU_RUNS = [("torch", "cpu", dtype) for dtype in DTYPES]
-# In Triton's interpreter, which computes products of bf16 wrongly: none while its kernels do not know segments.
-INTERPRETER_RUNS: list = []
+# In Triton's interpreter, which computes products of bf16 wrongly.
+INTERPRETER_RUNS = [] if GPU else [("triton", "cpu", torch.float32)]
 GPU_RUNS = [
     pytest.param((backend, "cuda", dtype), marks=pytest.mark.gpu) for backend in ("triton", "torch") for dtype in DTYPES
 ]
@@ -345,13 +345,7 @@ def test_compiled(packed, context):
         (False, "topk"),
         (False, "sparsity"),
         (True, "topk"),
-        pytest.param(
-            True,
-            "sparsity",
-            marks=pytest.mark.xfail(
-                strict=True, reason="the largest of several symbolic numbers of blocks is guarded on"
-            ),
-        ),
+        (True, "sparsity"),
     ],
 )
 def test_compiled_lengths_that_come_from_outside(packed, number):
@@ -468,49 +462,19 @@ def test_any_map(setting, run, rng):
         check_blocks(inputs, out, lse, block_map)
 
 
-def is_one_video(segments) -> bool:
-    some = [segment for sample in samples_of(segments) for segment in sample if length_of(segment) > 0]
-    return len(some) == 1 and isinstance(some[0], tuple)
-
-
-@pytest.mark.xfail(strict=True, reason="one video alone is taken for a grid, where no run of blocks is known")
-@pytest.mark.parametrize("segments", [[(1, 10, 7)], [[0], [(1, 10, 7), 0]]], ids=str)
-def test_runs_of_blocks_of_one_video(segments):
-    q = torch.randn(1, 1, 70, 16)
-    idx = torch.tensor([2, 0, 3, 5, 1, 0], dtype=torch.int32)[None, None, :, None]
-    num = torch.tensor([-4, -6, -1, -1, -2, -3], dtype=torch.int32)[None, None]
-    block_map = torch.zeros(6, 6, dtype=torch.bool)
-    for row, (first, count) in enumerate(zip(idx.flatten().tolist(), num.flatten().tolist(), strict=True)):
-        block_map[row, first : first - count] = True
-    expected = vsa_jit.block_sparse_attn(q, q, q, block_map, segments=segments)
-    results = vsa_jit.block_sparse_attn_from_indices(q, q, q, idx, num, segments=segments)
-    torch.testing.assert_close(results, expected)
-
-
 @pytest.mark.parametrize("setting", BLOCK_SETTINGS, ids=lambda setting: setting.name)
 def test_any_indices(setting, run, rng):
-    """Rows of 0 … n blocks in any order with junk behind them, and runs of blocks, named by their first one."""
+    """Rows of less than 0 to n blocks in any order, with junk behind them."""
     for _ in range(1 if run in INTERPRETER_RUNS else LISTS):
-        segments = random_segments(rng)
-        while is_one_video(segments):
-            segments = random_segments(rng)
-        inputs = make_inputs(setting, segments, run)
+        inputs = make_inputs(setting, random_segments(rng), run)
         blocks = inputs.tokens.num_blocks
         rows = (setting.batch, setting.heads, blocks)
         idx = torch.rand(*rows, blocks).argsort(-1).int()
-        num = torch.randint(0, blocks + 1, rows, dtype=torch.int32)
+        # Less than none is none.
+        num = torch.randint(-2, blocks + 1, rows, dtype=torch.int32)
         block_map = torch.zeros(idx.shape, dtype=torch.bool)
         block_map.scatter_(-1, idx.long(), torch.arange(blocks) < num[..., None])
-        # Of every second query block the keys are a run: as many as there are from the first to any later one.
-        first = torch.randint(0, blocks, rows)
-        count = 1 + (torch.rand(rows) * (blocks - first)).long()
-        is_run = torch.rand(rows) < 0.5
-        block = torch.arange(blocks)
-        of_run = (block >= first[..., None]) & (block < (first + count)[..., None])
-        block_map = torch.where(is_run[..., None], of_run, block_map)
-        num = torch.where(is_run, -count, num).int()
-        used = torch.arange(blocks) < torch.where(is_run, 1, num)[..., None]
-        idx[..., 0] = torch.where(is_run, first, idx[..., 0]).int()
+        used = torch.arange(blocks) < num[..., None]
         idx.masked_fill_(~used, 2**31 - 1)
         out, lse = vsa_jit.block_sparse_attn_from_indices(
             inputs.q, inputs.k, inputs.v, idx.to(run[1]), num.to(run[1]), backend=run[0], **inputs.order
@@ -518,10 +482,7 @@ def test_any_indices(setting, run, rng):
         check_blocks(inputs, out, lse, block_map)
 
 
-INT64_RUNS = pytest.mark.xfail(strict=True, reason="a negative q2k_num of 64 bits is clamped to 0")
-
-
-@pytest.mark.parametrize("dtype", [torch.int32, pytest.param(torch.int64, marks=INT64_RUNS)])
+@pytest.mark.parametrize("dtype", [torch.int32, torch.int64])
 def test_calls_of_other_segments_are_told_apart(dtype, quick_run):
     """Calls that look like an earlier one are not checked again: the segments are a part of how they look."""
     inputs = make_inputs(Setting("told apart"), [64, (4, 4, 4), (4, 8, 4)], quick_run)
@@ -532,7 +493,7 @@ def test_calls_of_other_segments_are_told_apart(dtype, quick_run):
         for _ in range(3):
             for segments in ([64, (4, 4, 4), (4, 8, 4)], [64, 64, 128], [(16, 4, 4)], None):
                 order = {**inputs.order, "segments": segments}
-                arguments = (inputs.q, inputs.k, inputs.v, idx, num.clamp(min=0) if segments is None else num)
+                arguments = (inputs.q, inputs.k, inputs.v, idx, num)
                 out, _ = vsa_jit.block_sparse_attn_from_indices(*arguments, backend=quick_run[0], **order)
                 assert torch.equal(results.setdefault(str(segments), out), out)
     assert torch.equal(results["[64, 64, 128]"][:, :, :128], results["None"][:, :, :128])

@@ -120,7 +120,7 @@ def origin(layout, block: int, box: int) -> tuple[int, int, int]:
     corner = position(layout.tiles_w, layout.tiles_h, block)
     inside = position(layout.boxes_w, layout.boxes_h, box)
     return tuple(
-        at * getattr(layout.tile, axis) + by * getattr(layout.box, axis)
+        at * getattr(layout.tile, axis) + by * getattr(layout.box.extent, axis)
         for axis, at, by in zip("thw", corner, inside, strict=True)
     )
 
@@ -139,8 +139,8 @@ def origin(layout, block: int, box: int) -> tuple[int, int, int]:
 def test_boxes_of_the_forward_reach_the_tokens_of_each_block(grid, tile, length, padded):
     side = Side(1, length, tile, grid, "bhsd")
     layout = token_layout(side, view_of(side, padded=padded), None)
-    assert 1 << layout.box_w_log2 == layout.box.w
-    assert 1 << layout.box_hw_log2 == layout.box.h * layout.box.w
+    assert 1 << layout.box.w_log2 == layout.box.extent.w
+    assert 1 << layout.box.hw_log2 == layout.box.extent.h * layout.box.extent.w
     extent = [getattr(layout.extent, axis) for axis in "thw"]
     assert math.prod(extent) == length
     tokens = block_tokens(side, None, torch.device("cpu"))
@@ -150,9 +150,9 @@ def test_boxes_of_the_forward_reach_the_tokens_of_each_block(grid, tile, length,
             first = origin(layout, block, box)
             for token in range(BOX_TOKENS):
                 inside = (
-                    token >> layout.box_hw_log2,
-                    token >> layout.box_w_log2 & (layout.box.h - 1),
-                    token & (layout.box.w - 1),
+                    token >> layout.box.hw_log2,
+                    token >> layout.box.w_log2 & (layout.box.extent.h - 1),
+                    token & (layout.box.extent.w - 1),
                 )
                 at = [start + by for start, by in zip(first, inside, strict=True)]
                 if all(position < side for position, side in zip(at, extent, strict=True)):

@@ -45,7 +45,7 @@ def no_gpu(monkeypatch):
 @pytest.fixture
 def small_kernels(sources, monkeypatch):
     """Instead of the package's, which take seconds to compile."""
-    monkeypatch.setattr(warmup, "kernels_of", lambda dtype, head_dim, block: [toy(1), toy(2)])
+    monkeypatch.setattr(warmup, "kernels_of", lambda dtype, head_dim, block, segments: [toy(1), toy(2)])
 
 
 @pytest.fixture

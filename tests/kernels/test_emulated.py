@@ -157,16 +157,16 @@ MISTAKES = {
     "rows are told before they are written": (
         "scheduler.cuh",
         "if (!ends) assign_rows(",
-        "if (MISTAKE) kittens::arrive(work_tiles.rows_known[state.index]);\n        if (!ends) assign_rows(",
-        "__syncwarp();\n        kittens::arrive(work_tiles.rows_known[state.index]);",
-        "__syncwarp();\n        if (!MISTAKE) kittens::arrive(work_tiles.rows_known[state.index]);",
+        "if (MISTAKE) kittens::arrive(work_tiles.slots[state.index].rows_known);\n        if (!ends) assign_rows(",
+        "__syncwarp();\n        kittens::arrive(work_tiles.slots[state.index].rows_known);",
+        "__syncwarp();\n        if (!MISTAKE) kittens::arrive(work_tiles.slots[state.index].rows_known);",
     ),
     "a list is told before it is written": (
         "scheduler.cuh",
         "if (!ends) {",
-        "if (MISTAKE) kittens::arrive(work_tiles.full[state.index]);\n        if (!ends) {",
-        "kittens::arrive(work_tiles.full[state.index]);\n        if (ends) return;",
-        "if (!MISTAKE) kittens::arrive(work_tiles.full[state.index]);\n        if (ends) return;",
+        "if (MISTAKE) kittens::arrive(work_tiles.slots[state.index].full);\n        if (!ends) {",
+        "kittens::arrive(work_tiles.slots[state.index].full);\n        if (ends) return;",
+        "if (!MISTAKE) kittens::arrive(work_tiles.slots[state.index].full);\n        if (ends) return;",
     ),
     "a ticket is told before it is written": (
         "tile_queue.cuh",

@@ -20,7 +20,9 @@ from vsa_jit.jit.toolchain import ARCHS, CAPABILITIES, arch_named
 from vsa_jit.problem import TILE_OF_TOKENS
 
 
-def warmup(arch: str | None, dtype: Any, head_dim: Any, block_size: Any, engine: str) -> list[Path]:
+def warmup(
+    arch: str | None, dtype: Any, head_dim: Any, block_size: Any, segments: bool | None, engine: str
+) -> list[Path]:
     """As ``vsa_jit.warmup``, which says what the arguments are."""
     here = _arch_here()
     if arch is None and here is None:
@@ -32,9 +34,13 @@ def warmup(arch: str | None, dtype: Any, head_dim: Any, block_size: Any, engine:
     dtypes = _several("dtype", dtype, torch.dtype, tuple(DTYPES))
     head_dims = _several("head_dim", head_dim, int, HEAD_DIMS)
     blocks = [math.prod(check_block_size(size, with_grid=False)) for size in _block_sizes(block_size)]
+    if segments is not None and not isinstance(segments, bool):
+        raise TypeError(f"segments: expected True, False or None, got {type(segments).__name__}")
+    orders = (False, True) if segments is None else (segments,)
     check_choice("engine", engine, engines.NAMES)
 
-    kernels = list(dict.fromkeys(kernel for kind in product(dtypes, head_dims, blocks) for kernel in kernels_of(*kind)))
+    kinds = product(dtypes, head_dims, blocks, orders)
+    kernels = list(dict.fromkeys(kernel for kind in kinds for kernel in kernels_of(*kind)))
     chosen = engines.choose(kernels, arch, engine)
     entries = entries_of(kernels, arch, chosen, target=f"compute capability {arch}")
     if arch == here:

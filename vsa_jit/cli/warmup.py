@@ -19,6 +19,7 @@ Compiles the CUDA kernels of this package and keeps them, so that no later proce
 needed, for images and login nodes; `vsa-jit cache export` then takes the result elsewhere. Triton's own kernels are
 compiled at the first call, whatever this command does.
 """
+SEGMENTS = {"with": True, "without": False, "both": None}
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
 
@@ -38,6 +39,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="SIZE",
         help="tokens, or a tile such as 4x4x4; default: all",
     )
+    parser.add_argument(
+        "--segments",
+        choices=tuple(SEGMENTS),
+        default="both",
+        help="kernels of calls with segments (text beside video, packed samples); default: both",
+    )
     parser.add_argument("--engine", choices=engines.NAMES, default="auto", help="what compiles; default: auto")
 
 
@@ -48,6 +55,7 @@ def run(args: argparse.Namespace) -> int:
             dtype=[DTYPES[name] for name in args.dtype],
             head_dim=args.head_dim,
             block_size=args.block_size,
+            segments=SEGMENTS[args.segments],
             engine=args.engine,
         )
     except ValueError as error:

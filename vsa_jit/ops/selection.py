@@ -16,7 +16,14 @@ from vsa_jit.backends.choose import selection_backend_for
 from vsa_jit.fastpath import softmax_backward
 from vsa_jit.operators import Operator, save_tensors, tangent_or_zeros
 from vsa_jit.problem import contiguous_like
-from vsa_jit.segments import Segments, order_of, samples_of_blocks, selection_rows, selection_width
+from vsa_jit.segments import (
+    Segments,
+    listed_width,
+    order_of,
+    samples_of_blocks,
+    selection_rows,
+    selection_width,
+)
 from vsa_jit.tables import on_device
 
 # Scores of block means that are computed at a time, so that they need little memory however many blocks there are.
@@ -318,6 +325,45 @@ coarse_attend_tangent.differentiate_once()
 coarse_attend.count_flops(flops.coarse_attend)
 coarse_attend_backward.count_flops(flops.coarse_attend_backward)
 coarse_attend_tangent.count_flops(flops.coarse_attend_tangent)
+
+
+@Operator
+def select_blocks(
+    scores: Tensor,
+    kv_sizes: Tensor | None,
+    topk: Sequence[int],
+    compete: bool,
+    tile: Sequence[int],
+    segments: Sequence[int] | None,
+    backend: str,
+) -> tuple[Tensor, Tensor]:
+    """The selection of ``coarse_attend`` by given scores [B, H, n_q, n_k], where every block that a query block attends
+    is named: ``(q2k_idx, q2k_num)``, int32 [B, H, n_q, m] and [B, H, n_q]."""
+    run = selection_backend_for("coarse_attend", backend, scores.device)
+    of = order_of(segments, _triple(tile)).segments
+    topk = [min(count, scores.shape[3]) for count in topk]
+    rows = scores.float().contiguous().flatten(0, 1)
+    if of is None:
+        idx, num = run.select(rows, kv_sizes, topk[0])
+    else:
+        table = _selection_rows(of, topk, compete, scores.device)
+        idx, num = run.select_in_samples(rows, table, selection_width(of, topk))
+        entry = torch.arange(listed_width(of, topk), device=scores.device, dtype=torch.int32)
+        listed = torch.nn.functional.pad(idx, (0, len(entry) - idx.shape[-1]))
+        is_run = num[..., None] < 0
+        idx = torch.where(is_run, torch.where(entry < -num[..., None], idx[..., :1] + entry, 0), listed)
+        num = num.abs()
+    return idx.unflatten(0, scores.shape[:2]), num.unflatten(0, scores.shape[:2])
+
+
+@select_blocks.fake
+def _(scores, kv_sizes, topk, compete, tile, segments, backend):
+    order = order_of(segments, _triple(tile))
+    width = topk[0] if order.segments is None else listed_width(order.segments, topk)
+    return (
+        scores.new_empty((*scores.shape[:3], width), dtype=torch.int32),
+        scores.new_empty(scores.shape[:3], dtype=torch.int32),
+    )
 
 
 @Operator
