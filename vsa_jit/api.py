@@ -154,8 +154,8 @@ def block_sparse_attn(
         block_map: bool [B, H, n_q, n_k], or what broadcasts to it: whether the query block attends the key block.
 
     The other arguments are those of ``video_sparse_attn``, but for one: where ``q_variable_block_sizes`` is None every
-    query token is valid, whatever the sizes of the key blocks. With ``segments`` blocks are numbered in their order, and
-    the map alone says what is attended, context and other samples too.
+    query token is valid, whatever the sizes of the key blocks. With ``segments`` blocks are numbered in their order,
+    and the map alone says what is attended, context and other samples too.
 
     Returns:
         ``(out, lse)``: out of q's shape and dtype; lse fp32 [B, H, S_q], the natural-log log-sum-exp of the scaled

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections import OrderedDict
 from collections.abc import Callable, Hashable
+from concurrent.futures import ThreadPoolExecutor
 from typing import NamedTuple
 
 import torch
@@ -69,6 +70,13 @@ def _copy(source: Tensor, device: torch.device) -> _Table:
     if device.type != "cuda":
         return _Table(source.to(device), source, None, None)
     stream = torch.cuda.current_stream(device)
+    # What this thread allocates now may belong to the memory of a CUDA graph that torch.compile prepares, which ends
+    # with the graph. Another thread's does not.
+    with ThreadPoolExecutor(max_workers=1) as thread:
+        return thread.submit(_copy_on, stream, source, device).result()
+
+
+def _copy_on(stream: torch.cuda.Stream, source: Tensor, device: torch.device) -> _Table:
     source = source.pin_memory()
     with torch.cuda.stream(stream):
         values = source.to(device, non_blocking=True)

@@ -487,7 +487,7 @@ def test_calls_of_other_segments_are_told_apart(dtype, quick_run):
     """Calls that look like an earlier one are not checked again: the segments are a part of how they look."""
     inputs = make_inputs(Setting("told apart"), [64, (4, 4, 4), (4, 8, 4)], quick_run)
     idx = torch.tensor([1, 0], device=quick_run[1], dtype=dtype).expand(1, 2, 4, 2).contiguous()
-    num = torch.tensor([2, 1, -2, 0], device=quick_run[1], dtype=dtype).expand(1, 2, 4).contiguous()
+    num = torch.tensor([2, 1, 2, -2], device=quick_run[1], dtype=dtype).expand(1, 2, 4).contiguous()
     results = {}
     with torch.no_grad():
         for _ in range(3):

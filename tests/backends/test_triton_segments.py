@@ -14,6 +14,7 @@ from vsa_jit.backends.triton import launches
 from vsa_jit.backends.triton.blocks import block_table
 from vsa_jit.checks import check_block_size
 from vsa_jit.grid import block_tokens
+from vsa_jit.ops.attention import attend
 from vsa_jit.problem import Side
 from vsa_jit.segments import Segments, selection_rows, selection_width
 
@@ -118,11 +119,16 @@ def test_nan_stays_in_its_sample(device):
     assert results[0][:, :, :first].isnan().all()
 
 
+def attend_rows(call: Call, q: Tensor, k: Tensor, v: Tensor, idx: Tensor, num: Tensor, backend: str):
+    """The operator itself: users cannot name runs of blocks."""
+    segments = segments_of(call.segments, call.block_size)
+    static = list(segments.tile), list(segments.numbers), "bhsd", q.shape[3] ** -0.5, backend
+    return attend(q, k, v, idx, num, None, None, None, None, 0.0, False, *static)[:2]
+
+
 def run_indices(call: Call, tensors, idx, num, dout, dlse, backend) -> list[Tensor]:
     q, k, v = leaves = [x.clone().requires_grad_() for x in tensors]
-    out, lse = vsa_jit.block_sparse_attn_from_indices(
-        q, k, v, idx, num, block_size=call.block_size, segments=call.segments, backend=backend
-    )
+    out, lse = attend_rows(call, q, k, v, idx, num, backend)
     torch.autograd.backward([out, lse], [dout, dlse])
     return [out.detach(), lse.detach(), *[x.grad for x in leaves]]
 
@@ -153,7 +159,7 @@ def test_run_past_the_blocks_gives_nan(first, num, device):
     idx = torch.tensor([0, first, 1], dtype=torch.int32, device=device).view(1, 1, 3, 1)
     nums = torch.tensor([-1, num, -2], dtype=torch.int32, device=device).view(1, 1, 3)
     q, k, v = (random(call, 1, device, width=16) for _ in range(3))
-    out, lse = vsa_jit.block_sparse_attn_from_indices(q, k, v, idx, nums, segments=call.segments, backend="triton")
+    out, lse = attend_rows(call, q, k, v, idx, nums, "triton")
     is_nan = block_tokens(_side(segments_of(call.segments)), None, torch.device("cpu"))[1]
     expected = torch.zeros(q.shape[2], dtype=torch.bool)
     expected[is_nan[is_nan >= 0]] = True

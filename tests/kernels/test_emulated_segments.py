@@ -6,11 +6,12 @@ from support import emulate
 from support import reference as ref
 from torch import Tensor
 
-from vsa_jit.backends.sm90 import launches
+from vsa_jit.backends.sm90 import launches, segments
 from vsa_jit.backends.torch import launches as plain
 from vsa_jit.checks import check_problem
+from vsa_jit.grid import block_tokens
 from vsa_jit.problem import Gradients, Operands
-from vsa_jit.segments import selection_rows, selection_width
+from vsa_jit.segments import order_of, selection_rows, selection_width
 
 pytestmark = emulate.NEEDS_COMPILER
 
@@ -47,8 +48,8 @@ class Call:
     """Tensors of a call whose other tokens of the same memory are NaN, and a map: that of a selection by chance."""
 
     def __init__(self, name: str, dtype: torch.dtype, head_dim: int, heads: int = 2, kv_heads: int = 1, batch: int = 2):
-        segments, block_size, self.layout = CALLS[name]
-        length = length_of(segments)
+        division, block_size, self.layout = CALLS[name]
+        length = length_of(division)
         self.dtype = dtype
 
         def tensor(heads: int) -> Tensor:
@@ -69,7 +70,7 @@ class Call:
             v,
             block_size=block_size,
             grid=None,
-            segments=segments,
+            segments=division,
             layout=self.layout,
             softmax_scale=None,
             variable_block_sizes=None,
@@ -106,3 +107,70 @@ def test_output_and_gradients(monkeypatch, name, dtype, head_dim, processors):
     assert ref.error(lse, exact_lse) <= 1e-5
     for field in ("dq", "dk", "dv"):
         compare(field, getattr(gradients, field), getattr(exact, field), dtype)
+
+
+@pytest.mark.parametrize("block_size", [64, 128])
+def test_rows_of_runs_and_of_entries(monkeypatch, block_size):
+    """A negative number of entries stands for consecutive blocks, in any row; one of them that is none makes NaN."""
+    emulate.emulate(monkeypatch, 2)
+    call = Call("packed, 128" if block_size == 128 else "packed", torch.float16, 64, heads=1, batch=1)
+    n = call.problem.keys.num_blocks
+    idx = torch.stack([torch.randperm(n) for _ in range(n)]).int()[None, None, :, :3].contiguous()
+    num = torch.randint(0, 4, (1, 1, n), dtype=torch.int32)
+    runs = [(0, -n), (2, -1), (n - 2, -2), (0, 0), (1, -(n - 1))]
+    for row, (first, count) in enumerate(runs):
+        idx[0, 0, row, 0], num[0, 0, row] = first, count
+    call.operands = call.operands._replace(q2k_idx=idx, q2k_num=num)
+    for found, exact in zip(flat(run(launches, call)), flat(run(plain, call)), strict=True):
+        assert ref.error(found, exact) <= 3 * torch.finfo(torch.float16).eps
+    wrong = [(1, -n), (-1, -2), (n, -1), (0, -(2**31)), (2**31 - 1, -2)]
+    for row, (first, count) in enumerate(wrong):
+        idx[0, 0, row, 0], num[0, 0, row] = first, count
+    _, lse, _ = launches.attend(call.problem, call.operands, False)
+    tokens = block_tokens(call.problem.queries, None, torch.device("cpu"))
+    is_wrong = torch.zeros(lse.shape[2], dtype=torch.bool)
+    is_wrong[tokens[: len(wrong)][tokens[: len(wrong)] >= 0]] = True
+    assert torch.equal(lse[0, 0].isnan(), is_wrong)
+
+
+def flat(results: tuple[Tensor, Tensor, Gradients]) -> list[Tensor]:
+    out, lse, gradients = results
+    return [out, lse, gradients.dq, gradients.dk, gradients.dv]
+
+
+@pytest.mark.parametrize(("dtype", "head_dim", "processors"), KINDS, ids=str)
+@pytest.mark.parametrize("name", ["packed", "several, 256, bshd", "text beside video, 192"])
+def test_block_means(monkeypatch, name, dtype, head_dim, processors):
+    emulate.emulate(monkeypatch, processors)
+    call = Call(name, dtype, head_dim)
+    q, k, v, *_ = call.operands
+    for found, exact in zip(
+        launches.block_means(call.problem, q, k, v, None, None),
+        plain.block_means(call.problem, q, k, v, None, None),
+        strict=True,
+    ):
+        assert ref.error(found, exact) <= 1e-6
+
+
+def test_gate_and_coarse_output(monkeypatch):
+    """The gate is read and its gradient stored where the tokens are; that of the coarse output sums over each block."""
+    emulate.emulate(monkeypatch, 3)
+    call = Call("several, bshd", torch.bfloat16, 64)
+    out_c = torch.randn(2, 2, call.problem.queries.num_blocks, 64)
+    call.operands = call.operands._replace(out_c=out_c, gate=torch.randn_like(call.dout))
+    gradients = []
+    for backend in (launches, plain):
+        out, lse, out_s = backend.attend(call.problem, call.operands, True)
+        assert out_s is not None
+        found = backend.attend_backward(call.problem, call.operands, out_s, lse, call.dout, None, True, True)
+        gradients.append([out, *found])
+    for found, exact in zip(*gradients, strict=True):
+        compare("gate", found, exact, torch.bfloat16)
+
+
+def test_segments_that_are_too_large_for_the_table(monkeypatch):
+    emulate.emulate(monkeypatch, 1)
+    assert segments.why_not(order_of([0, 1, 1, 65535, 0, 0, 0, 1], (4, 4, 4)).segments) is None
+    reason = segments.why_not(order_of([0, 1, 1, 65536, 0, 0, 0, 1], (4, 4, 4)).segments)
+    assert "65535" in reason
+    assert "(1, 1, 65536)" in reason
