@@ -9,7 +9,7 @@ from dataclasses import replace
 import pytest
 import torch
 from support import reference as ref
-from support.problems import GPU, ON_HOPPER
+from support.problems import ON_HOPPER
 from support.segments import Inputs, Setting, Tokens, length_of, random_segments, samples_of
 from support.wrong_arguments import WRONG_SEGMENTS, WRONG_TOPK_OF_SEGMENTS, B, D, H, S, qkv
 from torch._dynamo.testing import CompileCounterWithBackend
@@ -19,15 +19,16 @@ import vsa_jit
 
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 CPU_RUNS = [("torch", "cpu", dtype) for dtype in DTYPES]
-# In Triton's interpreter, which computes products of bf16 wrongly.
-INTERPRETER_RUNS = [] if GPU else [("triton", "cpu", torch.float32)]
 GPU_RUNS = [
     pytest.param((backend, "cuda", dtype), marks=pytest.mark.gpu) for backend in ("triton", "torch") for dtype in DTYPES
 ]
 SM90_RUNS = [pytest.param(("sm90", "cuda", dtype), marks=ON_HOPPER) for dtype in (torch.bfloat16, torch.float16)]
-RUNS = [*CPU_RUNS, *INTERPRETER_RUNS, *GPU_RUNS, *SM90_RUNS]
-# How many random lists a test takes; the interpreter needs seconds for one.
-LISTS = int(os.environ.get("VSA_JIT_TEST_LISTS", "2"))
+# Triton's interpreter takes seconds for a list: tests/backends/test_triton_segments.py has some.
+RUNS = [*CPU_RUNS, *GPU_RUNS, *SM90_RUNS]
+# How many random lists a test takes.
+LISTS = int(os.environ.get("VSA_JIT_TEST_LISTS", "1"))
+# The gradient of a query with one key is 0: a difference of two sums, each rounded to fp32.
+FLOOR = 2e-6
 # Of the norm, where the same products are summed in another order.
 ROUNDING = {torch.bfloat16: 4e-3, torch.float16: 5e-4, torch.float32: 2e-6}
 
@@ -96,7 +97,7 @@ def check(inputs: Inputs, run) -> None:
     assert results["out"].dtype == inputs.dtype
     for name, result in results.items():
         case = f"{name} of {inputs.segments}, topk {inputs.topk}, sparsity {inputs.sparsity}"
-        ref.assert_close(case, inputs.bhsd(result), expected[name], plain[name])
+        ref.assert_close(case, inputs.bhsd(result), expected[name], plain[name], floor=FLOOR)
 
 
 def assert_same(results: dict, expected: dict, run) -> None:
@@ -120,7 +121,7 @@ def one_or_several(rng: random.Random, segments) -> int | list[int]:
 def test_random_lists(setting, run, rng):
     # Larger blocks of longer sequences, so that there is something to select.
     most = min(240 + math.prod(setting.tile), 420)
-    for _ in range(1 if run in INTERPRETER_RUNS else LISTS):
+    for _ in range(LISTS):
         segments = random_segments(rng, most=most)
         check(make_inputs(setting, segments, run, one_or_several(rng, segments)), run)
 
@@ -233,7 +234,7 @@ def test_a_grid_is_a_list_of_one_video(block_size, layout, quick_run):
     inputs = make_inputs(setting, [grid], quick_run, 2)
     by_grid = attend(inputs, quick_run, segments=None, grid=grid)
     forms = [[grid], [[grid]], [0, grid], [grid, 0, (0, 4, 4)], (grid,)]
-    for segments in forms[:1] if quick_run in INTERPRETER_RUNS else forms:
+    for segments in forms:
         assert_same(attend(inputs, quick_run, segments=segments), by_grid, quick_run)
         assert_same(attend(inputs, quick_run, segments=segments, context="compete"), by_grid, quick_run)
     if block_size == (4, 8, 8):
@@ -287,7 +288,7 @@ def test_sparsity_counts_blocks_of_video(quick_run):
 
 @pytest.mark.parametrize("context", ["attend", "compete"])
 def test_random_lists_of_sparsities(context, quick_run, rng):
-    for _ in range(1 if quick_run in INTERPRETER_RUNS else LISTS):
+    for _ in range(LISTS):
         segments = random_segments(rng)
         sparsity = rng.choice([0.0, 0.3, 0.7, 0.9])
         if isinstance(segments[0], list):
@@ -437,7 +438,7 @@ def check_blocks(inputs: Inputs, out, lse, block_map) -> None:
     expected, plain = dense(torch.float64), dense(inputs.dtype)
     assert torch.equal(lse.isneginf(), expected["lse"].isneginf())
     for name, result in results.items():
-        ref.assert_close(f"{name} of {inputs.segments}", result, expected[name], plain[name])
+        ref.assert_close(f"{name} of {inputs.segments}", result, expected[name], plain[name], floor=FLOOR)
 
 
 BLOCK_SETTINGS = [
@@ -451,7 +452,7 @@ BLOCK_SETTINGS = [
 @pytest.mark.parametrize("setting", BLOCK_SETTINGS, ids=lambda setting: setting.name)
 def test_any_map(setting, run, rng):
     """Of blocks of other samples too, and none at all."""
-    for _ in range(1 if run in INTERPRETER_RUNS else LISTS):
+    for _ in range(LISTS):
         inputs = make_inputs(setting, random_segments(rng), run)
         rows = (setting.batch, setting.heads, inputs.tokens.num_blocks)
         block_map = torch.rand(*rows, rows[2]) < rng.choice([0.2, 0.5, 0.9])
@@ -465,7 +466,7 @@ def test_any_map(setting, run, rng):
 @pytest.mark.parametrize("setting", BLOCK_SETTINGS, ids=lambda setting: setting.name)
 def test_any_indices(setting, run, rng):
     """Rows of less than 0 to n blocks in any order, with junk behind them."""
-    for _ in range(1 if run in INTERPRETER_RUNS else LISTS):
+    for _ in range(LISTS):
         inputs = make_inputs(setting, random_segments(rng), run)
         blocks = inputs.tokens.num_blocks
         rows = (setting.batch, setting.heads, blocks)
