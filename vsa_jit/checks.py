@@ -5,19 +5,22 @@ Shapes may be symbolic, of a program that ``torch.compile`` or ``torch.export`` 
 
 from __future__ import annotations
 
+import functools
 import math
 import numbers
 import operator
 import warnings
 from collections.abc import Sequence
+from contextlib import suppress
 from typing import Any, cast, get_args
 
 import torch
 from torch import Tensor
 
 from vsa_jit import symbolic
+from vsa_jit.fastpath import plain_key, value_of_key
 from vsa_jit.problem import TILE_OF_TOKENS, Context, Layout, Problem, Side, sizes_of
-from vsa_jit.segments import Order, order_of
+from vsa_jit.segments import Order, Segments, order_of
 from vsa_jit.text import counted
 
 LAYOUTS = get_args(Layout)
@@ -135,17 +138,36 @@ def _check_order(
         return Order(video, None)
     if grid is not None:
         raise ValueError("grid, segments: expected at most one of them, got both")
-    numbers = _check_segments(segments)
-    total = sum(t * h * w if t != 0 else w for _, (t, h, w) in numbers)
+    order, total = order_of_list(segments, tile)
     for name, length in (("q", q_len), ("k", kv_len)):
         if length != total:
-            hint = (
-                "; a list of lists is several samples, and a video is a tuple (T, H, W)" if is_packed(segments) else ""
-            )
+            packed = "; a list of lists is several samples, and a video is a tuple (T, H, W)"
             raise ValueError(
-                f"segments: expected lengths that add up to {name}'s sequence length {length}, got {total}{hint}"
+                f"segments: expected lengths that add up to {name}'s sequence length {length}, got {total}"
+                f"{packed if is_packed(segments) else ''}"
             )
-    return order_of([number for sample, extents in numbers for number in (sample, *extents)], tile)
+    return order
+
+
+def order_of_list(segments: Sequence[Any], tile: tuple[int, int, int]) -> tuple[Order, int]:
+    """The order that segments describe, and how many tokens they have. A list seen before is not read again."""
+    key = plain_key(segments)
+    if key is not None:
+        # What is wrong is said of the list itself, and NumPy's numbers are something else as bytes.
+        with suppress(TypeError, ValueError):
+            return _order_of_known(key, tile)
+    return _order_of_list(segments, tile)
+
+
+def _order_of_list(segments: Sequence[Any], tile: tuple[int, int, int]) -> tuple[Order, int]:
+    numbers = _check_segments(segments)
+    total = sum(t * h * w if t != 0 else w for _, (t, h, w) in numbers)
+    return order_of([number for sample, extents in numbers for number in (sample, *extents)], tile), total
+
+
+@functools.lru_cache(maxsize=1024)
+def _order_of_known(key: bytes, tile: tuple[int, int, int]) -> tuple[Order, int]:
+    return _order_of_list(value_of_key(key), tile)
 
 
 def _check_segments(segments: Sequence[Any]) -> list[tuple[int, tuple[int, int, int]]]:
@@ -230,6 +252,26 @@ def check_topk_of_samples(
     """
     if segments is None:
         return [check_topk(topk, sparsity, keys.num_blocks)]  # type: ignore[arg-type]
+    key = plain_key((topk, sparsity, segments))
+    if key is not None:
+        with suppress(TypeError, ValueError):
+            return list(_topk_of_known(key, keys.segments, keys.num_blocks))
+    return _topk_of_samples(topk, sparsity, segments, keys.segments, keys.num_blocks)
+
+
+@functools.lru_cache(maxsize=1024)
+def _topk_of_known(key: bytes, of_keys: Segments | None, num_kv_blocks: int) -> list[int]:
+    topk, sparsity, segments = value_of_key(key)
+    return _topk_of_samples(topk, sparsity, segments, of_keys, num_kv_blocks)
+
+
+def _topk_of_samples(
+    topk: int | Sequence[int] | None,
+    sparsity: float | Sequence[float] | None,
+    segments: Sequence[Any],
+    of_keys: Segments | None,
+    num_kv_blocks: int,
+) -> list[int]:
     _check_one_of(topk, sparsity)
     num_samples = len(segments) if is_packed(segments) else 1
     of_samples: list[list[Any]] = []
@@ -245,11 +287,11 @@ def check_topk_of_samples(
             of_samples.append([values] * num_samples)
     for number in range(num_samples):
         check_topk(of_samples[0][number], of_samples[1][number], 1)
-    if keys.segments is None:
+    if of_keys is None:
         # All tokens are those of one video.
-        samples = [(_check_segments(segments)[0][0], keys.num_blocks)]
+        samples = [(_check_segments(segments)[0][0], num_kv_blocks)]
     else:
-        samples = [(sample.number, sample.num_video_blocks) for sample in keys.segments.samples]
+        samples = [(sample.number, sample.num_video_blocks) for sample in of_keys.samples]
     return [
         check_topk(of_samples[0][number], of_samples[1][number], most) if most != 0 else 0 for number, most in samples
     ]
@@ -370,9 +412,7 @@ def check_scores(
         return tile, keys
     if sizes is not None:
         raise ValueError("variable_block_sizes: expected None where segments are given")
-    numbers = _check_segments(segments)
-    order = order_of([number for sample, extents in numbers for number in (sample, *extents)], tile)
-    total = sum(t * h * w if t != 0 else w for _, (t, h, w) in numbers)
+    order, total = order_of_list(segments, tile)
     keys = Side(1, total, tile, order.grid, "bhsd", order.segments)
     for number in (num_q_blocks, num_kv_blocks):
         if number != keys.num_blocks:

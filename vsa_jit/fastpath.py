@@ -148,21 +148,31 @@ class CallCache(Generic[T]):
         self._count += len(self._kept[key]) - len(kept)
 
 
-def _key(settings: tuple, tensors: Sequence[Any]) -> tuple:
-    """The first-level cache key, or () where the call cannot be cached.
+def plain_key(settings: Any) -> bytes | None:
+    """Settings as bytes: 64 differs from 64.0 there, and 1 from True. None where they are not plain numbers, strings,
+    None and sequences of those, which could change later or claim to be what they are not, or a program is compiled."""
+    if torch.compiler.is_compiling():
+        return None
+    try:
+        return marshal.dumps(settings, 2)
+    except ValueError:
+        return None
 
-    Settings as bytes: 64 differs from 64.0 there, and 1 from True, and what could change later, or claim to be what it
-    is not, has none.
-    """
+
+def value_of_key(key: bytes) -> Any:
+    """The settings of ``plain_key``."""
+    return marshal.loads(key)
+
+
+def _key(settings: tuple, tensors: Sequence[Any]) -> tuple:
+    """The first-level cache key, or () where the call cannot be cached."""
     shapes = []
     for x in tensors:
         if type(x) not in PLAIN_TYPES:
             return ()
         shapes.append(x.shape)
-    try:
-        return torch.is_grad_enabled(), marshal.dumps(settings, 2), *shapes
-    except ValueError:
-        return ()
+    key = plain_key(settings)
+    return () if key is None else (torch.is_grad_enabled(), key, *shapes)
 
 
 @functools.cache

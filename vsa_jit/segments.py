@@ -153,10 +153,13 @@ def order_of(numbers: Sequence[int] | None, tile: tuple[int, int, int]) -> Order
         return Order(None, None)
     if len(numbers) == NUMBERS and numbers[1] != 0:
         return Order((numbers[1], numbers[2], numbers[3]), None)
-    # Numbers that are symbolic cannot be looked up.
-    if all([isinstance(number, int) for number in numbers]) and not torch.compiler.is_compiling():
+    if torch.compiler.is_compiling():
+        return Order(None, Segments(numbers, tile))
+    try:
         return Order(None, _segments_of(tuple(numbers), tile))
-    return Order(None, Segments(numbers, tile))
+    except TypeError:
+        # Numbers that are symbolic have no hash.
+        return Order(None, Segments(numbers, tile))
 
 
 @functools.lru_cache(maxsize=1024)

@@ -6,13 +6,14 @@ current stream without waiting; another stream that uses it first waits for that
 
 from __future__ import annotations
 
-from collections import OrderedDict
 from collections.abc import Callable, Hashable
 from concurrent.futures import ThreadPoolExecutor
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
+
+from vsa_jit import fastpath
 
 _MOST_KEPT = 1024
 
@@ -21,11 +22,11 @@ class _Table(NamedTuple):
     values: Tensor
     # Kept for the copy: its source must not be overwritten.
     source: Tensor
-    stream: torch.cuda.Stream | None
+    stream: int
     copied: torch.cuda.Event | None
 
 
-_kept: OrderedDict[tuple[Hashable, torch.device], _Table] = OrderedDict()
+_kept: dict[tuple[Hashable, torch.device], _Table] = {}
 # A CUDA graph reads a table's memory for as long as the graph lives, which nobody tells.
 _captured: dict[tuple[Hashable, torch.device], _Table] = {}
 
@@ -39,36 +40,36 @@ def on_device(key: Hashable, device: torch.device, make: Callable[[], Tensor]) -
     Raises:
         RuntimeError: a CUDA graph is being captured and the table is not there yet.
     """
-    if device.type == "cuda" and device.index is None:
-        device = torch.device("cuda", torch.cuda.current_device())
-    full_key = (key, device)
-    table = _kept.get(full_key)
-    capturing = device.type == "cuda" and torch.cuda.is_current_stream_capturing()
-    if table is None:
-        if capturing:
+    table = _kept.get((key, device)) or _captured.get((key, device))
+    if device.type != "cuda":
+        return (_add(key, device, make) if table is None else table).values
+    if torch.cuda.is_current_stream_capturing():
+        if table is None:
             raise RuntimeError(
                 "vsa_jit: a CUDA graph is being captured of a call with segments that were not used before on "
                 f"{device}; run the call once before the capture"
             )
-        table = _copy(make(), device)
-        _kept[full_key] = table
-        if len(_kept) > _MOST_KEPT:
-            _kept.popitem(last=False)
-        return table.values
-    _kept.move_to_end(full_key)
-    if capturing:
-        _captured[full_key] = table
-    elif table.copied is not None:
+        _captured[key, device] = table
+    elif table is None:
+        table = _add(key, device, make)
+    elif table.copied is not None and fastpath.current_raw_stream(table.values.get_device()) != table.stream:
         stream = torch.cuda.current_stream(device)
-        if stream != table.stream:
-            stream.wait_event(table.copied)
-            table.values.record_stream(stream)
+        stream.wait_event(table.copied)
+        table.values.record_stream(stream)
     return table.values
+
+
+def _add(key: Hashable, device: torch.device, make: Callable[[], Tensor]) -> _Table:
+    if len(_kept) >= _MOST_KEPT:
+        # The oldest; that it was used since would have to be noted at every call.
+        _kept.pop(next(iter(_kept)))
+    table = _kept[key, device] = _copy(make(), device)
+    return table
 
 
 def _copy(source: Tensor, device: torch.device) -> _Table:
     if device.type != "cuda":
-        return _Table(source.to(device), source, None, None)
+        return _Table(source.to(device), source, 0, None)
     stream = torch.cuda.current_stream(device)
     # What this thread allocates now may belong to the memory of a CUDA graph that torch.compile prepares, which ends
     # with the graph. Another thread's does not.
@@ -82,4 +83,4 @@ def _copy_on(stream: torch.cuda.Stream, source: Tensor, device: torch.device) ->
         values = source.to(device, non_blocking=True)
         copied = torch.cuda.Event()
         copied.record(stream)
-    return _Table(values, source, stream, copied)
+    return _Table(values, source, stream.cuda_stream, copied)
