@@ -441,25 +441,41 @@ class H3(Inputs):
         return block_map | ~video[:, None]
 
 
+@pytest.fixture
+def enable_segments(one_rank, monkeypatch):
+    """The function, which is undone after the test; without it FastVideo's own classes run."""
+    from fastvideo.attention.backends.video_sparse_attn_h3 import MiniMaxH3VSABackend
+
+    from vsa_jit.integrations import fastvideo
+
+    for name in ("get_impl_cls", "get_builder_cls"):
+        monkeypatch.setattr(MiniMaxH3VSABackend, name, getattr(MiniMaxH3VSABackend, name))
+    return fastvideo.enable_segments
+
+
+@pytest.fixture
+def nothing_is_tiled(monkeypatch):
+    """Fails a test in which FastVideo would scatter a sequence into tiles."""
+    from fastvideo.attention.backends import video_sparse_attn_h3
+
+    def scatter(*_):
+        raise AssertionError("scattered into tiles")
+
+    return lambda: monkeypatch.setattr(video_sparse_attn_h3, "scatter_into_tile_buf", scatter)
+
+
 @needs_fastvideo
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("gate", [None, "full"])
 @pytest.mark.parametrize(("tile", "grid", "exempt"), [((4, 4, 4), (5, 3, 17), True), ((4, 8, 8), (3, 9, 30), False)])
-def test_minimax_h3(one_rank, dtype, gate, tile, grid, exempt):
-    from fastvideo.attention.backends.video_sparse_attn_h3 import MiniMaxH3VSAMetadataBuilder
-
+@pytest.mark.parametrize("segments", [False, True])
+def test_minimax_h3(enable_segments, nothing_is_tiled, dtype, gate, tile, grid, exempt, segments):
+    if segments:
+        enable_segments()
+        nothing_is_tiled()
     prefix = (70, 5, 30)
     inputs = H3(prefix, grid, tile, dtype, gate)
-    metadata = MiniMaxH3VSAMetadataBuilder().build(
-        current_timestep=0,
-        raw_latent_shape=(grid[0], 2 * grid[1], 2 * grid[2]),
-        patch_size=(1, 2, 2),
-        VSA_sparsity=0.6,
-        prefix_segments=prefix,
-        device=torch.device("cpu"),
-        exempt=exempt,
-        tile_size=tile[0] * tile[1] * tile[2],
-    )
+    metadata = fastvideo_cpu.h3_metadata(grid, 0.6, prefix, math.prod(tile), exempt=exempt)
     assert metadata.num_prefix_tiles == inputs.num_prefix
     assert metadata.num_video_tiles == inputs.num_blocks - inputs.num_prefix
     layer = fastvideo_cpu.attention("VIDEO_SPARSE_ATTN_H3", 2, 64)
@@ -471,6 +487,100 @@ def test_minimax_h3(one_rank, dtype, gate, tile, grid, exempt):
         # No coarse output at all, where a call of this package without a gate has one of weight 1.
         inputs.case = Case(**{**vars(inputs.case), "gate": 0.0})
     check(inputs, results, block_map)
+
+
+@needs_fastvideo
+@pytest.mark.parametrize("gate", [False, True])
+@pytest.mark.parametrize(
+    ("tile_size", "exempt", "sparsity", "prefix", "dense_layers"),
+    [
+        # Of 10 tiles FastVideo keeps 4, which is its rounding, and of 6 it keeps 2.
+        pytest.param(64, True, 0.7, (70, 0, 30), (), id="sparse, 64, attend"),
+        pytest.param(64, False, 0.7, (70, 0, 30), (), id="sparse, 64, compete"),
+        pytest.param(256, True, 0.7, (70, 5, 300), (), id="sparse, 256, attend"),
+        pytest.param(256, False, 0.7, (70, 5, 300), (1, 2), id="sparse, 256, compete"),
+        pytest.param(64, False, 0.7, (70, 5, 300), (0, 3), id="a dense layer"),
+        pytest.param(256, True, 0.0, (70, 5, 30), (), id="a dense step"),
+        pytest.param(64, False, 0.7, (0, 0, 0), (), id="a video alone"),
+    ],
+)
+def test_segments_are_what_fastvideo_tiles(
+    enable_segments, nothing_is_tiled, gate, tile_size, exempt, sparsity, prefix, dense_layers
+):
+    """The same outputs and gradients, from a batch of two."""
+    grid = (5, 3, 17)
+    tensors = [torch.randn(2, sum(prefix) + math.prod(grid), 2, 64) for _ in range(5)]
+    if not gate:
+        tensors[3] = None
+
+    def results():
+        layer = fastvideo_cpu.attention("VIDEO_SPARSE_ATTN_H3", 2, 64)
+        schedule = {"exempt": exempt, "dense_layers": dense_layers}
+        metadata = fastvideo_cpu.h3_metadata(grid, sparsity, prefix, tile_size, **schedule)
+        return fastvideo_cpu.run(layer, metadata, *tensors)
+
+    tiled = results()
+    enable_segments()
+    nothing_is_tiled()
+    for name, x in results().items():
+        torch.testing.assert_close(x, tiled[name], atol=1e-5, rtol=1e-4)
+
+
+@needs_fastvideo
+@pytest.mark.parametrize("variable", ["FASTVIDEO_H3_VSA_PROBE", "FASTVIDEO_VSA_SM100A"])
+def test_what_needs_tiles_is_left_to_fastvideo(enable_segments, monkeypatch, tmp_path, variable):
+    from fastvideo.forward_context import set_forward_context
+
+    grid, prefix = (4, 8, 12), (70, 5, 30)
+    q = torch.randn(1, sum(prefix) + math.prod(grid), 2, 64)
+
+    def output():
+        layer = fastvideo_cpu.attention("VIDEO_SPARSE_ATTN_H3", 2, 64)
+        metadata = fastvideo_cpu.h3_metadata(grid, 0.6, prefix, 64)
+        with torch.no_grad(), set_forward_context(0, metadata):
+            return layer(q, q, q, original_seq_len=metadata.total_seq_length)[0]
+
+    monkeypatch.setenv(variable, str(tmp_path) if variable.endswith("PROBE") else "1")
+    tiled = output()
+    enable_segments()
+    assert torch.equal(output(), tiled)
+    assert len(list(tmp_path.iterdir())) == variable.endswith("PROBE")
+
+
+SCRIPT = """
+from multiprocessing import get_context
+
+from support import fastvideo_cpu
+
+fastvideo_cpu.load()
+from vsa_jit.integrations.fastvideo import enable_segments
+
+enable_segments()
+
+
+def main():
+    # What FastVideo's worker does: nothing of the script is named in it.
+    worker = get_context("spawn").Process(target=fastvideo_cpu.print_h3_implementation)
+    worker.start()
+    worker.join()
+
+
+if __name__ == "__main__":
+    main()
+"""
+
+
+@needs_fastvideo
+def test_segments_reach_spawned_workers(tmp_path):
+    script = tmp_path / "generate.py"
+    script.write_text(SCRIPT)
+    environment = {
+        **os.environ,
+        "PYTHONPATH": os.pathsep.join(map(str, [STAND_IN / "top-level", ROOT, ROOT / "tests"])),
+    }
+    run = subprocess.run([sys.executable, str(script)], env=environment, capture_output=True, text=True)
+    assert run.returncode == 0, run.stderr
+    assert run.stdout.split()[-1] == "SegmentsImpl"
 
 
 @needs_fastvideo
@@ -498,15 +608,7 @@ def test_fastvideo_warns_and_goes_on_where_its_blackwell_kernel_was_asked_for(on
     warnings = []
     monkeypatch.setenv(video_sparse_attn_h3.VSA_SM100A_ENV, "1")
     monkeypatch.setattr(video_sparse_attn_h3.logger, "warning_once", warnings.append)
-    metadata = video_sparse_attn_h3.MiniMaxH3VSAMetadataBuilder().build(
-        current_timestep=0,
-        raw_latent_shape=(4, 8, 16),
-        patch_size=(1, 2, 2),
-        VSA_sparsity=0.5,
-        prefix_segments=(70, 30),
-        device=torch.device("cpu"),
-        tile_size=64,
-    )
+    metadata = fastvideo_cpu.h3_metadata((4, 4, 8), 0.5, (70, 30), 64)
     q = torch.randn(1, metadata.total_seq_length, 2, 64)
     layer = fastvideo_cpu.attention("VIDEO_SPARSE_ATTN_H3", 2, 64)
     from fastvideo.forward_context import set_forward_context

@@ -88,6 +88,28 @@ def wan_metadata(grid: tuple[int, int, int], sparsity: float):
     )
 
 
+def h3_metadata(grid: tuple[int, int, int], sparsity: float, prefix: tuple[int, ...], tile_size: int, **settings):
+    """From the builder that FastVideo takes for its layers of MiniMax-H3."""
+    from fastvideo.attention.backends.video_sparse_attn_h3 import MiniMaxH3VSABackend
+
+    t, h, w = grid
+    return MiniMaxH3VSABackend.get_builder_cls()().build(
+        current_timestep=0,
+        raw_latent_shape=(t, 2 * h, 2 * w),
+        patch_size=(1, 2, 2),
+        VSA_sparsity=sparsity,
+        prefix_segments=prefix,
+        device=torch.device("cpu"),
+        tile_size=tile_size,
+        **settings,
+    )
+
+
+def print_h3_implementation() -> None:
+    """In a process of its own: the name of the class that runs MiniMax-H3's attention there."""
+    print(type(attention("VIDEO_SPARSE_ATTN_H3", 2, 64).attn_impl).__name__)
+
+
 def run(layer: torch.nn.Module, metadata, q, k, v, gate, dout) -> dict[str, torch.Tensor]:
     """Output and gradients for this rank's part of the sequence, [B, S, H, D]."""
     from fastvideo.forward_context import set_forward_context
