@@ -180,7 +180,7 @@ class _Stages:
         yield _Part(
             "coarse attention",
             lambda: coarse_attend_backward(
-                *means, None, out_c, torch.float32, problem.softmax_scale, self._case.backend
+                *means, None, out_c, torch.float32, *problem.static_of_blocks, self._case.backend
             ),
         )
 
