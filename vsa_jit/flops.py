@@ -69,10 +69,10 @@ def attend_tangent(q: Tensor, k: Tensor, v: Tensor, *args: Any, out_val: Any = N
 
 def _product(q: Tensor, k: Tensor, selection: tuple, static: tuple) -> int:
     """Of one product of all queries with the keys that they attend."""
-    return 2 * q.shape[3] * _pairs(Problem.of(q, k, *static[-5:-1]), *selection)
+    return 2 * q.shape[3] * pairs(Problem.of(q, k, *static[-5:-1]), *selection)
 
 
-def _pairs(problem: Problem, q2k_idx: Tensor, q2k_num: Tensor, q_sizes: Tensor | None, kv_sizes: Tensor | None) -> int:
+def pairs(problem: Problem, q2k_idx: Tensor, q2k_num: Tensor, q_sizes: Tensor | None, kv_sizes: Tensor | None) -> int:
     """Valid queries, each as often as there are valid keys that it attends."""
     width = q2k_idx.shape[3]
     if not all(_is_known(x) for x in (q2k_idx, q2k_num, q_sizes, kv_sizes)):
@@ -118,5 +118,5 @@ def _coarse_product(q_c: Tensor, k_c: Tensor, tile_and_segments: tuple) -> int:
     segments = order_of(numbers, tuple(tile)).segments
     if segments is None:
         return 2 * q_c.numel() * k_c.shape[2]
-    pairs = sum(sample.num_blocks**2 for sample in segments.samples)
-    return 2 * q_c.shape[0] * q_c.shape[1] * q_c.shape[3] * pairs
+    block_pairs = sum(sample.num_blocks**2 for sample in segments.samples)
+    return 2 * q_c.shape[0] * q_c.shape[1] * q_c.shape[3] * block_pairs

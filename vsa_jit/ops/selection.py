@@ -67,17 +67,13 @@ def coarse_attend(
         blocks of its sample, the first of which is the only one named. The selection carries no derivative.
     """
     run = selection_backend_for("coarse_attend", backend, q_c.device)
-    products = _Products.of(run, tile, segments)
+    products = Products.of(run, tile, segments)
     # A program that was traced with a longer sequence may ask for more.
     topk = [min(count, k_c.shape[2]) for count in topk]
     outs, indices, numbers = [], [], []
     for q_rows, k_rows, v_rows in _scored_at_a_time(products, *_rounded_means(selection_dtype, q_c, k_c, v_c)):
         scores = _scores(products, q_rows, k_rows, softmax_scale, selection_dtype)
-        if products.segments is None:
-            idx, num = run.select(scores, kv_sizes, topk[0])
-        else:
-            rows = _selection_rows(products.segments, topk, compete, scores.device)
-            idx, num = run.select_in_samples(scores, rows, selection_width(products.segments, topk))
+        idx, num = products.select(scores, kv_sizes, topk, compete)
         indices.append(idx)
         numbers.append(num)
         if v_rows is not None:
@@ -112,8 +108,9 @@ def _selection_rows(segments: Segments, topk: Sequence[int], compete: bool, devi
     return on_device(key, device, lambda: selection_rows(segments, topk, compete))
 
 
-class _Products(NamedTuple):
-    """Products of block means, which never reach from one sample into another: not even a NaN does.
+class Products(NamedTuple):
+    """Products of block means and the selection by them, which never reach from one sample into another: not even a NaN
+    does.
 
     Attributes:
         segments: None where all blocks belong to one sample that has no context.
@@ -123,7 +120,7 @@ class _Products(NamedTuple):
     segments: Segments | None
 
     @classmethod
-    def of(cls, run: Backend, tile: Sequence[int], segments: Sequence[int] | None) -> "_Products":
+    def of(cls, run: Backend, tile: Sequence[int], segments: Sequence[int] | None) -> "Products":
         return cls(run, order_of(segments, _triple(tile)).segments)
 
     @property
@@ -150,8 +147,17 @@ class _Products(NamedTuple):
         samples = on_device(("samples", segments), x.device, lambda: samples_of_blocks(segments))
         return x.masked_fill_(samples[:, None] != samples, value)
 
+    def select(
+        self, scores: Tensor, kv_sizes: Tensor | None, topk: Sequence[int], compete: bool
+    ) -> tuple[Tensor, Tensor]:
+        """``(q2k_idx, q2k_num)`` as ``coarse_attend`` gives them, of ``of_blocks``: int32 [R, n_q, m] and [R, n_q]."""
+        if self.segments is None:
+            return self.run.select(scores, kv_sizes, topk[0])
+        rows = _selection_rows(self.segments, topk, compete, scores.device)
+        return self.run.select_in_samples(scores, rows, selection_width(self.segments, topk))
 
-def _scored_at_a_time(products: _Products, q_c: Tensor, k_c: Tensor, *others: Tensor | None) -> Iterator[list[Any]]:
+
+def _scored_at_a_time(products: Products, q_c: Tensor, k_c: Tensor, *others: Tensor | None) -> Iterator[list[Any]]:
     """Some key/value heads at a time: of each [B, heads, blocks, D] the part that belongs to them, [rows, ..., D].
 
     The query heads of one key/value head are rows of one product; of several samples each has products of its own.
@@ -178,7 +184,7 @@ def _joined(parts: list[Tensor], shape: Sequence[int]) -> Tensor:
     return (parts[0] if len(parts) == 1 else torch.cat(parts)).reshape(shape)
 
 
-def _joined_of_keys(products: _Products, parts: list[Tensor], q_c: Tensor, like: Tensor) -> Tensor:
+def _joined_of_keys(products: Products, parts: list[Tensor], q_c: Tensor, like: Tensor) -> Tensor:
     """The same of gradients in means of keys: those of the query heads that share them are added."""
     if products.is_one_sample:
         return _joined(parts, like.shape)
@@ -197,7 +203,7 @@ def _rounded_means(dtype: torch.dtype, *means: Tensor | None) -> list[Any]:
 
 
 def _scores(
-    products: _Products, q_rows: Tensor, k_rows: Tensor, softmax_scale: float, selection_dtype: torch.dtype
+    products: Products, q_rows: Tensor, k_rows: Tensor, softmax_scale: float, selection_dtype: torch.dtype
 ) -> Tensor:
     """The scores that order the key blocks: fp32 before scaling, a narrower dtype after, since its scaling can tie."""
     scores = products.of_blocks(q_rows, k_rows.mT)
@@ -207,7 +213,7 @@ def _scores(
 
 
 def _softmax(
-    products: _Products,
+    products: Products,
     scores: Tensor,
     kv_sizes: Tensor | None,
     softmax_scale: float,
@@ -239,7 +245,7 @@ def coarse_attend_backward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of the output of ``coarse_attend`` in q_c, k_c and v_c."""
     run = selection_backend_for("coarse_attend_backward", backend, q_c.device)
-    products = _Products.of(run, tile, segments)
+    products = Products.of(run, tile, segments)
     dq_c, dk_c, dv_c = [], [], []
     means = _rounded_means(selection_dtype, q_c, k_c, v_c)
     for q_rows, k_rows, v_rows, dout_rows in _scored_at_a_time(products, *means, dout_c.contiguous()):
@@ -276,7 +282,7 @@ def coarse_attend_tangent(
 ) -> Tensor:
     """The tangent of the output of ``coarse_attend`` along those of q_c, k_c and v_c."""
     run = selection_backend_for("coarse_attend_tangent", backend, q_c.device)
-    products = _Products.of(run, tile, segments)
+    products = Products.of(run, tile, segments)
     out_t = []
     means = _rounded_means(selection_dtype, q_c, k_c, v_c)
     for q_rows, k_rows, v_rows, q_t, k_t, v_t in _scored_at_a_time(products, *means, q_c_t, k_c_t, v_c_t):
