@@ -9,6 +9,7 @@ import statistics
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import matplotlib.image
@@ -19,12 +20,14 @@ from support.problems import ON_HOPPER
 from vsa_jit.backends.torch import launches as torch_backend
 from vsa_jit.bench import extras, stages
 from vsa_jit.bench.attention import all_blocks, flash_results, sparse
-from vsa_jit.bench.cases import DEFAULTS, DIRECTIONS, GATES, Case, Inputs, Selection, Shape
+from vsa_jit.bench.cases import DEFAULTS, DIRECTIONS, GATES, Case, Inputs, Selection, Shape, sample_lengths
 from vsa_jit.bench.check import check, metrics
 from vsa_jit.bench.measure import HOST_ROUNDS, host_times_us, times_ms
 from vsa_jit.bench.report import print_header
+from vsa_jit.checks import CONTEXTS
 from vsa_jit.cli import bench as command
 from vsa_jit.cli.main import main
+from vsa_jit.ops.selection import Products
 
 CPU = torch.device("cpu")
 TINY = ["--device", "cpu", "--backend", "torch", "--heads", "2", "--head-dim", "16", "--seconds", "0.001"]
@@ -192,6 +195,12 @@ def one_line(capsys) -> str:
         (["--block-size", "4x4"], ["--block-size", "three positive ints", "'4x4'"]),
         (["--block-size", "192", "--grid", "4x8x8"], ["block_size", "(64, 128, 256)", "192"]),
         (["--grid", "21x30"], ["--grid", "21x30x52", "'21x30'"]),
+        (["--segments", "77+21x30"], ["--segments", "77+21x30x52", "a comma between packed samples", "'77+21x30'"]),
+        (["--segments", "77+"], ["--segments", "77+21x30x52", "'77+'"]),
+        (["--segments", "77;4x4x4"], ["--segments", "77+21x30x52", "'77;4x4x4'"]),
+        (["--segments", "0+4x4x4"], ["--segments", "77+21x30x52", "'0+4x4x4'"]),
+        (["--segments", "4x4x4", "--context", "none"], ["--context", "attend, compete", "'none'"]),
+        (["--context", "attend", "--grid", "4x4x4"], ["--context", "expected argument --segments beside it"]),
         (["--seq-len", "0"], ["--seq-len", "positive", "'0'"]),
         (["--sparsity", "1.0"], ["--sparsity", "[0, 1)", "'1.0'"]),
         (["--sparsity", "90"], ["--sparsity", "[0, 1)", "'90'", "did you mean 0.9?"]),
@@ -237,6 +246,156 @@ def test_backend_that_cannot_run(capsys, monkeypatch):
 def test_unknown_command(capsys):
     assert main(["benchmark"]) == 2
     assert "benchmark" in one_line(capsys)
+
+
+PACKED = ((70, (5, 9, 7), 30), ((4, 4, 8), (2, 5, 6)), (100,))
+
+
+def of_segments(segments, block_size=64, dtype="fp32", layout="bhsd", gate="tensor", context="attend", batch=1) -> Case:
+    shape = Shape(sum(sample_lengths(segments)), None, batch, 2, 32, dtype, layout, segments)
+    return Case(shape, block_size, Selection(topk=2), gate, "torch", context)
+
+
+def test_segments_in_tables_and_files(tmp_path, capsys):
+    """77 tokens are 2 blocks of context; the video of 5x9x7 is 2x3x2 tiles, and that of 4x4x8 is 2."""
+    json_file, csv_file = tmp_path / "rows.json", tmp_path / "rows.csv"
+    arguments = ["--segments", "77+5x9x7", "4x4x8,5x9x7+77", "--grid", "4x4x8", "--sparsity", "0.6", "--context"]
+    files = ["--json", str(json_file), "--csv", str(csv_file)]
+    assert bench(*TINY, *arguments, "compete", "--block-size", "64", *files) == 0
+    rows = records(json_file)
+    lines = list(csv.DictReader(io.StringIO(csv_file.read_text())))
+    table = [line for line in capsys.readouterr().out.splitlines() if " fp32 " in line]
+    expected = [
+        ("4x4x8", None, None, 128, 2, 1, "1/2"),
+        ("77+5x9x7 (compete)", "77+5x9x7", "compete", 392, 14, 5, "5/12"),
+        ("4x4x8,5x9x7+77 (compete)", "4x4x8,5x9x7+77", "compete", 520, 16, "1,5", "1/2,5/12"),
+    ]
+    for number, (tokens, segments, context, seq_len, blocks, topk, selected) in enumerate(expected):
+        for direction in range(2):
+            row, line, cells = (x[2 * number + direction] for x in (rows, lines, table))
+            assert (row["segments"], row["context"], row["seq_len"]) == (segments, context, seq_len)
+            assert (row["num_kv_blocks"], row["topk"], row["status"]) == (blocks, topk, "ok")
+            assert (line["segments"], line["context"]) == (segments or "", context or "")
+            assert (line["seq_len"], line["topk"]) == (str(seq_len), str(topk))
+            assert cells.startswith(f"{2 * number + direction + 1} {tokens:>25} ")
+            assert f" 64  {selected:>8} " in cells
+            assert row["same_keys_cosine"] > 0.9999, "dense attention is that of each sample by itself"
+            assert row["speedup"] == pytest.approx(row["dense_ms"] / row["ms"])
+    assert [row["sparsity"] for row in rows[::2]] == pytest.approx([1 / 2, 7 / 12, 1 - 6 / 14])
+    # Samples do not attend each other.
+    for row in rows[4:]:
+        factor = 1.0 if row["direction"] == "forward" else 2.5
+        assert row["dense_tflops"] * row["dense_ms"] == pytest.approx(factor * 4 * 2 * 16 * (128**2 + 392**2) * 1e-9)
+
+
+def test_products_of_segments_are_counted_as_they_are(tmp_path):
+    """One tile of four is selected in 4x4x16, and the only one of 4x4x4, beside 10 tokens of context in each sample.
+
+    Queries of context attend their whole sample.
+    """
+    path = tmp_path / "rows.json"
+    arguments = ["--segments", "10+4x4x16,4x4x4+10", "--topk", "1", "--block-size", "64", "--json", str(path)]
+    assert bench(*TINY, *arguments) == 0
+    pairs = (256 * (64 + 10) + 10 * 266) + (64 * (64 + 10) + 10 * 74)
+    for row in records(path):
+        factor = 1.0 if row["direction"] == "forward" else 2.5
+        assert row["tflops"] * row["ms"] == pytest.approx(factor * 4 * 2 * 16 * pairs * 1e-9)
+
+
+def test_products_of_cut_tiles_are_counted_as_they_are():
+    """Of a video of 4x4x6 one tile has 64 tokens and one has 32; each of its queries attends one of them."""
+    case = of_segments(((5, (4, 4, 6)),))
+    case = replace(case, selection=Selection(topk=1))
+    idx, num = torch.tensor([[[[0, 0], [0, 2], [0, 1]]] * 2]).int(), torch.tensor([[[-3, 2, 2]] * 2]).int()
+    pairs = 5 * 101 + 64 * (5 + 32) + 32 * (5 + 64)
+    assert case.flops_of(idx, num) == 4 * 2 * 32 * pairs
+    assert case.shape.dense_flops == 4 * 2 * 32 * 101**2
+
+
+@pytest.mark.parametrize("context", CONTEXTS)
+def test_profile_of_segments(tmp_path, context):
+    path = tmp_path / "rows.json"
+    arguments = ["--segments", "77+5x9x7,4x4x8", "--block-size", "64", "--sparsity", "0.6", "--context", context]
+    assert bench(*TINY, *arguments, "--profile", "--json", str(path)) == 0
+    forward, backward = ([stage["name"] for stage in row["stages"]] for row in records(path))
+    assert forward == ["pooling", "scores", "top-k", "coarse attention", "fine attention", "combine (fused)", "rest"]
+    assert backward == ["fine attention", "coarse attention", "means", "rest"]
+
+
+@pytest.mark.parametrize("direction", DIRECTIONS)
+@pytest.mark.parametrize("context", CONTEXTS)
+@pytest.mark.parametrize(
+    ("segments", "others"),
+    [
+        (((77, (5, 9, 7)),), {}),
+        (PACKED, {"dtype": "bf16", "layout": "bshd", "batch": 2}),
+        (PACKED, {"block_size": 128, "gate": "one"}),
+        ((((5, 9, 7),),), {"gate": "off"}),
+    ],
+    ids=["one sample", "packed", "packed, 128", "one video"],
+)
+def test_check_accepts_segments(segments, others, context, direction):
+    case = of_segments(segments, context=context, **others)
+    inputs = Inputs.random(case.shape, CPU, seed=int(torch.randint(2**62, ())))
+    checked = check(case, inputs, sparse(case, inputs).results(direction), direction, seed=0)
+    assert checked.ok, checked.errors
+    _, dense = flash_results(inputs, direction)
+    found = metrics(all_blocks(case, inputs).results(direction), dense)
+    assert found.l1 < (1e-2 if case.shape.dtype == "bf16" else 1e-5)
+
+
+def without_context(scores, rows, width, original):
+    """Key blocks of context compete, which is the other kind of context."""
+    rows = rows.clone()
+    rows[:, 3] = 0
+    return original(scores, rows, width)
+
+
+def one_less(scores, rows, width, original):
+    idx, num = original(scores, rows, width)
+    return idx, torch.where(num > 1, num - 1, num)
+
+
+def context_is_sparse(scores, rows, width, original):
+    rows = rows.clone()
+    rows[:, 2] = rows[:, 2].clamp(min=2)
+    return original(scores, rows, width)
+
+
+def over_all_samples(scores, rows, width, original):
+    idx, num = original(scores, rows, width)
+    return torch.where(num[..., None] > 0, idx.roll(5, 1), idx), num
+
+
+@pytest.mark.parametrize("wrong", [without_context, one_less, context_is_sparse, over_all_samples])
+def test_check_finds_wrong_selections_of_segments(monkeypatch, wrong):
+    original = torch_backend.select_in_samples
+    monkeypatch.setattr(torch_backend, "select_in_samples", lambda *arguments: wrong(*arguments, original))
+    case = of_segments(PACKED)
+    inputs = Inputs.random(case.shape, CPU, seed=1)
+    checked = check(case, inputs, sparse(case, inputs).results("forward"), "forward", seed=0)
+    assert checked.worst == "selection"
+    assert not checked.ok
+
+
+def test_coarse_output_of_segments_is_checked(monkeypatch):
+    """Probabilities of block means that reach into another sample."""
+    monkeypatch.setattr(Products, "fill_between_samples", lambda self, x, value: x.nan_to_num_(0.0))
+    case = of_segments(PACKED, gate="one")
+    inputs = Inputs.random(case.shape, CPU, seed=1)
+    checked = check(case, inputs, sparse(case, inputs).results("forward"), "forward", seed=0)
+    assert checked.worst == "out"
+    assert not checked.ok
+
+
+def test_plan_of_segments():
+    cases = plan("--segments", "77+21x30x52", "512,9x30x52+1", "--topk", "64", "--block-size", "64", "4x8x8")
+    assert [case.shape.segments for case in cases[::2]] == [((77, (21, 30, 52)),), ((512,), ((9, 30, 52), 1))]
+    assert [case.shape.seq_len for case in cases[::2]] == [77 + 21 * 30 * 52, 512 + 9 * 30 * 52 + 1]
+    assert [case.shape.sample_lengths for case in cases[1::2]] == [[32_837], [512, 14_041]]
+    assert [case.selected for case in cases] == ["64/624", "64/168", "0/0,64/312", "0/0,64/84"]
+    assert {case.context for case in cases} == {"attend"}
+    assert str(cases[2]).startswith("512,9x30x52+1 tokens, B=1 H=12 D=128 bf16, block 64, topk 0/0,64/312")
 
 
 def wrong_forward(original):

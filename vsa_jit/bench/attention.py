@@ -15,6 +15,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 import vsa_jit
 from vsa_jit.bench.cases import Case, Inputs, Shape, flops_factor
 from vsa_jit.bench.measure import median_ms, peak_mib
+from vsa_jit.coarse import coarse_branch
 from vsa_jit.problem import bhsd
 
 Attention = Callable[..., Tensor]
@@ -80,11 +81,12 @@ def sparse(case: Case, inputs: Inputs, gate: str | None = None) -> Run:
             q,
             k,
             v,
-            topk=case.topk,
+            topk=case.selection.topk,
+            sparsity=case.selection.sparsity,
             block_size=case.block_size,
             compress_attn_weight=weight if gate is None else gate,
-            grid=case.shape.grid,
-            layout=case.shape.layout,
+            context=case.context,
+            **case.shape.order,
             backend=case.backend,
         )
 
@@ -92,14 +94,25 @@ def sparse(case: Case, inputs: Inputs, gate: str | None = None) -> Run:
     return Run(attention, (inputs.q, inputs.k, inputs.v, *gates), inputs.dout)
 
 
-def all_blocks(case: Case, inputs: Inputs) -> Run:
-    """The case's kernel with every key block selected, which makes it the same function as dense attention."""
-    problem = case.problem
-    block_map = torch.ones(
-        (problem.queries.heads, problem.queries.num_blocks, problem.keys.num_blocks),
-        dtype=torch.bool,
-        device=inputs.device,
+def select(case: Case, inputs: Inputs, *, with_output: bool = False) -> tuple[Tensor, Tensor, Tensor | None]:
+    """What the case's call selects, and its coarse output, as ``coarse_branch`` returns them."""
+    return coarse_branch(
+        case.problem,
+        case.backend,
+        inputs.q,
+        inputs.k,
+        inputs.v,
+        None,
+        None,
+        case.topk_of_samples,
+        with_output=with_output,
+        compete=case.compete,
     )
+
+
+def all_blocks(case: Case, inputs: Inputs) -> Run:
+    """The case's kernel with every key block of the sample selected: the same function as dense attention."""
+    block_map = case.same_sample(inputs.device)
 
     def attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         out, _ = vsa_jit.block_sparse_attn(
@@ -108,8 +121,7 @@ def all_blocks(case: Case, inputs: Inputs) -> Run:
             v,
             block_map,
             block_size=case.block_size,
-            grid=case.shape.grid,
-            layout=case.shape.layout,
+            **case.shape.order,
             backend=case.backend,
         )
         return out
@@ -118,12 +130,13 @@ def all_blocks(case: Case, inputs: Inputs) -> Run:
 
 
 def dense(inputs: Inputs) -> Run:
-    """PyTorch's dense attention, on whichever of its backends is allowed around the call."""
-    layout = inputs.shape.layout
+    """PyTorch's dense attention, on whichever of its backends is allowed around the call: a call for each sample."""
+    layout, lengths = inputs.shape.layout, inputs.shape.sample_lengths
 
     def attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        out = F.scaled_dot_product_attention(bhsd(q, layout), bhsd(k, layout), bhsd(v, layout))
-        return bhsd(out, layout)
+        samples = zip(*(bhsd(x, layout).split(lengths, 2) for x in (q, k, v)), strict=True)
+        outs = [F.scaled_dot_product_attention(*sample) for sample in samples]
+        return bhsd(outs[0] if len(outs) == 1 else torch.cat(outs, 2), layout)
 
     return Run(attention, (inputs.q, inputs.k, inputs.v), inputs.dout)
 
@@ -176,7 +189,7 @@ def _sdpa_candidates(shape: Shape, device: torch.device) -> list[SDPBackend]:
     candidates = [SDPBackend.FLASH_ATTENTION]
     if device.type == "cuda":
         candidates += [SDPBackend.CUDNN_ATTENTION, SDPBackend.EFFICIENT_ATTENTION]
-    if shape.batch * shape.heads * shape.seq_len**2 * 4 <= MAX_MATH_SCORES_BYTES:
+    if shape.dense_pairs * 4 <= MAX_MATH_SCORES_BYTES:
         candidates.append(SDPBackend.MATH)
     return candidates
 

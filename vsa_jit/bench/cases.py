@@ -3,21 +3,27 @@
 from __future__ import annotations
 
 import functools
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor
 
+from vsa_jit import flops
 from vsa_jit.backends.choose import Choice, choose
-from vsa_jit.checks import check_problem, check_topk
-from vsa_jit.problem import BackendName, Layout, Problem
+from vsa_jit.checks import check_context, check_problem, check_topk_of_samples
+from vsa_jit.problem import BackendName, Context, Layout, Problem
+from vsa_jit.segments import samples_of_blocks
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 GATES = ("tensor", "one", "off")
 DIRECTIONS = ("forward", "backward")
 
 BlockSize = int | tuple[int, int, int]
+# The segments of each sample: plain tokens, or a video.
+Samples: TypeAlias = tuple[tuple[int | tuple[int, int, int], ...], ...]
 
 
 @dataclass(frozen=True)
@@ -107,11 +113,32 @@ class Shape:
     head_dim: int
     dtype: str
     layout: Layout
+    segments: Samples | None = None
 
     @property
     def tokens(self) -> str:
-        """The length or the grid, as the user wrote it."""
+        """The length, the grid or the segments, as the user wrote it."""
+        if self.segments is not None:
+            return format_samples(self.segments)
         return str(self.seq_len) if self.grid is None else format_size(self.grid)
+
+    @property
+    def order(self) -> dict[str, Any]:
+        """The arguments of a call that say where its tokens are."""
+        segments = None if self.segments is None else [list(sample) for sample in self.segments]
+        return {"grid": self.grid, "segments": segments, "layout": self.layout}
+
+    @property
+    def sample_lengths(self) -> list[int]:
+        """Tokens of each sample."""
+        return [self.seq_len] if self.segments is None else sample_lengths(self.segments)
+
+    @property
+    def segment_lengths(self) -> list[int]:
+        """Tokens of each segment."""
+        if self.segments is None:
+            return [self.seq_len]
+        return [num_tokens(segment) for sample in self.segments for segment in sample]
 
     @property
     def size(self) -> tuple[int, int, int, int]:
@@ -121,14 +148,22 @@ class Shape:
         return self.batch, self.seq_len, self.heads, self.head_dim
 
     @property
+    def dense_pairs(self) -> int:
+        """Queries, each as often as there are keys in its sample, of all heads."""
+        return self.batch * self.heads * sum(length**2 for length in self.sample_lengths)
+
+    @property
     def dense_flops(self) -> int:
         """Of dense attention's forward."""
-        return 4 * self.batch * self.heads * self.seq_len**2 * self.head_dim
+        return 4 * self.dense_pairs * self.head_dim
 
 
 @dataclass(frozen=True)
 class Selection:
-    """How many key blocks each query block attends, as the user said it: by number or by the share left out."""
+    """How many key blocks each query block attends, as the user said it: by number or by the share left out.
+
+    With segments both count blocks of video, in each sample.
+    """
 
     topk: int | None = None
     sparsity: float | None = None
@@ -146,6 +181,7 @@ class Case:
     selection: Selection
     gate: str
     backend: BackendName
+    context: Context = "attend"
 
     @functools.cached_property
     def problem(self) -> Problem:
@@ -156,27 +192,64 @@ class Case:
             x,
             x,
             block_size=self.block_size,
-            grid=self.shape.grid,
-            layout=self.shape.layout,
+            **self.shape.order,
             softmax_scale=None,
             variable_block_sizes=None,
             q_variable_block_sizes=None,
         )
 
     @functools.cached_property
+    def topk_of_samples(self) -> list[int]:
+        """Key blocks that each query block attends; with segments of video, in each sample."""
+        segments = self.shape.order["segments"]
+        return check_topk_of_samples(self.selection.topk, self.selection.sparsity, segments, self.problem.keys)
+
+    @property
     def topk(self) -> int:
-        """Key blocks that each query block attends."""
-        return check_topk(self.selection.topk, self.selection.sparsity, self.problem.keys.num_blocks)
+        """Of the sample where it is most."""
+        return max(self.topk_of_samples)
+
+    @property
+    def blocks_of_samples(self) -> list[int]:
+        """Those that each query block chooses among."""
+        segments = self.problem.keys.segments
+        if segments is None:
+            return [self.problem.keys.num_blocks]
+        return [sample.num_video_blocks for sample in segments.samples]
+
+    @property
+    def selected(self) -> str:
+        """How many of how many key blocks each query block attends, in each sample, such as 6/60,3/30."""
+        counts = zip(self.topk_of_samples, self.blocks_of_samples, strict=True)
+        return ",".join(f"{topk}/{most}" for topk, most in counts)
 
     @property
     def sparsity(self) -> float:
-        """The share of key blocks that is left out in fact."""
-        return 1.0 - self.topk / self.problem.keys.num_blocks
+        """The share of key blocks that is left out in fact; with segments of those of video, by queries of video."""
+        # A sample without a video leaves nothing out.
+        return 1.0 - sum(self.topk_of_samples) / most if (most := sum(self.blocks_of_samples)) else 0.0
+
+    @property
+    def compete(self) -> bool:
+        return check_context(self.context, self.shape.order["segments"])
+
+    def same_sample(self, device: torch.device) -> Tensor:
+        """Which block is of the same sample as which: bool [n, n]."""
+        blocks = torch.zeros(self.problem.keys.num_blocks, dtype=torch.int32)
+        if self.problem.keys.segments is not None:
+            blocks = samples_of_blocks(self.problem.keys.segments)
+        return (blocks[:, None] == blocks).to(device)
 
     @property
     def flops(self) -> int:
-        """Of the fine branch's forward: 4·B·H·S·(topk·block)·D."""
+        """Of the fine branch's forward where each query attends ``topk`` whole blocks: 4·B·H·S·(topk·block)·D."""
         return self.shape.dense_flops // self.shape.seq_len * self.topk * self.problem.block
+
+    def flops_of(self, q2k_idx: Tensor, q2k_num: Tensor) -> int:
+        """The same of what was selected. With segments, 4·D for each query and key that it attends, context too."""
+        if self.shape.segments is None:
+            return self.flops
+        return 4 * self.shape.head_dim * flops.pairs(self.problem, q2k_idx, q2k_num, None, None)
 
     def choice(self, device: torch.device) -> Choice:
         return choose(self.problem, self.backend, device, DTYPES[self.shape.dtype])
@@ -185,7 +258,7 @@ class Case:
         shape = self.shape
         return (
             f"{shape.tokens} tokens, B={shape.batch} H={shape.heads} D={shape.head_dim} {shape.dtype}, "
-            f"block {format_size(self.block_size)}, topk {self.topk} of {self.problem.keys.num_blocks}"
+            f"block {format_size(self.block_size)}, topk {self.selected}"
         )
 
 
@@ -196,6 +269,19 @@ def flops_factor(direction: str) -> float:
 
 def format_size(size: int | Sequence[int]) -> str:
     return str(size) if isinstance(size, int) else "x".join(map(str, size))
+
+
+def format_samples(samples: Samples) -> str:
+    return ",".join("+".join(map(format_size, sample)) for sample in samples)
+
+
+def num_tokens(size: int | tuple[int, int, int]) -> int:
+    return size if isinstance(size, int) else math.prod(size)
+
+
+def sample_lengths(samples: Samples) -> list[int]:
+    """Tokens of each sample."""
+    return [sum(map(num_tokens, sample)) for sample in samples]
 
 
 @dataclass(frozen=True)

@@ -8,14 +8,14 @@ from __future__ import annotations
 
 import math
 import random
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
+from vsa_jit.bench.attention import select
 from vsa_jit.bench.cases import Case, Inputs
-from vsa_jit.coarse import coarse_branch
 from vsa_jit.grid import block_tokens
 from vsa_jit.problem import Problem, bhsd
 
@@ -84,25 +84,27 @@ def _slices(x: Tensor) -> Iterable[Tensor]:
 def check(case: Case, inputs: Inputs, results: Sequence[Tensor], direction: str, seed: int) -> Checked:
     """Checks the output, or the gradients, of the case's call on a sample.
 
-    Of the output: some query blocks of a few heads, the last (partial) one among them. Of the gradients in q, k, v and
-    the gate: all of a random head and of the last one.
+    Of the output: some query blocks of a few heads, the last (partial) one of each segment among them. Of the
+    gradients in q, k, v and the gate: all of a random head and of the last one.
     """
-    q2k_idx, _, _ = coarse_branch(
-        case.problem, case.backend, inputs.q, inputs.k, inputs.v, None, None, [case.topk], with_output=False
-    )
+    q2k_idx, q2k_num, _ = select(case, inputs)
+    rule = _Rule.of(case, inputs.device)
     rng = random.Random(seed)
     comparison = _Comparison(inputs.q.dtype)
     last = (case.shape.batch - 1, case.shape.heads - 1)
     count = 4 if direction == "forward" else 1
     sampled = [(rng.randrange(case.shape.batch), rng.randrange(case.shape.heads)) for _ in range(count)]
     for b, h in sorted({last, *sampled}):
-        reference, plain = (_Head.of(case, inputs, q2k_idx, b, h, dtype) for dtype in (torch.float64, inputs.q.dtype))
+        attended = _attended(q2k_idx[b, h], q2k_num[b, h])
+        reference, plain = (
+            _Head.of(case, inputs, attended, rule.same_sample, b, h, dtype) for dtype in (torch.float64, inputs.q.dtype)
+        )
         actual = [bhsd(x, case.shape.layout)[b, h] for x in results]
         if direction == "forward":
-            *others, last_block = range(reference.num_blocks)
-            blocks = [*rng.sample(others, min(CHECKED_BLOCKS, len(others))), last_block]
+            others = [block for block in range(reference.num_blocks) if block not in rule.last_blocks]
+            blocks = [*rng.sample(others, min(CHECKED_BLOCKS, len(others))), *rule.last_blocks]
             chosen = torch.tensor(blocks, device=inputs.device)
-            comparison.add_selection(reference, chosen, case.topk)
+            comparison.add_selection(reference, chosen, rule)
             for part in reference.chunks(chosen):
                 valid = reference.tokens[part] >= 0
                 comparison.add(
@@ -119,6 +121,56 @@ def check(case: Case, inputs: Inputs, results: Sequence[Tensor], direction: str,
     return comparison.checked()
 
 
+def _attended(q2k_idx: Tensor, q2k_num: Tensor) -> Tensor:
+    """Which key block each query block attends, bool [n, n], from the indices of one head."""
+    n, width = q2k_idx.shape
+    named = torch.arange(width, device=q2k_idx.device) < q2k_num[:, None]
+    attended = torch.zeros((n, n + 1), dtype=torch.bool, device=q2k_idx.device)
+    attended.scatter_(1, q2k_idx.long().masked_fill(~named, n), True)
+    # A number below 0 is that of a run of blocks, of which the first one is named.
+    block, first = torch.arange(n, device=q2k_idx.device), q2k_idx[:, :1]
+    return attended[:, :n] | ((block >= first) & (block < first - q2k_num[:, None]))
+
+
+@dataclass(frozen=True)
+class _Rule:
+    """What each query block has to attend by the definition: bool [n, n] each, and int [n].
+
+    Attributes:
+        same_sample: what the coarse branch attends.
+        required: the key blocks that scores do not choose.
+        candidates: those that they choose among.
+        count: how many are chosen.
+        last_blocks: the last one of each segment.
+    """
+
+    same_sample: Tensor
+    required: Tensor
+    candidates: Tensor
+    count: Tensor
+    last_blocks: tuple[int, ...]
+
+    @classmethod
+    def of(cls, case: Case, device: torch.device) -> _Rule:
+        keys, same_sample = case.problem.keys, case.same_sample(device)
+        is_context = torch.zeros(keys.num_blocks, dtype=torch.bool, device=device)
+        count = torch.full((keys.num_blocks,), case.topk_of_samples[0], device=device)
+        last_blocks = [keys.num_blocks - 1]
+        if keys.segments is not None:
+            for segment in keys.segments.segments:
+                is_context[segment.first_block : segment.first_block + segment.num_blocks] = segment.grid is None
+            for sample, topk in zip(keys.segments.samples, case.topk_of_samples, strict=True):
+                count[sample.first_block : sample.first_block + sample.num_blocks] = topk
+            last_blocks = [segment.first_block + segment.num_blocks - 1 for segment in keys.segments.segments]
+        required = same_sample & is_context[:, None]
+        if case.compete:
+            count += (same_sample & is_context).sum(1)
+        else:
+            required |= same_sample & is_context
+        count.masked_fill_(is_context, 0)
+        return cls(same_sample, required, same_sample & ~required, count, tuple(last_blocks))
+
+
 @dataclass(frozen=True)
 class _Head:
     """The operator on one head, from its definition, with autograd.
@@ -132,12 +184,15 @@ class _Head:
     v: Tensor
     gate: Tensor | float
     tokens: Tensor  # [n, block], -1 where a slot has no token
-    q2k_idx: Tensor  # [n, topk]
+    attended: Tensor  # bool [n, n], which key block each query block attends
+    same_sample: Tensor  # bool [n, n], which block means
     scale: float
     dtype: torch.dtype
 
     @classmethod
-    def of(cls, case: Case, inputs: Inputs, q2k_idx: Tensor, b: int, h: int, dtype: torch.dtype) -> _Head:
+    def of(
+        cls, case: Case, inputs: Inputs, attended: Tensor, same_sample: Tensor, b: int, h: int, dtype: torch.dtype
+    ) -> _Head:
         problem: Problem = case.problem
         wide = torch.promote_types(dtype, torch.float32)
         q, k, v, gate = (
@@ -146,16 +201,19 @@ class _Head:
         )
         weights: dict[str, Tensor | float] = {"tensor": gate, "one": 1.0, "off": 0.0}
         tokens = block_tokens(problem.queries, None, q.device)
-        return cls(q, k, v, weights[case.gate], tokens, q2k_idx[b, h].long(), problem.softmax_scale, dtype)
+        return cls(q, k, v, weights[case.gate], tokens, attended, same_sample, problem.softmax_scale, dtype)
 
     @property
     def num_blocks(self) -> int:
         return self.tokens.shape[0]
 
-    def chunks(self, blocks: Tensor) -> tuple[Tensor, ...]:
+    def chunks(self, blocks: Tensor) -> Iterator[Tensor]:
+        """Some of these query blocks at a time, which attend equally many key blocks: so their keys are a tensor."""
         block = self.tokens.shape[1]
-        per_block = self.q2k_idx.shape[1] * block * max(block, self.q.shape[1])
-        return blocks.split(max(1, CHUNK_ELEMENTS // per_block))
+        widths = self.attended[blocks].sum(1)
+        for width in widths.unique().tolist():
+            per_block = max(1, width) * block * max(block, self.q.shape[1])
+            yield from blocks[widths == width].split(max(1, CHUNK_ELEMENTS // per_block))
 
     def means(self, x: Tensor) -> Tensor:
         """Means of the valid tokens of each block, [n, D]."""
@@ -166,15 +224,16 @@ class _Head:
         return self.means(self.q)[blocks] @ self.means(self.k).mT * self.scale
 
     def attend(self, blocks: Tensor) -> Tensor:
-        """The output of some query blocks, [c, block, D]; rows without a token mean nothing."""
+        """The output of query blocks of a chunk, [c, block, D]; rows without a token mean nothing."""
         rows = self.tokens[blocks].clamp(min=0)
-        keys = self.tokens[self.q2k_idx[blocks]].flatten(1)
+        keys = torch.stack([self.tokens[attended].flatten() for attended in self.attended[blocks]])
         q, k, v = (x[i.clamp(min=0)].to(self.dtype) for x, i in ((self.q, rows), (self.k, keys), (self.v, keys)))
         scores = (q @ k.mT * self.scale).masked_fill(keys[:, None, :] < 0, -math.inf)
         out = scores.softmax(-1) @ v
         if isinstance(self.gate, float) and self.gate == 0.0:
             return out
-        out_c = (self.coarse_scores(blocks).softmax(-1) @ self.means(self.v)).to(self.dtype)[:, None, :]
+        coarse_scores = self.coarse_scores(blocks).masked_fill(~self.same_sample[blocks], -math.inf)
+        out_c = (coarse_scores.softmax(-1) @ self.means(self.v)).to(self.dtype)[:, None, :]
         weight = self.gate[rows].to(self.dtype) if isinstance(self.gate, Tensor) else self.gate
         return out + weight * out_c
 
@@ -204,15 +263,15 @@ class _Comparison:
         )
         self._squares[name] = self._squares.get(name, torch.zeros_like(squares)) + squares
 
-    def add_selection(self, head: _Head, blocks: Tensor, topk: int) -> None:
-        """Each query block has ``topk`` different key blocks, and none that was left out has a clearly higher score."""
-        selected = head.q2k_idx[blocks]
-        scores = head.coarse_scores(blocks)
-        kept = torch.zeros_like(scores, dtype=torch.bool).scatter_(1, selected, True)
-        lowest = scores.masked_fill(~kept, math.inf).amin(1)
-        highest = scores.masked_fill(kept, -math.inf).amax(1)
+    def add_selection(self, head: _Head, blocks: Tensor, rule: _Rule) -> None:
+        """Each query block attends what it must, as many others, and none left out has a clearly higher score."""
+        scores, kept, candidates = head.coarse_scores(blocks), head.attended[blocks], rule.candidates[blocks]
+        chosen = kept & candidates
+        lowest = scores.masked_fill(~chosen, math.inf).amin(1)
+        highest = scores.masked_fill(kept | ~candidates, -math.inf).amax(1)
         missed = (highest - lowest).clamp(min=0.0).max() / scores.abs().max()
-        complete = (kept.sum(1) == topk).all()
+        has_required = ((kept & ~candidates) == rule.required[blocks]).all()
+        complete = has_required & (chosen.sum(1) == rule.count[blocks]).all()
         error = torch.where(complete, missed, math.inf).item()
         previous, bound = self._errors.get("selection", (0.0, SCORE_TOLERANCE))
         self._errors["selection"] = (max(previous, error), bound)

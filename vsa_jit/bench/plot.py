@@ -124,6 +124,8 @@ def _settings(row: Row) -> Settings:
     """Everything besides length, sparsity and direction that a sweep can vary."""
     shape = row.case.shape
     order = "plain order" if shape.grid is None else "raster order"
+    if shape.segments is not None:
+        order = f"segments, context {row.case.context}s"
     block = f"block {format_size(row.case.block_size)}"
     return order, block, f"D={shape.head_dim}", f"H={shape.heads}", shape.dtype, f"backend {row.backend}"
 

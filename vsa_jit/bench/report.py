@@ -17,7 +17,7 @@ from typing import Any, TextIO
 
 import torch
 
-from vsa_jit.bench.cases import format_size
+from vsa_jit.bench.cases import format_samples, format_size
 from vsa_jit.bench.check import Metrics
 from vsa_jit.bench.extras import has_rich
 from vsa_jit.bench.stages import Stage
@@ -25,8 +25,11 @@ from vsa_jit.bench.sweep import FAILED, Row
 from vsa_jit.text import counted
 
 NOTES = """\
-ms, TFLOP/s: the whole call, as a user sees it, at 4·B·H·S·(topk·block)·D FLOP forward and 2.5 times that backward.
-speed-up: over dense attention by the fastest of PyTorch's SDPA backends, named beside its time.
+ms, TFLOP/s: the whole call, as a user sees it, at 4·B·H·S·(topk·block)·D FLOP forward and 2.5 times that backward;
+with segments at 4·D FLOP for each query and key that it attends, context too.
+topk, sparsity: of key blocks; with segments of those of video, for each sample.
+speed-up: over dense attention by the fastest of PyTorch's SDPA backends, named beside its time; of packed samples each
+by a call of its own.
 MiB: peak memory above what the call found allocated; for the backward, of a forward and its backward together.
 error, bound: against fp64 on the selected keys; the bound is twice plain PyTorch's error in the same dtype.
 same keys: every block selected, against dense attention by the backend named: rounding is the only difference.
@@ -104,6 +107,8 @@ def record(row: Row) -> dict[str, Any]:
     return {
         "seq_len": shape.seq_len,
         "grid": None if shape.grid is None else format_size(shape.grid),
+        "segments": None if shape.segments is None else format_samples(shape.segments),
+        "context": None if shape.segments is None else case.context,
         "batch": shape.batch,
         "heads": shape.heads,
         "head_dim": shape.head_dim,
@@ -113,7 +118,7 @@ def record(row: Row) -> dict[str, Any]:
         "block_tokens": case.problem.block,
         "num_kv_blocks": case.problem.keys.num_blocks,
         "selection": str(case.selection),
-        "topk": case.topk,
+        "topk": _of_samples(case.topk_of_samples),
         "sparsity": case.sparsity,
         "gate": case.gate,
         "backend": row.backend,
@@ -130,6 +135,11 @@ def record(row: Row) -> dict[str, Any]:
         **_fields("approximation_", row.precision and row.precision.approximation, ("cosine", "l1", "rmse")),
         "stages": [asdict(stage) for stage in row.stages],
     }
+
+
+def _of_samples(values: Sequence[int]) -> int | str:
+    """The number, or those of packed samples in their order, as the segments are written."""
+    return values[0] if len(values) == 1 else ",".join(map(str, values))
 
 
 def _fields(prefix: str, source: object | None, names: Sequence[str]) -> dict[str, Any]:
@@ -202,11 +212,11 @@ def _speed_cells(number: int, row: Row) -> list[str]:
     case, shape, timing, dense = row.case, row.case.shape, row.timing, row.dense
     cells = [
         str(number),
-        shape.tokens,
+        f"{shape.tokens} ({case.context})" if case.compete else shape.tokens,
         f"{shape.batch}·{shape.heads}·{shape.head_dim}",
         shape.dtype,
         format_size(case.block_size),
-        f"{case.topk}/{case.problem.keys.num_blocks}",
+        case.selected,
         f"{case.sparsity:.3f}",
         row.backend,
         row.direction,

@@ -14,12 +14,11 @@ from torch.profiler import ProfilerActivity
 
 from vsa_jit.backends.base import Backend
 from vsa_jit.backends.choose import backend_for
-from vsa_jit.bench.attention import sparse
-from vsa_jit.bench.cases import Case, Inputs, flops_factor
+from vsa_jit.bench.attention import select, sparse
+from vsa_jit.bench.cases import Case, Inputs
 from vsa_jit.bench.measure import times_ms
-from vsa_jit.coarse import coarse_branch
 from vsa_jit.ops.pooling import block_means
-from vsa_jit.ops.selection import coarse_attend, coarse_attend_backward
+from vsa_jit.ops.selection import Products, coarse_attend, coarse_attend_backward
 from vsa_jit.problem import Operands
 
 # A time is told from noise where it is so many times the standard error of its median.
@@ -57,12 +56,17 @@ class _Part:
     share: float | None = None
 
 
-def breakdown(case: Case, inputs: Inputs, direction: str, seconds: float) -> tuple[float, tuple[Stage, ...]]:
+def breakdown(
+    case: Case, inputs: Inputs, direction: str, seconds: float, flops: float
+) -> tuple[float, tuple[Stage, ...]]:
     """Calls the stages of one direction by themselves, in turn with the whole call, and times each.
 
     What a kernel does beside its main work is timed by difference: the combine in the forward kernel's epilogue, and
     the parts of the backward. The last stage is what the whole call took beyond the others: autograd, launches,
     allocation.
+
+    Args:
+        flops: of the direction's work on the selected keys.
 
     Returns:
         The median time of the whole call in milliseconds, and the stages.
@@ -73,7 +77,6 @@ def breakdown(case: Case, inputs: Inputs, direction: str, seconds: float) -> tup
     calls = list(dict.fromkeys([whole, *(call for part in parts for call in (part.call, *part.without))]))
     times = dict(zip(calls, times_ms(calls, inputs.device, seconds), strict=True))
     rounds = [_differences(times[part.call], [times[call] for call in part.without]) for part in parts]
-    flops = case.flops * flops_factor(direction)
     timed = [
         _stage(part.name, of_part, part.share and flops * part.share)
         for part, of_part in zip(parts, rounds, strict=True)
@@ -119,14 +122,24 @@ class _Stages:
         means = block_means(q, k, v_or_none, None, None, *problem.static, self._case.backend)
         q_c, k_c, v_c = means[0], means[1], means[2] if self._with_coarse else None
         q_rows, k_rows = q_c.flatten(0, 1), k_c.flatten(0, 1)
-        yield _Part("scores", lambda: selection.matmul(q_rows, k_rows.mT))
+        tile, segments, _ = problem.static_of_blocks
+        products = Products.of(selection, tile, segments)
+        yield _Part("scores", lambda: products.of_blocks(q_rows, k_rows.mT))
 
-        scores = selection.matmul(q_rows, k_rows.mT)
-        yield _Part("top-k", lambda: selection.select(scores, None, case.topk))
+        scores = products.of_blocks(q_rows, k_rows.mT)
+        yield _Part("top-k", lambda: products.select(scores, None, case.topk_of_samples, case.compete))
 
         def coarse(v_c: Tensor | None) -> object:
             return coarse_attend(
-                q_c, k_c, v_c, None, [case.topk], False, torch.float32, *problem.static_of_blocks, case.backend
+                q_c,
+                k_c,
+                v_c,
+                None,
+                case.topk_of_samples,
+                case.compete,
+                torch.float32,
+                *problem.static_of_blocks,
+                case.backend,
             )
 
         if v_c is not None:
@@ -194,18 +207,7 @@ class _Stages:
         yield _Part("means", spread)
 
     def _selection(self) -> tuple[Tensor, Tensor, Tensor | None]:
-        inputs = self._inputs
-        return coarse_branch(
-            self._problem,
-            self._case.backend,
-            inputs.q,
-            inputs.k,
-            inputs.v,
-            None,
-            None,
-            [self._case.topk],
-            with_output=self._with_coarse,
-        )
+        return select(self._case, self._inputs, with_output=self._with_coarse)
 
 
 def write_trace(case: Case, inputs: Inputs, path: Path) -> None:

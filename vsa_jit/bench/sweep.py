@@ -125,14 +125,16 @@ def _row(case: Case, choice: Choice, direction: str, beside: _Dense, seconds: fl
     checked = check(case, inputs, run.results(direction), direction, seed)
     if not checked.ok:
         return Row(*identity, FAILED, checked)
+    q2k_idx, q2k_num, _ = attention.select(case, inputs)
+    flops = case.flops_of(q2k_idx, q2k_num) * flops_factor(direction)
     if profile:
-        ms, breakdown = stages.breakdown(case, inputs, direction, seconds)
+        ms, breakdown = stages.breakdown(case, inputs, direction, seconds, flops)
     else:
         ms, breakdown = run.median_ms(direction, seconds), ()
     dense = beside.fastest(direction)
     timing = Timing(
         ms,
-        tflops=case.flops * flops_factor(direction) / ms * 1e-9,
+        tflops=flops / ms * 1e-9,
         speedup=None if dense is None else dense.ms / ms,
         peak_mib=run.peak_mib(direction),
     )

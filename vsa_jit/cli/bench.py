@@ -8,7 +8,7 @@ import sys
 from collections.abc import Callable, Sequence
 from itertools import product
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
@@ -26,14 +26,17 @@ from vsa_jit.bench.cases import (
     Defaults,
     Inputs,
     Preset,
+    Samples,
     Selection,
     Shape,
+    num_tokens,
+    sample_lengths,
 )
 from vsa_jit.bench.extras import INSTALL, has_matplotlib
 from vsa_jit.bench.stages import write_trace
 from vsa_jit.bench.steps import MODELS, MODES
 from vsa_jit.bench.sweep import OK, Row, sweep
-from vsa_jit.checks import LAYOUTS
+from vsa_jit.checks import CONTEXTS, LAYOUTS
 from vsa_jit.cli import kernels, parse, steps
 
 SUMMARY = "measure speed, memory and precision beside dense attention"
@@ -58,10 +61,17 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     what = parser.add_argument_group("what to sweep (several values each)")
     several(what, "--seq-len", parse.positive_int, "S", "plain sequences of S tokens")
     several(what, "--grid", parse.triple, "TxHxW", "videos in raster order, such as 21x30x52")
+    several(
+        what,
+        "--segments",
+        parse.segments,
+        "LIST",
+        "plain tokens, which are context, and videos, such as 77+21x30x52; a comma between packed samples",
+    )
     several(what, "--shape", parse.one_of(PRESETS), "NAME", "known shapes. " + _listed(PRESETS))
     selection = what.add_mutually_exclusive_group()
     several(selection, "--sparsity", parse.sparsity, "X", "share of key blocks to leave out, in [0, 1)")
-    several(selection, "--topk", parse.positive_int, "N", "key blocks to attend for each query block")
+    several(selection, "--topk", parse.positive_int, "N", "key blocks to attend for each query block; of video")
     several(selection, "--recipe", parse.one_of(RECIPES), "NAME", "a top-k and its block size. " + _listed(RECIPES))
     several(what, "--block-size", parse.block_size, "SIZE", "tokens, or a tile such as 4x8x8; a multiple of 64 tokens")
     several(what, "--head-dim", parse.head_dim, "D", "size of a head")
@@ -111,6 +121,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="weight of the coarse output: tensor (as a learned gate; default), one, or off, which drops it (default "
         "with --model)",
     )
+    how.add_argument(
+        "--context",
+        type=parse.one_of(CONTEXTS),
+        help="of --segments: videos attend all of it (attend; default), or its blocks compete with theirs (compete)",
+    )
     how.add_argument("--device", type=parse.device, help="cpu, cuda or cuda:N; default cuda where there is one")
     how.add_argument("--seconds", type=parse.seconds, metavar="X", help="time that goes into each measurement")
     how.add_argument("--seed", type=parse.seed, default=0, help="of the random inputs, default 0")
@@ -149,9 +164,9 @@ def run(args: argparse.Namespace) -> int:
     if args.model is not None:
         _check_outputs(args)
         return steps.run(args, device)
-    for name in ("layers", "mode"):
-        if getattr(args, name) is not None:
-            raise argparse.ArgumentError(None, f"argument --{name}: expected argument --model beside it")
+    for name, other in (("layers", "model"), ("mode", "model"), ("context", "segments")):
+        if getattr(args, name) is not None and getattr(args, other) is None:
+            raise argparse.ArgumentError(None, f"argument --{name}: expected argument --{other} beside it")
     defaults = DEFAULTS[device.type]
     seconds = args.seconds or defaults.seconds
     directions = DIRECTIONS if args.direction in (None, "both") else (args.direction,)
@@ -181,26 +196,39 @@ def run(args: argparse.Namespace) -> int:
     return 0 if all(row.status == OK for row in rows) else 1
 
 
+class _Sequence(NamedTuple):
+    """The tokens of a shape."""
+
+    length: int
+    grid: tuple[int, int, int] | None = None
+    segments: Samples | None = None
+    preset: Preset | None = None
+
+
 def plan(args: argparse.Namespace, defaults: Defaults) -> list[Case]:
     """Every combination that the arguments name, the cases of one shape beside each other."""
-    lengths: list[tuple[int, tuple[int, int, int] | None, Preset | None]] = [
-        *((length, None, None) for length in args.seq_len or ()),
-        *((grid[0] * grid[1] * grid[2], grid, None) for grid in args.grid or ()),
-        *((preset.seq_len, preset.grid, preset) for preset in (PRESETS[name] for name in args.shape or ())),
+    presets = [PRESETS[name] for name in args.shape or ()]
+    sequences = [
+        *(_Sequence(length) for length in args.seq_len or ()),
+        *(_Sequence(num_tokens(grid), grid) for grid in args.grid or ()),
+        *(_Sequence(sum(sample_lengths(samples)), segments=samples) for samples in args.segments or ()),
+        *(_Sequence(preset.seq_len, preset.grid, preset=preset) for preset in presets),
     ]
-    if not lengths:
-        lengths = [(length, None, None) for length in defaults.seq_lens]
-        lengths += [(grid[0] * grid[1] * grid[2], grid, None) for grid in defaults.grids]
+    if not sequences:
+        sequences = [_Sequence(length) for length in defaults.seq_lens]
+        sequences += [_Sequence(num_tokens(grid), grid) for grid in defaults.grids]
     cases = []
-    for seq_len, grid, preset in lengths:
+    for seq_len, grid, segments, preset in sequences:
         sizes = preset or defaults
         for head_dim, dtype in product(args.head_dim or [sizes.head_dim], args.dtype or [defaults.dtype]):
+            heads = args.heads or sizes.heads
             shape = Shape(
-                seq_len, grid, args.batch or 1, args.heads or sizes.heads, head_dim, dtype, args.layout or "bhsd"
+                seq_len, grid, args.batch or 1, heads, head_dim, dtype, args.layout or "bhsd", segments=segments
             )
             choices = _selections(args, defaults, preset)
             for (block_size, selection), backend in product(choices, args.backend or ["auto"]):
-                cases.append(Case(shape, block_size, selection, args.gate or "tensor", backend))
+                gate, context = args.gate or "tensor", args.context or "attend"
+                cases.append(Case(shape, block_size, selection, gate, backend, context))
     return cases
 
 
@@ -217,7 +245,7 @@ def _selections(
     if args.topk:
         return list(product(block_sizes, (Selection(topk=topk) for topk in args.topk)))
     if preset is not None and not args.sparsity:
-        return [(size, Selection(topk=max(1, preset.selected // parse.block_tokens(size)))) for size in block_sizes]
+        return [(size, Selection(topk=max(1, preset.selected // num_tokens(size)))) for size in block_sizes]
     sparsities = args.sparsity or defaults.sparsities
     return list(product(block_sizes, (Selection(sparsity=sparsity) for sparsity in sparsities)))
 

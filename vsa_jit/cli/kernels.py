@@ -18,7 +18,8 @@ Result = TypeVar("Result", kernels.Result, first_call.FirstCall | first_call.Not
 
 # What each work says itself, or what is of other ways to measure.
 OTHERS = (
-    *("seq_len", "grid", "shape", "sparsity", "topk", "recipe", "block_size", "head_dim", "dtype", "backend"),
+    *("seq_len", "grid", "segments", "context", "shape", "sparsity", "topk", "recipe", "block_size", "head_dim"),
+    *("dtype", "backend"),
     *("model", "layers", "mode", "direction", "heads", "batch", "layout", "gate", "profile", "csv", "plot", "trace"),
 )
 

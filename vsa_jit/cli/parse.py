@@ -9,7 +9,7 @@ from collections.abc import Callable, Collection
 
 import torch
 
-from vsa_jit.bench.cases import DTYPES, BlockSize
+from vsa_jit.bench.cases import DTYPES, BlockSize, Samples, num_tokens
 from vsa_jit.checks import MAX_HEAD_DIM, MIN_HEAD_DIM, check_sparsity, fault_of_tile, hint_of_cube
 
 # Sizes beyond it exist on no device, and PyTorch cannot even take them.
@@ -70,17 +70,27 @@ def triple(text: str) -> tuple[int, int, int]:
     return int(parts[0]), int(parts[1]), int(parts[2])
 
 
+def segments(text: str) -> Samples:
+    try:
+        return tuple(tuple(_segment(part) for part in sample.split("+")) for sample in text.split(","))
+    except ArgumentTypeError:
+        raise ArgumentTypeError(
+            "expected numbers of tokens and videos TxHxW such as 77+21x30x52, with a comma between packed samples, "
+            f"got {text!r}"
+        ) from None
+
+
+def _segment(text: str) -> int | tuple[int, int, int]:
+    return positive_int(text) if text.isdecimal() else triple(text)
+
+
 def block_size(text: str) -> BlockSize:
     size: BlockSize = positive_int(text) if text.isdecimal() else triple(text)
     fault = fault_of_tile((1, 1, size) if isinstance(size, int) else size)
     if fault is not None:
-        what = hint_of_cube(size, "{0}x{0}x{0}") if isinstance(size, int) else f" with {block_tokens(size)}"
+        what = hint_of_cube(size, "{0}x{0}x{0}") if isinstance(size, int) else f" with {num_tokens(size)}"
         raise ArgumentTypeError(f"{fault}, got {text!r}{what}")
     return size
-
-
-def block_tokens(size: BlockSize) -> int:
-    return size if isinstance(size, int) else math.prod(size)
 
 
 def device(text: str) -> torch.device:
