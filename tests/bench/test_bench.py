@@ -161,8 +161,12 @@ def test_profile_without_coarse_branch(tmp_path):
 
 @pytest.mark.parametrize(
     "arguments",
-    [["--seq-len", "130", "256", "--grid", "3x5x9", "--sparsity", "0.5", "0.9"], ["--seq-len", "130", "--topk", "1"]],
-    ids=["sweep", "one point"],
+    [
+        ["--seq-len", "130", "256", "--grid", "3x5x9", "--sparsity", "0.5", "0.9"],
+        ["--seq-len", "130", "--topk", "1"],
+        ["--segments", "9+4x4x4", "--grid", "4x4x8", "--topk", "1"],
+    ],
+    ids=["sweep", "one point", "segments"],
 )
 def test_plot(tmp_path, arguments):
     path = tmp_path / "plot.png"

@@ -14,18 +14,19 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass
 from statistics import median
-from typing import Any, Protocol
+from typing import Any, ClassVar, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 import vsa_jit
-from vsa_jit.backends.choose import backend_for
-from vsa_jit.bench.attention import SDPA_NAMES, dense
-from vsa_jit.bench.cases import BlockSize, Case, Inputs, Selection, Shape, flops_factor
+from vsa_jit.backends.choose import backend_for, selection_backend_for
+from vsa_jit.bench.attention import SDPA_NAMES, dense, sparse
+from vsa_jit.bench.cases import BlockSize, Case, Inputs, Samples, Selection, Shape, flops_factor, sample_lengths
 from vsa_jit.bench.measure import host_times_us, median_ms, times_ms
-from vsa_jit.problem import BackendName, Layout, Operands
+from vsa_jit.ops.selection import Products
+from vsa_jit.problem import BackendName, Layout, Operands, axes
 
 OURS: BackendName = "sm90"
 THEIRS: BackendName = "triton"
@@ -35,6 +36,18 @@ RUNS = 6
 W1_TOKENS = 39_936
 W1_VIDEO, W1_BORDERED = (24, 32, 52), (21, 30, 52)
 W1_BLOCKS = (6, 8, 13)
+# As many tokens as W1's video in all, in tiles that are all whole, so that there are as many products too.
+W1_CONTEXT: Samples = ((W1_VIDEO, 512),)
+W1_PACKED: Samples = tuple(
+    (grid,)
+    for grid in (
+        *((4, 32, 40), (8, 16, 40), (12, 16, 24), (4, 48, 28)),
+        *((8, 32, 20), (16, 16, 20), (24, 16, 12), (4, 16, 76)),
+    )
+)
+# 6,400 tokens, of which the host sees the segments alone.
+HOST_VIDEO = (8, 20, 40)
+HOST_SEGMENTS: Samples = ((32, (8, 8, 12)),) * 8
 COPY_BYTES = 1 << 30
 
 
@@ -89,6 +102,26 @@ class AttentionTime(Result):
 
 
 @dataclass(frozen=True)
+class SegmentsTime(Result):
+    """``of_video``: TFLOP/s as a share of those of a video alone; the least and most are of single runs."""
+
+    ms: float
+    tflops: float
+    of_video: float
+    of_video_min: float
+    of_video_max: float
+    video_ms: float
+    video_tflops: float
+
+    def figures(self) -> str:
+        return (
+            f"{self.ms:.3f} ms, {self.tflops:.0f} TFLOP/s, {self.of_video:.3f} of a video alone "
+            f"({self.of_video_min:.3f} to {self.of_video_max:.3f}; "
+            f"{self.video_ms:.3f} ms, {self.video_tflops:.0f} TFLOP/s)"
+        )
+
+
+@dataclass(frozen=True)
 class KernelTime(Result):
     ms: float
 
@@ -129,6 +162,15 @@ class HostTime(Result):
 
     def figures(self) -> str:
         return f"{self.us:.1f} us ({self.us_min:.1f} to {self.us_max:.1f})"
+
+
+@dataclass(frozen=True)
+class SegmentsHostTime(HostTime):
+    video_us: float
+    times_video: float
+
+    def figures(self) -> str:
+        return f"{super().figures()}, {self.times_video:.2f} times a video alone ({self.video_us:.1f} us)"
 
 
 @dataclass(frozen=True)
@@ -190,6 +232,14 @@ class Dense:
         return DenseTime(self.name, ms, shape.dense_flops / ms * 1e-9)
 
 
+class _Calls(NamedTuple):
+    """Calls that compute the same, and the work of one."""
+
+    ours: Callable[[], object]
+    theirs: Callable[[], object]
+    flops: float
+
+
 @dataclass(frozen=True)
 class Forward:
     """The forward of the fine branch, on a map of which each row has the case's number of key blocks.
@@ -198,39 +248,46 @@ class Forward:
     twice a uniform number. ``hot``: every row names this share of all key blocks, and draws the others.
     """
 
+    direction: ClassVar[str] = "forward"
+
     name: str
     case: Case
     neighbouring: tuple[int, int, int] | None = None
     hot: float = 0.0
 
     def measure(self, setting: Setting) -> AttentionTime | Failed:
-        case = self.case
-        inputs = setting.inputs(case.shape)
-        q2k_idx = self.index(setting)
-        ours, theirs = (self.call(inputs, q2k_idx, backend) for backend in (OURS, THEIRS))
-        if not self.agree(ours(), theirs()):
+        calls = self.checked_calls(setting)
+        if calls is None:
             return Failed(self.name)
-        shape = _w1(case.shape.head_dim).shape
-        calls = (ours, theirs, self.dense_call(setting.inputs(shape)))
-        runs = [setting.times_ms(*calls) for _ in range(RUNS)]
-        of_dense = [case.flops / ms / (shape.dense_flops / dense_ms) for ms, _, dense_ms in runs]
+        shape = _w1(self.case.shape.head_dim).shape
+        dense_flops = shape.dense_flops * flops_factor(self.direction)
+        dense_call = self.dense_call(setting.inputs(shape))
+        runs = [setting.times_ms(calls.ours, calls.theirs, dense_call) for _ in range(RUNS)]
+        of_dense = [calls.flops / ms / (dense_flops / dense_ms) for ms, _, dense_ms in runs]
         ms = median(ms for ms, _, _ in runs)
         return AttentionTime(
             self.name,
             ms,
-            self.flops / ms * 1e-9,
+            calls.flops / ms * 1e-9,
             median(of_dense),
             min(of_dense),
             max(of_dense),
             median(triton_ms / ms for ms, triton_ms, _ in runs),
         )
 
-    @property
-    def flops(self) -> float:
-        return self.case.flops
+    def checked_calls(self, setting: Setting) -> _Calls | None:
+        """On one map, or None where the results differ."""
+        inputs = setting.inputs(self.case.shape)
+        selection = self.selection(setting)
+        ours, theirs = (self.call(inputs, *selection, backend) for backend in (OURS, THEIRS))
+        if not self.agree(ours(), theirs()):
+            return None
+        return _Calls(ours, theirs, self.case.flops_of(*selection) * flops_factor(self.direction))
 
-    def call(self, inputs: Inputs, q2k_idx: Tensor, backend: BackendName) -> Callable[[], tuple[Tensor, ...]]:
-        return attend_call(self.case, inputs, q2k_idx, backend)
+    def call(
+        self, inputs: Inputs, q2k_idx: Tensor, q2k_num: Tensor, backend: BackendName
+    ) -> Callable[[], tuple[Tensor, ...]]:
+        return attend_call(self.case, inputs, q2k_idx, q2k_num, backend)
 
     def dense_call(self, inputs: Inputs) -> Callable[[], object]:
         return dense_call(inputs, DENSE)
@@ -238,18 +295,24 @@ class Forward:
     def agree(self, ours: tuple[Tensor, ...], theirs: tuple[Tensor, ...]) -> bool:
         return _agree(ours, theirs, (2e-2, 1e-5))
 
-    def index(self, setting: Setting) -> Tensor:
-        """The key blocks of each query block, int32 [1, H, n, topk]."""
-        device = setting.device
+    def selection(self, setting: Setting) -> tuple[Tensor, Tensor]:
+        """The key blocks of each query block, int32 [1, H, n, m], and their number, int32 [1, H, n]."""
+        case, device = self.case, setting.device
         generator = torch.Generator(device).manual_seed(setting.seed)
-        blocks = self.case.problem.keys.num_blocks
-        scores = torch.rand((1, self.case.shape.heads, blocks, blocks), generator=generator, device=device)
+        blocks = case.problem.keys.num_blocks
+        scores = torch.rand((1, case.shape.heads, blocks, blocks), generator=generator, device=device)
         if self.neighbouring is not None:
             sides = (torch.arange(side, device=device).float() for side in self.neighbouring)
             places = torch.cartesian_prod(*sides)
             scores = 2 * scores - torch.cdist(places, places)
         scores[..., torch.randperm(blocks, generator=generator, device=device)[: int(self.hot * blocks)]] += 2
-        return scores.topk(self.case.topk, -1).indices.int()
+        if case.problem.keys.segments is not None:
+            tile, segments, _ = case.problem.static_of_blocks
+            products = Products.of(selection_backend_for("coarse_attend", case.backend, device), tile, segments)
+            q2k_idx, q2k_num = products.select(scores[0], None, case.topk_of_samples, case.compete)
+            return q2k_idx[None], q2k_num[None]
+        q2k_idx = scores.topk(case.topk, -1).indices.int()
+        return q2k_idx, torch.full(q2k_idx.shape[:3], case.topk, dtype=torch.int32, device=device)
 
 
 @dataclass(frozen=True)
@@ -260,21 +323,54 @@ class Backward(Forward):
         deterministic: under ``torch.use_deterministic_algorithms``, without its filling of new tensors.
     """
 
+    direction: ClassVar[str] = "backward"
+
     deterministic: bool = False
 
-    @property
-    def flops(self) -> float:
-        return flops_factor("backward") * self.case.flops
-
-    def call(self, inputs: Inputs, q2k_idx: Tensor, backend: BackendName) -> Callable[[], tuple[Tensor, ...]]:
-        call = attend_backward_call(self.case, inputs, q2k_idx, backend)
+    def call(
+        self, inputs: Inputs, q2k_idx: Tensor, q2k_num: Tensor, backend: BackendName
+    ) -> Callable[[], tuple[Tensor, ...]]:
+        call = attend_backward_call(self.case, inputs, q2k_idx, q2k_num, backend)
         return _deterministic(call) if self.deterministic else call
 
     def dense_call(self, inputs: Inputs) -> Callable[[], object]:
         return dense_backward_call(inputs, DENSE)
 
     def agree(self, ours: tuple[Tensor, ...], theirs: tuple[Tensor, ...]) -> bool:
+        # Segment by segment: gradients of context are small, and those of the video would hide its errors.
+        lengths, tokens = self.case.shape.segment_lengths, axes(self.case.shape.layout)[2]
+        ours, theirs = (tuple(part for x in xs for part in x.split(lengths, tokens)) for xs in (ours, theirs))
         return all((x - y).norm() <= 1e-2 * y.norm() for x, y in zip(ours, theirs, strict=True))
+
+
+@dataclass(frozen=True)
+class BesideVideo:
+    """An attention of segments, in turn with that of a video alone."""
+
+    work: Forward
+    video: Forward
+
+    @property
+    def name(self) -> str:
+        return self.work.name
+
+    def measure(self, setting: Setting) -> SegmentsTime | Failed:
+        calls, video = (work.checked_calls(setting) for work in (self.work, self.video))
+        if calls is None or video is None:
+            return Failed(self.name)
+        runs = [setting.times_ms(calls.ours, video.ours) for _ in range(RUNS)]
+        of_video = [calls.flops / ms / (video.flops / video_ms) for ms, video_ms in runs]
+        ms, video_ms = (median(times) for times in zip(*runs, strict=True))
+        return SegmentsTime(
+            self.name,
+            ms,
+            calls.flops / ms * 1e-9,
+            median(of_video),
+            min(of_video),
+            max(of_video),
+            video_ms,
+            video.flops / video_ms * 1e-9,
+        )
 
 
 @dataclass(frozen=True)
@@ -285,8 +381,7 @@ class Inverse:
     case: Case
 
     def measure(self, setting: Setting) -> KernelTime:
-        index = Forward(self.name, self.case).index(setting)
-        num = _whole_rows(index)
+        index, num = Forward(self.name, self.case).selection(setting)
         inputs, problem = setting.inputs(self.case.shape), self.case.problem
         qkv = inputs.q, inputs.k, inputs.v
         operands = Operands(*qkv, index, num, None, None, None, None, 0.0)
@@ -334,9 +429,27 @@ class HostCall:
     calls: int = 200
 
     def measure(self, setting: Setting) -> HostTime:
-        q2k_idx = Forward(self.name, self.case).index(setting)
-        call = attend_call(self.case, setting.inputs(self.case.shape), q2k_idx, OURS)
+        selection = Forward(self.name, self.case).selection(setting)
+        call = attend_call(self.case, setting.inputs(self.case.shape), *selection, OURS)
         return setting.host_time(self.name, call, self.calls)
+
+
+@dataclass(frozen=True)
+class HostOfSegments:
+    """A call of ``video_sparse_attn`` in inference, on small segments and on a video of as many tokens."""
+
+    name: str
+    case: Case
+    video: Case
+    # Fewer than the GPU's queue holds: a call has several launches.
+    calls: int = 50
+
+    def measure(self, setting: Setting) -> SegmentsHostTime:
+        time, video = (
+            setting.host_time(self.name, sparse(case, setting.inputs(case.shape)).forward, self.calls)
+            for case in (self.case, self.video)
+        )
+        return SegmentsHostTime(self.name, time.us, time.us_min, time.us_max, video.us, time.us / video.us)
 
 
 @dataclass(frozen=True)
@@ -360,8 +473,11 @@ def _case(
     topk: int,
     grid: tuple[int, int, int] | None = None,
     layout: Layout = "bhsd",
+    segments: Samples | None = None,
+    gate: str = "off",
 ) -> Case:
-    return Case(Shape(tokens, grid, 1, heads, head_dim, "bf16", layout), block_size, Selection(topk=topk), "off", OURS)
+    shape = Shape(tokens, grid, 1, heads, head_dim, "bf16", layout, segments)
+    return Case(shape, block_size, Selection(topk=topk), gate, OURS)
 
 
 def _w1(
@@ -370,8 +486,12 @@ def _w1(
     topk: int = 64,
     grid: tuple[int, int, int] | None = None,
     layout: Layout = "bhsd",
+    segments: Samples | None = None,
 ) -> Case:
-    return _case(12, W1_TOKENS if grid is None else math.prod(grid), head_dim, block_size, topk, grid, layout)
+    tokens = W1_TOKENS if grid is None else math.prod(grid)
+    if segments is not None:
+        tokens = sum(sample_lengths(segments))
+    return _case(12, tokens, head_dim, block_size, topk, grid, layout, segments)
 
 
 def _block_means() -> Iterator[Means]:
@@ -405,6 +525,25 @@ def _backward() -> Iterator[Work]:
     yield Inverse("inverse of a map, W14", _case(40, 92_160, 128, 64, 144))
 
 
+def _segments() -> Iterator[Work]:
+    """W1's video with context, and as many tokens in packed samples, beside W1's video alone."""
+    kinds: list[tuple[type[Forward], str]] = [(Forward, "segments"), (Backward, "backward, segments")]
+    blocks: list[tuple[str, tuple[int, int, int], int]] = [("", (4, 4, 4), 64), (", blocks of 128", (4, 8, 4), 32)]
+    orders = [("512 tokens of context after a video", W1_CONTEXT), ("8 packed samples", W1_PACKED)]
+    for (kind, name), (of_blocks, tile, topk), (order, segments) in itertools.product(kinds, blocks, orders):
+        case, video = (
+            _w1(block_size=tile, topk=topk, grid=grid, layout="bshd", segments=of_case)
+            for grid, of_case in ((None, segments), (W1_VIDEO, None))
+        )
+        full_name = f"{name}, {order}{of_blocks}"
+        yield BesideVideo(kind(full_name, case), kind(full_name, video))
+    case, video = (
+        _case(2, math.prod(HOST_VIDEO), 128, 64, 8, grid, "bshd", of_case, "one")
+        for grid, of_case in ((None, HOST_SEGMENTS), (HOST_VIDEO, None))
+    )
+    yield HostOfSegments("host time of a call with 16 segments", case, video)
+
+
 @functools.cache
 def works() -> tuple[Work, ...]:
     return (
@@ -423,6 +562,7 @@ def works() -> tuple[Work, ...]:
         *_backward(),
         Copy(),
         *_block_means(),
+        *_segments(),
         HostCall("host time of a call", _case(2, 1024, 128, 64, 4)),
         HostLaunch("host time of a launch of the block means", _case(2, 256, 128, 64, 1)),
     )
@@ -446,11 +586,6 @@ def dense_call(inputs: Inputs, backend: SDPBackend) -> Callable[[], object]:
             return run.forward()
 
     return call
-
-
-def _whole_rows(q2k_idx: Tensor) -> Tensor:
-    """The number of key blocks of each row, where none is shorter than the others."""
-    return torch.full(q2k_idx.shape[:3], q2k_idx.shape[-1], dtype=torch.int32, device=q2k_idx.device)
 
 
 def dense_backward_call(inputs: Inputs, backend: SDPBackend) -> Callable[[], object]:
@@ -477,12 +612,12 @@ def _deterministic(call: Callable[[], tuple[Tensor, ...]]) -> Callable[[], tuple
 
 
 def attend_backward_call(
-    case: Case, inputs: Inputs, q2k_idx: Tensor, backend: BackendName
+    case: Case, inputs: Inputs, q2k_idx: Tensor, q2k_num: Tensor, backend: BackendName
 ) -> Callable[[], tuple[Tensor, ...]]:
     """A backend's own function for the gradients of q, k and v, after the forward."""
     q, k, v, problem = inputs.q, inputs.k, inputs.v, case.problem
-    out, lse = attend_call(case, inputs, q2k_idx, backend)()
-    operands = Operands(q, k, v, q2k_idx, _whole_rows(q2k_idx), None, None, None, None, 0.0)
+    out, lse = attend_call(case, inputs, q2k_idx, q2k_num, backend)()
+    operands = Operands(q, k, v, q2k_idx, q2k_num, None, None, None, None, 0.0)
     run = backend_for("attend_backward", problem, backend, q, k, v)
 
     def call() -> tuple[Tensor, ...]:
@@ -496,10 +631,9 @@ def attend_backward_call(
 
 
 def attend_call(
-    case: Case, inputs: Inputs, q2k_idx: Tensor, backend: BackendName
+    case: Case, inputs: Inputs, q2k_idx: Tensor, q2k_num: Tensor, backend: BackendName
 ) -> Callable[[], tuple[Tensor, Tensor]]:
     """The forward of the fine branch, which gives the output and its log-sum-exp."""
-    q2k_num = _whole_rows(q2k_idx)
     return functools.partial(
         vsa_jit.block_sparse_attn_from_indices,
         inputs.q,
@@ -508,8 +642,7 @@ def attend_call(
         q2k_idx,
         q2k_num,
         block_size=case.block_size,
-        grid=case.shape.grid,
-        layout=case.shape.layout,
+        **case.shape.order,
         backend=backend,
     )
 

@@ -97,8 +97,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--kernels",
         nargs="*",
         metavar="NAME",
-        help="check and time the forward beside cuDNN's and Triton's, the block means beside a copy, and host times: "
-        "all, or those whose name has one of these parts, such as 'W1, random', small or 'block means'",
+        help="check and time the forward beside cuDNN's and Triton's, segments beside a video alone, the block means "
+        "beside a copy, and host times: all, or those whose name has one of these parts, such as 'W1, random', "
+        "segments or 'block means'",
     )
     hopper.add_argument(
         "--first-call",
@@ -227,8 +228,9 @@ def plan(args: argparse.Namespace, defaults: Defaults) -> list[Case]:
             )
             choices = _selections(args, defaults, preset)
             for (block_size, selection), backend in product(choices, args.backend or ["auto"]):
-                gate, context = args.gate or "tensor", args.context or "attend"
-                cases.append(Case(shape, block_size, selection, gate, backend, context))
+                cases.append(
+                    Case(shape, block_size, selection, args.gate or "tensor", backend, args.context or "attend")
+                )
     return cases
 
 
