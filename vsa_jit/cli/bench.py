@@ -71,7 +71,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     several(what, "--shape", parse.one_of(PRESETS), "NAME", "known shapes. " + _listed(PRESETS))
     selection = what.add_mutually_exclusive_group()
     several(selection, "--sparsity", parse.sparsity, "X", "share of key blocks to leave out, in [0, 1)")
-    several(selection, "--topk", parse.positive_int, "N", "key blocks to attend for each query block; of video")
+    several(selection, "--topk", parse.positive_int, "N", "key blocks, with segments of video, for each query block")
     several(selection, "--recipe", parse.one_of(RECIPES), "NAME", "a top-k and its block size. " + _listed(RECIPES))
     several(what, "--block-size", parse.block_size, "SIZE", "tokens, or a tile such as 4x8x8; a multiple of 64 tokens")
     several(what, "--head-dim", parse.head_dim, "D", "size of a head")
