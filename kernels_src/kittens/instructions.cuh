@@ -66,7 +66,6 @@ __device__ __forceinline__ void add_to(float* address, float a, float b) {
 }
 
 // Brings what is at an address as far as L2.
-__device__ __forceinline__ void prefetch_to_l1(const void* pointer) { asm volatile("prefetch.global.L1 [%0];" ::"l"(pointer)); }
 __device__ __forceinline__ void prefetch(const void* pointer) { asm volatile("prefetch.global.L2 [%0];" ::"l"(pointer)); }
 
 }  // namespace kittens

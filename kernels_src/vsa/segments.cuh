@@ -6,26 +6,24 @@
 // then consecutive. Where it ends is said by the number of its tokens alone.
 #pragma once
 
+struct BoxOrigin {
+    int segment;
+    int t, h, w;
+};
+
 // A box in the table.
 struct alignas(16) BoxRecord {
-    int segment;
-    int t, h, w;  // where it starts in its segment
-    int first_token;  // in the sequence
-    uint32_t rows_of;  // rows of a frame of the segment, and above 16 bits tokens of a row
-    uint32_t valid;  // see valid_tokens
-    int first_place;  // see PackedBox
+    BoxOrigin origin;
+    int first_token;    // in the sequence
+    uint32_t rows_of;   // rows of a frame of the segment, and above 16 bits tokens of a row
+    uint32_t valid;     // see valid_tokens
+    int first_place;    // see PackedBox
 };
 static_assert(sizeof(BoxRecord) == VSA_BOX_RECORD_BYTES);
-
-// Its number among those of a head. What the table says of it is read where it is needed, which saves registers in between.
-struct BoxOrigin {
-    int index;
-};
 
 // A tensor of tokens, as TMA reads it.
 struct TokenTensor {
     const kittens::tensor_map* maps;  // of each segment
-    const BoxRecord* table;
     HeadSteps steps;
     int num_maps;
 
@@ -35,12 +33,9 @@ struct TokenTensor {
         __syncwarp();
     }
     __device__ __forceinline__ kittens::coordinates at(int batch, int head, const BoxOrigin& box) const {
-        const uint4 words = reinterpret_cast<const uint4*>(table + box.index)[0];
-        return steps.at(batch, head, int(words.y), int(words.z), int(words.w));
+        return steps.at(batch, head, box.t, box.h, box.w);
     }
-    __device__ __forceinline__ const kittens::tensor_map& map_of(const BoxOrigin& box) const {
-        return maps[reinterpret_cast<const uint4*>(table + box.index)[0].x];
-    }
+    __device__ __forceinline__ const kittens::tensor_map& map_of(const BoxOrigin& box) const { return maps[box.segment]; }
 };
 
 struct TokenLayout {
@@ -54,8 +49,13 @@ struct TokenLayout {
     __device__ __forceinline__ const BoxRecord& record(int block, int box) const { return table[block * boxes.value + box]; }
 };
 
+__device__ __forceinline__ BoxOrigin origin_in_table(const TokenLayout& layout, int index) {
+    const uint4 words = reinterpret_cast<const uint4*>(layout.table + index)[0];
+    return {int(words.x), int(words.y), int(words.z), int(words.w)};
+}
+
 __device__ __forceinline__ BoxOrigin origin_of_box(const TokenLayout& layout, int block, int box) {
-    return {block * layout.boxes.value + box};
+    return origin_in_table(layout, block * layout.boxes.value + box);
 }
 
 // The bound is the number of tokens.
@@ -74,8 +74,7 @@ __device__ __forceinline__ bool has_tokens(const TokenLayout& layout, int block,
 }
 
 __device__ __forceinline__ BoxOrigin origin_of_load(const TokenLayout& layout, int index, uint32_t) {
-    kittens::prefetch_to_l1(layout.table + index);
-    return {index};
+    return origin_in_table(layout, index);
 }
 
 __device__ __forceinline__ int first_place_of(const TokenLayout&, int, int) { return 0; }

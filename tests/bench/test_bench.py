@@ -384,7 +384,8 @@ def test_check_finds_wrong_selections_of_segments(monkeypatch, wrong):
 
 def test_coarse_output_of_segments_is_checked(monkeypatch):
     """Probabilities of block means that reach into another sample."""
-    monkeypatch.setattr(Products, "fill_between_samples", lambda self, x, value: x.nan_to_num_(0.0))
+    original = Products.of_blocks
+    monkeypatch.setattr(Products, "of_blocks", lambda self, a, b, _=0.0: original(self, a, b, 0.0))
     case = of_segments(PACKED, gate="one")
     inputs = Inputs.random(case.shape, CPU, seed=1)
     checked = check(case, inputs, sparse(case, inputs).results("forward"), "forward", seed=0)

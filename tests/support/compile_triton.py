@@ -55,7 +55,7 @@ ADD_ALLOCATION = nvidia.passes.ttnvgpuir.add_allocate_tensor_memory
 TYPE_NAMES = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32"}
 FP32 = {"Lse", "DLse", "OutC", "DOutC", "Shift", "Delta", "QMean", "KMean", "VMean", "DMean", "Scores", "A", "B"}
 INT32 = {"Q2kIdx", "Q2kNum", "K2qIdx", "QSizes", "KSizes", "Sizes", "Blocks", "Ranges", "NumRanges", "Rows", "Tiles"}
-BOOL = {"BlockMap", "IsForced"}
+BOOL = {"BlockMap"}
 INT64 = {"K2qEnd", "Counts"}
 INT64_SCALARS = {"inverse_hw", "inverse_w"}
 OPTIONS = ("num_warps", "num_stages", "enable_fp_fusion")
@@ -168,7 +168,7 @@ def row_kernels(*variant):
 def selection_kernels(shapes):
     for columns, warps in shapes:
         shape = {"COLUMNS": columns, "WIDTH_PAD": 64, "num_warps": warps}
-        yield select_kernel, shape | {"HAS_SIZES": True, "Rows": None, "IsForced": None}
+        yield select_kernel, shape | {"HAS_SIZES": True, "Rows": None}
         yield select_kernel, shape | {"HAS_SIZES": False, "Sizes": None}
         yield map_to_indices_kernel, shape
         for place in (False, True):

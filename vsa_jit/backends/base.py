@@ -111,15 +111,25 @@ class Backend(Protocol):
         """
         ...
 
-    def matmul_in_samples(self, a: Tensor, b: Tensor, segments: Segments, over_blocks: bool) -> Tensor:
-        """The same for the blocks of each sample by themselves.
+    def matmul_of_samples(self, a: Tensor, b: Tensor, segments: Segments, fill: float) -> Tensor:
+        """The same for pairs of blocks of one sample.
 
         Args:
-            a, b: over_blocks: [R, n, n] and [R, n, D], whose product sums over the blocks of the row's sample alone;
-                else [R, n, D] and [R, D, n].
+            a, b: fp32 [R, n, D] and [R, D, n], of any strides.
 
         Returns:
-            fp32 [R, n, D], or [R, n, n], which holds anything where row and column are of different samples.
+            fp32 [R, n, n], contiguous; ``fill`` where row and column are blocks of different samples.
+        """
+        ...
+
+    def matmul_over_samples(self, a: Tensor, b: Tensor, segments: Segments) -> Tensor:
+        """The same where the sum runs over the blocks of the row's sample alone.
+
+        Args:
+            a, b: fp32 [R, n, n] and [R, n, D], of any strides.
+
+        Returns:
+            fp32 [R, n, D], contiguous.
         """
         ...
 

@@ -20,7 +20,6 @@ from vsa_jit.segments import (
     Segments,
     listed_width,
     order_of,
-    samples_of_blocks,
     selection_rows,
     selection_width,
 )
@@ -77,7 +76,7 @@ def coarse_attend(
         indices.append(idx)
         numbers.append(num)
         if v_rows is not None:
-            p = _softmax(products, scores, kv_sizes, softmax_scale, selection_dtype)
+            p = _softmax(scores, kv_sizes, softmax_scale, selection_dtype)
             outs.append(_round_to(selection_dtype, products.over_blocks(p, v_rows)))
     rows_of_blocks = q_c.shape[:3]
     out_c = q_c.new_empty(0) if v_c is None else _joined(outs, q_c.shape)
@@ -127,25 +126,17 @@ class Products(NamedTuple):
     def is_one_sample(self) -> bool:
         return self.segments is None or not self.segments.has_several_samples
 
-    def of_blocks(self, a: Tensor, b: Tensor) -> Tensor:
-        """a · b for each pair of blocks: [R, n_q, D] and [R, D, n_k]; anything where they are of different samples."""
+    def of_blocks(self, a: Tensor, b: Tensor, between_samples: float = 0.0) -> Tensor:
+        """a · b for each pair of blocks: [R, n_q, D] and [R, D, n_k]; a number where they are of different samples."""
         if self.segments is None or not self.segments.has_several_samples:
             return self.run.matmul(a, b)
-        return self.run.matmul_in_samples(a, b, self.segments, over_blocks=False)
+        return self.run.matmul_of_samples(a, b, self.segments, between_samples)
 
     def over_blocks(self, a: Tensor, b: Tensor) -> Tensor:
         """a · b, which sums over the blocks of a sample: [R, n, n_k] and [R, n_k, D]."""
         if self.segments is None or not self.segments.has_several_samples:
             return self.run.matmul(a, b)
-        return self.run.matmul_in_samples(a, b, self.segments, over_blocks=True)
-
-    def fill_between_samples(self, x: Tensor, value: float) -> Tensor:
-        """Sets, in place, what belongs to pairs of blocks of different samples: [R, n_q, n_k]."""
-        if self.segments is None or not self.segments.has_several_samples:
-            return x
-        segments = self.segments
-        samples = on_device(("samples", segments), x.device, lambda: samples_of_blocks(segments))
-        return x.masked_fill_(samples[:, None] != samples, value)
+        return self.run.matmul_over_samples(a, b, self.segments)
 
     def select(
         self, scores: Tensor, kv_sizes: Tensor | None, topk: Sequence[int], compete: bool
@@ -206,14 +197,13 @@ def _scores(
     products: Products, q_rows: Tensor, k_rows: Tensor, softmax_scale: float, selection_dtype: torch.dtype
 ) -> Tensor:
     """The scores that order the key blocks: fp32 before scaling, a narrower dtype after, since its scaling can tie."""
-    scores = products.of_blocks(q_rows, k_rows.mT)
+    scores = products.of_blocks(q_rows, k_rows.mT, float("-inf"))
     if selection_dtype == torch.float32:
         return scores
     return _round_to(selection_dtype, _round_to(selection_dtype, scores).mul_(softmax_scale))
 
 
 def _softmax(
-    products: Products,
     scores: Tensor,
     kv_sizes: Tensor | None,
     softmax_scale: float,
@@ -226,7 +216,6 @@ def _softmax(
         empty = kv_sizes < 1
         # Where all blocks are empty, all of them hold a mean of 0: attending those gives the 0 that is wanted.
         scores.masked_fill_(empty & ~empty.all(), float("-inf"))
-    products.fill_between_samples(scores, float("-inf"))
     return _round_to(selection_dtype, scores.softmax(-1))
 
 
@@ -250,9 +239,9 @@ def coarse_attend_backward(
     means = _rounded_means(selection_dtype, q_c, k_c, v_c)
     for q_rows, k_rows, v_rows, dout_rows in _scored_at_a_time(products, *means, dout_c.contiguous()):
         scores = _scores(products, q_rows, k_rows, softmax_scale, selection_dtype)
-        p = _softmax(products, scores, kv_sizes, softmax_scale, selection_dtype)
+        p = _softmax(scores, kv_sizes, softmax_scale, selection_dtype)
         dv_c.append(products.over_blocks(p.mT, dout_rows))
-        dp = products.fill_between_samples(products.of_blocks(dout_rows * softmax_scale, v_rows.mT), 0.0)
+        dp = products.of_blocks(dout_rows * softmax_scale, v_rows.mT)
         ds = softmax_backward(dp, p, -1, torch.float32)
         dq_c.append(products.over_blocks(ds, k_rows))
         dk_c.append(products.over_blocks(ds.mT, q_rows))
@@ -287,9 +276,8 @@ def coarse_attend_tangent(
     means = _rounded_means(selection_dtype, q_c, k_c, v_c)
     for q_rows, k_rows, v_rows, q_t, k_t, v_t in _scored_at_a_time(products, *means, q_c_t, k_c_t, v_c_t):
         scores = _scores(products, q_rows, k_rows, softmax_scale, selection_dtype)
-        p = _softmax(products, scores, kv_sizes, softmax_scale, selection_dtype)
-        scores_t = products.of_blocks(q_t, k_rows.mT) + products.of_blocks(q_rows, k_t.mT)
-        scores_t = products.fill_between_samples(scores_t, 0.0) * softmax_scale
+        p = _softmax(scores, kv_sizes, softmax_scale, selection_dtype)
+        scores_t = (products.of_blocks(q_t, k_rows.mT) + products.of_blocks(q_rows, k_t.mT)) * softmax_scale
         p_t = p * (scores_t - (p * scores_t).sum(-1, keepdim=True))
         out_t.append(products.over_blocks(p_t, v_rows) + products.over_blocks(p, v_t))
     return _joined(out_t, q_c.shape)
@@ -345,16 +333,11 @@ def select_blocks(
 ) -> tuple[Tensor, Tensor]:
     """The selection of ``coarse_attend`` by given scores [B, H, n_q, n_k], where every block that a query block attends
     is named: ``(q2k_idx, q2k_num)``, int32 [B, H, n_q, m] and [B, H, n_q]."""
-    run = selection_backend_for("coarse_attend", backend, scores.device)
-    of = order_of(segments, _triple(tile)).segments
+    products = Products.of(selection_backend_for("coarse_attend", backend, scores.device), tile, segments)
     topk = [min(count, scores.shape[3]) for count in topk]
-    rows = scores.float().contiguous().flatten(0, 1)
-    if of is None:
-        idx, num = run.select(rows, kv_sizes, topk[0])
-    else:
-        table = _selection_rows(of, topk, compete, scores.device)
-        idx, num = run.select_in_samples(rows, table, selection_width(of, topk))
-        entry = torch.arange(listed_width(of, topk), device=scores.device, dtype=torch.int32)
+    idx, num = products.select(scores.float().contiguous().flatten(0, 1), kv_sizes, topk, compete)
+    if products.segments is not None:
+        entry = torch.arange(listed_width(products.segments, topk), device=scores.device, dtype=torch.int32)
         listed = torch.nn.functional.pad(idx, (0, len(entry) - idx.shape[-1]))
         is_run = num[..., None] < 0
         idx = torch.where(is_run, torch.where(entry < -num[..., None], idx[..., :1] + entry, 0), listed)

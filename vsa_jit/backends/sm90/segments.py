@@ -172,7 +172,6 @@ class SegmentMaps(NamedTuple):
         maps = like.new_empty(count * TENSOR_MAP_BYTES, dtype=torch.uint8)
         params.maps, params.segments = maps.data_ptr(), tables.extents
         for i, tensor in enumerate(of_kernel):
-            tensor.table = tables.boxes
             tensor.maps = maps.data_ptr() + i * params.num_segments * TENSOR_MAP_BYTES
         threads = specialise.WARPGROUP_THREADS
         self.launcher(-(-count // threads), params)

@@ -182,7 +182,7 @@ def _structures(segments: bool) -> Structures:
 
     class TokenTensor(ctypes.Structure):
         _fields_ = (
-            (("maps", ctypes.c_void_p), ("table", ctypes.c_void_p), ("steps", HeadSteps), ("num_maps", ctypes.c_int))
+            (("maps", ctypes.c_void_p), ("steps", HeadSteps), ("num_maps", ctypes.c_int))
             if segments
             else (("map", TensorMap), ("steps", HeadSteps), *padding(48))
         )

@@ -22,15 +22,19 @@ def matmul(a: Tensor, b: Tensor) -> Tensor:
     return exact_product(a, b)
 
 
-def matmul_in_samples(a: Tensor, b: Tensor, segments: Segments, over_blocks: bool) -> Tensor:
-    out = a.new_empty((a.shape[0], a.shape[1], b.shape[2]))
-    for sample in segments.samples:
-        own = slice(sample.first_block, sample.first_block + sample.num_blocks)
-        if over_blocks:
-            out[:, own] = exact_product(a[:, own, own], b[:, own])
-        else:
-            out[:, own, own] = exact_product(a[:, own], b[:, :, own])
+def matmul_of_samples(a: Tensor, b: Tensor, segments: Segments, fill: float) -> Tensor:
+    out = a.new_full((a.shape[0], a.shape[1], b.shape[2]), fill)
+    for own in _blocks_of_samples(segments):
+        out[:, own, own] = exact_product(a[:, own], b[:, :, own])
     return out
+
+
+def matmul_over_samples(a: Tensor, b: Tensor, segments: Segments) -> Tensor:
+    return torch.cat([exact_product(a[:, own, own], b[:, own]) for own in _blocks_of_samples(segments)], dim=1)
+
+
+def _blocks_of_samples(segments: Segments) -> list[slice]:
+    return [slice(sample.first_block, sample.first_block + sample.num_blocks) for sample in segments.samples]
 
 
 def block_means(

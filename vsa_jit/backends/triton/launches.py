@@ -103,17 +103,23 @@ def block_mean_backward(side: Side, dmean: Tensor, x: Tensor, sizes: Tensor | No
 
 
 def matmul(a: Tensor, b: Tensor) -> Tensor:
-    return _matmul(a, b, None, False)
+    out = a.new_empty((a.shape[0], a.shape[1], b.shape[2]))
+    return _matmul(a, b, out, None, False)
 
 
-def matmul_in_samples(a: Tensor, b: Tensor, segments: Segments, over_blocks: bool) -> Tensor:
-    return _matmul(a, b, segments, over_blocks)
+def matmul_of_samples(a: Tensor, b: Tensor, segments: Segments, fill: float) -> Tensor:
+    out = a.new_full((a.shape[0], a.shape[1], b.shape[2]), fill)
+    return _matmul(a, b, out, segments, False)
 
 
-def _matmul(a: Tensor, b: Tensor, segments: Segments | None, over_blocks: bool) -> Tensor:
+def matmul_over_samples(a: Tensor, b: Tensor, segments: Segments) -> Tensor:
+    out = a.new_empty((a.shape[0], a.shape[1], b.shape[2]))
+    return _matmul(a, b, out, segments, True)
+
+
+def _matmul(a: Tensor, b: Tensor, out: Tensor, segments: Segments | None, over_blocks: bool) -> Tensor:
     rows, m, k = a.shape
     n = b.shape[2]
-    out = a.new_empty((rows, m, n))
     tiles, depth = config.matmul(along_sum=b.stride(1) < b.stride(2))
     table, num_tiles = None, None
     programs = rows * triton.cdiv(m, tiles.rows) * triton.cdiv(n, tiles.columns)
@@ -156,7 +162,6 @@ def _select(scores: Tensor, kv_sizes: Tensor | None, rows: Tensor | None, width:
             scores,
             kv_sizes,
             rows,
-            None if rows is None else rows[:, 3].bool(),
             q2k_idx,
             q2k_num,
             scores.shape[-1],

@@ -21,7 +21,6 @@ def select_kernel(
     Scores,
     Sizes,
     Rows,
-    IsForced,
     Q2kIdx,
     Q2kNum,
     num_kv_blocks,
@@ -35,19 +34,19 @@ def select_kernel(
     A threshold that exactly topk scores reach is sought bit by bit, from the highest down; where none exists, because
     several scores equal the k-th largest, all bits are found and the ties are counted off.
 
-    ``Rows`` is None where all columns are alike, else the table of ``segments.selection_rows``, whose last column is
-    ``IsForced``, bool. Room is then for topk columns of a row, of which the table may want fewer; a row that attends
-    all of its sample names the first column alone.
+    ``Rows`` is None where all columns are alike, else the table of ``segments.selection_rows``. Room is then for topk
+    columns of a row, of which the table may want fewer; a row that attends all of its sample names the first column
+    alone.
     """
     row = tl.program_id(0).to(tl.int64)
     column = tl.arange(0, COLUMNS)
     eligible = column < num_kv_blocks
     wanted = topk
     if Rows is not None:
-        Rows += tl.program_id(0) % num_kv_blocks * 4
-        first, num = tl.load(Rows), tl.load(Rows + 2)
+        Row = Rows + tl.program_id(0) % num_kv_blocks * 4
+        first, num = tl.load(Row), tl.load(Row + 2)
         # Where all blocks of the sample are attended there is nothing to choose from.
-        end = tl.where(num < 0, first, tl.load(Rows + 1))
+        end = tl.where(num < 0, first, tl.load(Row + 1))
         eligible = (column >= first) & (column < end)
         wanted = tl.minimum(tl.maximum(num, 0), topk)
     if HAS_SIZES:
@@ -59,7 +58,7 @@ def select_kernel(
     key = tl.maximum(key, 1)
     if Rows is not None:
         # The highest key is left to the columns that every row takes.
-        is_forced = tl.load(IsForced + column, mask=eligible, other=0) != 0
+        is_forced = tl.load(Rows + column * 4 + 3, mask=eligible, other=0) != 0
         key = tl.where(is_forced, 0xFFFFFFFF, tl.minimum(key, 0xFFFFFFFE))
     key = tl.where(eligible, key, 0)
 

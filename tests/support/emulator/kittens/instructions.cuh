@@ -63,6 +63,5 @@ void add_to(float* address, Values... values) {
 }
 
 inline void prefetch(const void*) {}
-inline void prefetch_to_l1(const void*) {}
 
 }  // namespace kittens
