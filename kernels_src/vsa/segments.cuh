@@ -14,10 +14,10 @@ struct BoxOrigin {
 // A box in the table.
 struct alignas(16) BoxRecord {
     BoxOrigin origin;
-    int first_token;    // in the sequence
-    uint32_t rows_of;   // rows of a frame of the segment, and above 16 bits tokens of a row
-    uint32_t valid;     // see valid_tokens
-    int first_place;    // see PackedBox
+    int first_token;  // in the sequence
+    uint32_t rows_of;  // rows of a frame of the segment, and above 16 bits tokens of a row
+    uint32_t valid;  // see valid_tokens
+    int first_place;  // see PackedBox
 };
 static_assert(sizeof(BoxRecord) == VSA_BOX_RECORD_BYTES);
 
