@@ -248,8 +248,8 @@ def recall(
     variable_block_sizes: Tensor | None = None,
     q_variable_block_sizes: Tensor | None = None,
     *,
-    topk: Sequence[int] | None = None,
-    sparsity: Sequence[float] | None = None,
+    topk: Sequence[int | Sequence[int]] | None = None,
+    sparsity: Sequence[float | Sequence[float]] | None = None,
     block_size: int | Sequence[int] = 64,
     grid: Sequence[int] | None = None,
     segments: SegmentList | None = None,
@@ -273,7 +273,7 @@ def recall(
 
     Returns:
         fp32 [B, H, m], the mean over the valid queries of each head, for each of the m values; with segments over the
-        queries of videos, since those of context attend everything. It has no gradient.
+        queries of videos, since those of context attend everything: 0 where there are none. It has no gradient.
 
     Raises:
         TypeError, ValueError: an argument is wrong; the message names it, what was expected and what came.

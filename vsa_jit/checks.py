@@ -272,6 +272,8 @@ def _topk_of_samples(
     of_keys: Segments | None,
     num_kv_blocks: int,
 ) -> list[int]:
+    if not _is_sequence(segments):
+        raise TypeError(f"segments: expected a list of lengths and grids (T, H, W), got {type(segments).__name__}")
     _check_one_of(topk, sparsity)
     num_samples = len(segments) if is_packed(segments) else 1
     of_samples: list[list[Any]] = []
@@ -303,15 +305,18 @@ def check_context(context: str, segments: Sequence[Any] | None) -> bool:
 
 
 def check_several_topk(
-    topk: Sequence[int] | None, sparsity: Sequence[float] | None, segments: Sequence[Any] | None, keys: Side
+    topk: Sequence[Any] | None, sparsity: Sequence[Any] | None, segments: Sequence[Any] | None, keys: Side
 ) -> list[list[int]]:
-    """``check_topk_of_samples`` of each of several values, which are for all samples."""
+    """``check_topk_of_samples`` of each of several values."""
     _check_one_of(topk, sparsity)
-    if sparsity is not None:
-        check_sparsities(sparsity)
-        return [check_topk_of_samples(None, value, segments, keys) for value in sparsity]
-    _check_several("topk", topk)
-    return [check_topk_of_samples(value, None, segments, keys) for value in topk or ()]
+    name, values = ("topk", topk) if sparsity is None else ("sparsity", sparsity)
+    _check_several(name, values)
+    return [
+        check_topk_of_samples(value, None, segments, keys)
+        if sparsity is None
+        else check_topk_of_samples(None, value, segments, keys)
+        for value in values or ()
+    ]
 
 
 def check_sparsities(sparsity: Sequence[float]) -> None:
@@ -459,7 +464,7 @@ def check_block_size(block_size: int | Sequence[int], *, with_grid: bool) -> tup
         return 1, 1, tokens
     if tokens not in TILE_OF_TOKENS:
         raise ValueError(
-            f"block_size: expected a tile (t, h, w) or one of {tuple(TILE_OF_TOKENS)} where grid is given, "
+            f"block_size: expected a tile (t, h, w) or one of {tuple(TILE_OF_TOKENS)} where grid or segments are given, "
             f"got {tokens}{hint_of_cube(tokens)}"
         )
     return TILE_OF_TOKENS[tokens]

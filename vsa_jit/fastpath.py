@@ -150,7 +150,8 @@ class CallCache(Generic[T]):
 
 def plain_key(settings: Any) -> bytes | None:
     """Settings as bytes: 64 differs from 64.0 there, and 1 from True. None where they are not plain numbers, strings,
-    None and sequences of those, which could change later or claim to be what they are not, or a program is compiled."""
+    None and sequences of those, which could change later or claim to be what they are not, or a program is compiled.
+    NumPy's numbers and arrays become their bytes alone."""
     if torch.compiler.is_compiling():
         return None
     try:

@@ -103,12 +103,6 @@ class Segments:
         return len(self.samples) > 1
 
 
-def samples_of_blocks(segments: Segments) -> Tensor:
-    """The sample of each block: int32 [n] on the CPU."""
-    numbers = [torch.full((sample.num_blocks,), sample.number, dtype=torch.int32) for sample in segments.samples]
-    return torch.cat(numbers)
-
-
 def selection_rows(segments: Segments, topk: Sequence[int], compete: bool) -> Tensor:
     """How each query block selects: int32 [n, 4] on the CPU.
 

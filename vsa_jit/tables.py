@@ -6,6 +6,7 @@ current stream without waiting; another stream that uses it first waits for that
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable, Hashable
 from concurrent.futures import ThreadPoolExecutor
 from typing import NamedTuple
@@ -20,13 +21,12 @@ _MOST_KEPT = 1024
 
 class _Table(NamedTuple):
     values: Tensor
-    # Kept for the copy: its source must not be overwritten.
-    source: Tensor
     stream: int
     copied: torch.cuda.Event | None
 
 
 _kept: dict[tuple[Hashable, torch.device], _Table] = {}
+_lock = threading.Lock()
 # A CUDA graph reads a table's memory for as long as the graph lives, which nobody tells.
 _captured: dict[tuple[Hashable, torch.device], _Table] = {}
 
@@ -60,16 +60,18 @@ def on_device(key: Hashable, device: torch.device, make: Callable[[], Tensor]) -
 
 
 def _add(key: Hashable, device: torch.device, make: Callable[[], Tensor]) -> _Table:
-    if len(_kept) >= _MOST_KEPT:
-        # The oldest; that it was used since would have to be noted at every call.
-        _kept.pop(next(iter(_kept)))
-    table = _kept[key, device] = _copy(make(), device)
+    table = _copy(make(), device)
+    with _lock:
+        while len(_kept) >= _MOST_KEPT:
+            # The oldest; that it was used since would have to be noted at every call.
+            del _kept[next(iter(_kept))]
+        _kept[key, device] = table
     return table
 
 
 def _copy(source: Tensor, device: torch.device) -> _Table:
     if device.type != "cuda":
-        return _Table(source.to(device), source, 0, None)
+        return _Table(source.to(device), 0, None)
     stream = torch.cuda.current_stream(device)
     # What this thread allocates now may belong to the memory of a CUDA graph that torch.compile prepares, which ends
     # with the graph. Another thread's does not.
@@ -83,4 +85,4 @@ def _copy_on(stream: torch.cuda.Stream, source: Tensor, device: torch.device) ->
         values = source.to(device, non_blocking=True)
         copied = torch.cuda.Event()
         copied.record(stream)
-    return _Table(values, source, stream.cuda_stream, copied)
+    return _Table(values, stream.cuda_stream, copied)

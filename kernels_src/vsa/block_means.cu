@@ -84,7 +84,8 @@ extern "C" __global__ void __launch_bounds__(kWarpThreads) block_means(const __g
         }
     };
 
-    operand.tensor.acquire_maps();
+    if (lane == 0) operand.tensor.acquire_map_of(origin_of_box(layout, block, 0));
+    __syncwarp();
     int phase = 0, count = 0;
     for (int box = 0; box < layout.boxes.value; ++box) {
         const BoxOrigin origin = origin_of_box(layout, block, box);

@@ -236,7 +236,7 @@ __device__ void schedule_work_tiles(const Schedule<Index>& schedule, const Token
         }
         if (!ends) assign_rows(schedule, row_tokens, number, part, scratch.readers, work);
         if (Index::kHasRowPhases && kittens::laneid() == 0) {
-            const auto& before = work_tiles.slots[PipelineState<kWorkTiles>(round - 1).index].tile;
+            const auto& before = work_tiles.slots[PipelineState<kWorkTiles>(round + kWorkTiles - 1).index].tile;
             work.row_phase = round == 0 ? 0 : before.row_phase ^ (part == 0);
         }
         __syncwarp();

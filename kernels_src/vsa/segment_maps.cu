@@ -46,7 +46,8 @@ extern "C" __global__ void __launch_bounds__(VSA_THREADS) segment_maps(const __g
     tma::set_extent<1>(map, segment.w);
     tma::set_extent<2>(map, segment.h);
     tma::set_extent<3>(map, segment.t);
-    // What is one long is never stepped along.
+    // What is one long is never stepped along; in the map that this one comes from it may have been.
+    if (segment.w > 1) tma::set_stride<1>(map, tensor.token_bytes);
     if (segment.h > 1) tma::set_stride<2>(map, tensor.token_bytes * segment.w);
     if (segment.t > 1) tma::set_stride<3>(map, tensor.token_bytes * segment.w * segment.h);
     tma::release_maps();

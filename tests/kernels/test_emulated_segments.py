@@ -27,6 +27,7 @@ CALLS = {
     "packed, 128": (PACKED, 128, "bhsd"),
     "several, 256, bshd": (SEVERAL, 256, "bshd"),
     "text beside video, 192": (TEXT_AND_VIDEO, (2, 8, 12), "bhsd"),
+    "tiles a token wide, bshd": ([5, (5, 6, 7), (70, 2, 3)], (16, 4, 1), "bshd"),
     "many": ([[i % 70, (1 + i % 3, 2 + i % 5, 3)] for i in range(20)], 64, "bhsd"),
 }
 # With one multiprocessor a thread block takes all work tiles, and with many one.
@@ -139,7 +140,7 @@ def flat(results: tuple[Tensor, Tensor, Gradients]) -> list[Tensor]:
 
 
 @pytest.mark.parametrize(("dtype", "head_dim", "processors"), KINDS, ids=str)
-@pytest.mark.parametrize("name", ["packed", "several, 256, bshd", "text beside video, 192"])
+@pytest.mark.parametrize("name", ["packed", "several, 256, bshd", "text beside video, 192", "tiles a token wide, bshd"])
 def test_block_means(monkeypatch, name, dtype, head_dim, processors):
     emulate.emulate(monkeypatch, processors)
     call = Call(name, dtype, head_dim)

@@ -15,7 +15,6 @@ from vsa_jit import flops
 from vsa_jit.backends.choose import Choice, choose
 from vsa_jit.checks import check_context, check_problem, check_topk_of_samples
 from vsa_jit.problem import BackendName, Context, Layout, Problem
-from vsa_jit.segments import samples_of_blocks
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 GATES = ("tensor", "one", "off")
@@ -237,7 +236,8 @@ class Case:
         """Which block is of the same sample as which: bool [n, n]."""
         blocks = torch.zeros(self.problem.keys.num_blocks, dtype=torch.int32)
         if self.problem.keys.segments is not None:
-            blocks = samples_of_blocks(self.problem.keys.segments)
+            for sample in self.problem.keys.segments.samples:
+                blocks[sample.first_block : sample.first_block + sample.num_blocks] = sample.number
         return (blocks[:, None] == blocks).to(device)
 
     @property

@@ -66,7 +66,7 @@ def _row_slices(problem: Problem, width: int, q2k_num: Tensor) -> Iterator[tuple
     if problem.keys.segments is not None:
         widths = [problem.keys.num_blocks] * len(q2k_num)
         if q2k_num.device.type == "cpu":
-            widths = torch.where(q2k_num < 0, -q2k_num, q2k_num.clamp(max=width)).tolist()
+            widths = _counts(problem, q2k_num, width).tolist()
     elif q2k_num.device.type == "cpu":
         widths = [min(width, max(int(q2k_num.max()), 0))] * len(q2k_num)
     else:
@@ -83,6 +83,11 @@ def _row_slices(problem: Problem, width: int, q2k_num: Tensor) -> Iterator[tuple
         start = stop
 
 
+def _counts(problem: Problem, q2k_num: Tensor, width: int) -> Tensor:
+    """How many key blocks rows name: of a run one more than there are, if it is longer, which names one that is none."""
+    return torch.where(q2k_num < 0, -q2k_num.clamp(min=-problem.keys.num_blocks - 1), q2k_num.clamp(max=width))
+
+
 def _entries(problem: Problem, q2k_idx: Tensor, q2k_num: Tensor, width: int) -> tuple[Tensor, Tensor]:
     """The key blocks that some rows name, int64 [c, width], and which of the entries count."""
     slot = torch.arange(width, device=q2k_idx.device)
@@ -91,7 +96,7 @@ def _entries(problem: Problem, q2k_idx: Tensor, q2k_num: Tensor, width: int) -> 
     in_table = q2k_idx.shape[1]
     listed = q2k_idx[:, slot.clamp(max=in_table - 1)].long()
     is_run = (q2k_num < 0)[:, None]
-    length = torch.where(q2k_num < 0, -q2k_num, q2k_num.clamp(max=in_table))
+    length = _counts(problem, q2k_num, in_table)
     return torch.where(is_run, q2k_idx[:, :1].long() + slot, listed), slot < length[:, None]
 
 
