@@ -84,7 +84,7 @@ def _row_slices(problem: Problem, width: int, q2k_num: Tensor) -> Iterator[tuple
 
 
 def _counts(problem: Problem, q2k_num: Tensor, width: int) -> Tensor:
-    """How many key blocks rows name: of a run one more than there are, if it is longer, which names one that is none."""
+    """How many key blocks rows name: of a run at most one more than there are, which names one that is none."""
     return torch.where(q2k_num < 0, -q2k_num.clamp(min=-problem.keys.num_blocks - 1), q2k_num.clamp(max=width))
 
 
