@@ -464,7 +464,7 @@ def check_block_size(block_size: int | Sequence[int], *, with_grid: bool) -> tup
         return 1, 1, tokens
     if tokens not in TILE_OF_TOKENS:
         raise ValueError(
-            f"block_size: expected a tile (t, h, w) or one of {tuple(TILE_OF_TOKENS)} where grid is given, or segments, "
+            f"block_size: expected a tile (t, h, w) or one of {tuple(TILE_OF_TOKENS)} where grid is given, "
             f"got {tokens}{hint_of_cube(tokens)}"
         )
     return TILE_OF_TOKENS[tokens]
