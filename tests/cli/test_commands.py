@@ -164,7 +164,7 @@ def test_warmup_loads_on_the_gpu_that_is_here(monkeypatch):
     monkeypatch.setattr(torch.cuda, "current_device", lambda: 3)
     monkeypatch.setattr(warmup, "entries_of", lambda *arguments, **others: [])
     monkeypatch.setattr(warmup.module, "load", lambda *arguments: loaded.append(arguments))
-    vsa_jit.warmup(dtype=torch.float16, head_dim=64, block_size=[64, (2, 8, 8)])
+    vsa_jit.warmup(dtype=torch.float16, head_dim=64, block_size=[64, (2, 8, 8)], segments=False)
     ((kernels, device, engine),) = loaded
     labels = [kernel.label for kernel in kernels]
     assert labels[0] == "block means fp16 D=64"
