@@ -172,15 +172,20 @@ def _order_of_known(key: bytes, tile: tuple[int, int, int]) -> tuple[Order, int]
 
 def _check_segments(segments: Sequence[Any]) -> list[tuple[int, tuple[int, int, int]]]:
     """Of each segment that has tokens its sample, and (T, H, W) of a video or (0, 0, length) of plain tokens."""
-    if not _is_sequence(segments):
-        raise TypeError(f"segments: expected a list of lengths and grids (T, H, W), got {type(segments).__name__}")
     numbers = []
-    for sample, of_sample in enumerate(segments if is_packed(segments) else [segments]):
+    for sample, of_sample in enumerate(_samples_of(segments)):
         for segment in of_sample:
             t, h, w = _check_segment(segment)
             if (t * h * w if _is_sequence(segment) else w) != 0:
                 numbers.append((sample, (t, h, w)))
     return numbers
+
+
+def _samples_of(segments: Sequence[Any]) -> Sequence[Any]:
+    """The segments of each sample, as they were given."""
+    if not _is_sequence(segments):
+        raise TypeError(f"segments: expected a list of lengths and grids (T, H, W), got {type(segments).__name__}")
+    return segments if is_packed(segments) else [segments]
 
 
 def is_packed(segments: Sequence[Any]) -> bool:
@@ -272,10 +277,8 @@ def _topk_of_samples(
     of_keys: Segments | None,
     num_kv_blocks: int,
 ) -> list[int]:
-    if not _is_sequence(segments):
-        raise TypeError(f"segments: expected a list of lengths and grids (T, H, W), got {type(segments).__name__}")
+    num_samples = len(_samples_of(segments))
     _check_one_of(topk, sparsity)
-    num_samples = len(segments) if is_packed(segments) else 1
     of_samples: list[list[Any]] = []
     for name, values in (("topk", topk), ("sparsity", sparsity)):
         if _is_sequence(values):

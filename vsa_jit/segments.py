@@ -98,10 +98,6 @@ class Segments:
     def num_context_blocks(self) -> int:
         return sum([sample.num_context_blocks for sample in self.samples])
 
-    @property
-    def has_several_samples(self) -> bool:
-        return len(self.samples) > 1
-
 
 def selection_rows(segments: Segments, topk: Sequence[int], compete: bool) -> Tensor:
     """How each query block selects: int32 [n, 4] on the CPU.

@@ -123,20 +123,19 @@ class Products(NamedTuple):
         return cls(run, order_of(segments, _triple(tile)).segments)
 
     @property
-    def is_one_sample(self) -> bool:
-        return self.segments is None or not self.segments.has_several_samples
+    def several_samples(self) -> Segments | None:
+        """The segments, where they are of several samples."""
+        return self.segments if self.segments is not None and len(self.segments.samples) > 1 else None
 
     def of_blocks(self, a: Tensor, b: Tensor, between_samples: float = 0.0) -> Tensor:
         """a · b for each pair of blocks: [R, n_q, D] and [R, D, n_k]; a number where they are of different samples."""
-        if self.segments is None or not self.segments.has_several_samples:
-            return self.run.matmul(a, b)
-        return self.run.matmul_of_samples(a, b, self.segments, between_samples)
+        several = self.several_samples
+        return self.run.matmul(a, b) if several is None else self.run.matmul_of_samples(a, b, several, between_samples)
 
     def over_blocks(self, a: Tensor, b: Tensor) -> Tensor:
         """a · b, which sums over the blocks of a sample: [R, n, n_k] and [R, n_k, D]."""
-        if self.segments is None or not self.segments.has_several_samples:
-            return self.run.matmul(a, b)
-        return self.run.matmul_over_samples(a, b, self.segments)
+        several = self.several_samples
+        return self.run.matmul(a, b) if several is None else self.run.matmul_over_samples(a, b, several)
 
     def select(
         self, scores: Tensor, kv_sizes: Tensor | None, topk: Sequence[int], compete: bool
@@ -154,7 +153,7 @@ def _scored_at_a_time(products: Products, q_c: Tensor, k_c: Tensor, *others: Ten
     The query heads of one key/value head are rows of one product; of several samples each has products of its own.
     """
     batch, kv_heads, num_kv_blocks, _ = k_c.shape
-    if not products.is_one_sample:
+    if products.several_samples is not None:
         kv_heads = q_c.shape[1]
         k_c, others = _of_query_heads(k_c, kv_heads), tuple(_of_query_heads(x, kv_heads) for x in others)
     rows = batch * kv_heads
@@ -177,7 +176,7 @@ def _joined(parts: list[Tensor], shape: Sequence[int]) -> Tensor:
 
 def _joined_of_keys(products: Products, parts: list[Tensor], q_c: Tensor, like: Tensor) -> Tensor:
     """The same of gradients in means of keys: those of the query heads that share them are added."""
-    if products.is_one_sample:
+    if products.several_samples is None:
         return _joined(parts, like.shape)
     batch, heads, _, head_dim = q_c.shape
     kv_heads = like.shape[1]

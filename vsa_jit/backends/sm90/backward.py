@@ -25,7 +25,6 @@ from vsa_jit.backends.sm90.launch import (
     maps_of,
     set_coarse,
     set_map,
-    set_tables,
     tables_of,
     token_strides,
 )
@@ -115,7 +114,7 @@ def prepare(
     lse = lse.contiguous()
     launch = _prepare_launch(problem, q.dtype, q.get_device(), sizes_ref(operands.q_sizes), in_one_pass)
     params = launch.new_params()
-    set_tables(tables_of(problem, q), params.queries)
+    launch.set_segments(tables_of(problem, q), q, [params.queries])
     params.dout, params.out_s = dout.data_ptr(), out_s.data_ptr()
     params.lse, params.statistics = lse.data_ptr(), statistics.data_ptr()
     params.counters = counters.data_ptr()
@@ -243,9 +242,9 @@ def backward_q(problem: Problem, operands: Operands, dout: Tensor, prepared: Pre
     launch = _backward_q_launch(problem, _Refs.of(operands, dout), q2k_idx.shape[-1], dq.stride())
     params = launch.new_params()
     tables = tables_of(problem, dq)
-    set_tables(tables, params.queries, params.keys)
     set_map(tables, params.schedule.rows, q2k_idx, q2k_num)
-    _maps = launch.make_maps([params.q, params.k, params.v, params.dout], dq, tables)
+    tensors = params.q, params.k, params.v, params.dout
+    _maps = launch.set_segments(tables, dq, (params.queries, params.keys), tensors)
     params.dq, params.statistics = dq.data_ptr(), prepared.statistics.data_ptr()
     launch.run_work_tiles(params, dq, prepared.counters.data_ptr())
     return dq
@@ -285,9 +284,8 @@ def backward_kv(
     dk, dv = empty_like(operands.k), empty_like(operands.v)
     launch = _backward_kv_launch(problem, _Refs.of(operands, dout), dk.stride(), dv.stride(), sums is not None)
     params = launch.new_params()
-    tables = tables_of(problem, dk)
-    set_tables(tables, params.queries, params.keys)
-    _maps = launch.make_maps([params.q, params.k, params.v, params.dout], dk, tables)
+    tensors = params.q, params.k, params.v, params.dout
+    _maps = launch.set_segments(tables_of(problem, dk), dk, (params.queries, params.keys), tensors)
     if sums is not None:
         params.dq = sums.data_ptr()
     rows = params.schedule.rows
@@ -344,7 +342,7 @@ def backward_qkv(
 def _store_dq(problem: Problem, q_sizes: Tensor | None, sums: Tensor, lse: Tensor, dq: Tensor) -> None:
     launch = _store_dq_launch(problem, dq.dtype, dq.get_device(), sizes_ref(q_sizes), dq.stride())
     params = launch.new_params()
-    set_tables(tables_of(problem, dq), params.queries)
+    launch.set_segments(tables_of(problem, dq), dq, [params.queries])
     params.sums, params.lse, params.dq = sums.data_ptr(), lse.data_ptr(), dq.data_ptr()
     launch.run(params)
 
@@ -375,5 +373,5 @@ def _tensors(queries: SideView, keys: SideView, refs: _Refs) -> list[Any]:
 
 def _maps_of(problem: Problem, refs: _Refs) -> SegmentMaps | None:
     queries, keys = problem.queries, problem.keys
-    tensors = {"q": (queries, refs.q), "k": (keys, refs.k), "v": (keys, refs.v), "dout": (queries, refs.dout)}
+    tensors = (queries, refs.q), (keys, refs.k), (keys, refs.v), (queries, refs.dout)
     return maps_of(problem, tensors, refs.dtype, refs.device)

@@ -12,7 +12,7 @@ from torch import Tensor
 from vsa_jit.backends.sm90.layout import SizesRef, View, token_layout, view_of
 from vsa_jit.backends.sm90.segments import SegmentMaps, SegmentTables, segment_layout
 from vsa_jit.backends.sm90.structs import KEY_TILE_BYTES, WORK_TILES, CoarseOutput, structures
-from vsa_jit.backends.sm90.tma import TensorRef, head_steps, token_tensor
+from vsa_jit.backends.sm90.tma import TensorRef, head_steps, token_map
 from vsa_jit.jit import driver
 from vsa_jit.problem import Operands, Problem, Side, axes
 
@@ -40,13 +40,23 @@ class Launch(NamedTuple):
         """A copy of the parameters, for one call."""
         return type(self.params).from_buffer_copy(self.params)
 
-    def make_maps(self, tensors: Sequence[Any], like: Tensor, tables: SegmentTables | None) -> Tensor | None:
-        """Makes the maps of tensors among the parameters of a call, if they are of segments.
+    def set_segments(
+        self, tables: SegmentTables | None, like: Tensor, layouts: Sequence[Any], tensors: Sequence[Any] = ()
+    ) -> Tensor | None:
+        """Says to layouts and tensors among the parameters of a call where their tables and their maps are.
+
+        Args:
+            tables: None where the tokens are no segments: then there is nothing to say.
+            like: a tensor of the call.
 
         Returns:
-            What must not be freed before the kernel is launched.
+            The maps, which it makes; they must not be freed before the kernel is launched.
         """
-        return None if self.maps is None or tables is None else self.maps.make(tensors, like, tables)
+        if tables is None:
+            return None
+        for layout in layouts:
+            layout.table = tables.boxes
+        return None if self.maps is None else self.maps.make(tensors, like, tables)
 
     def run(self, params: Any) -> None:
         self.launcher(self.blocks, params)
@@ -119,21 +129,22 @@ class SideView(NamedTuple):
         Args:
             channels, swizzle: of a box; if not given, those of the matrix units.
         """
+        steps = head_steps(self.problem, self.side, tensor)
         if self.side.segments is not None:
-            steps = head_steps(self.problem, self.side, tensor)
             return structures(segments=True).TokenTensor(steps=steps, num_maps=len(self.side.segments.segments))
-        return token_tensor(self.problem, self.side, self.view, dtype, device, tensor, channels, swizzle)
+        encoded = token_map(self.problem, self.side, self.view, dtype, device, tensor, channels, swizzle)
+        return structures(segments=False).TokenTensor(encoded, steps)
 
 
 def maps_of(
     problem: Problem,
-    tensors: dict[str, tuple[Side, TensorRef]],
+    tensors: Sequence[tuple[Side, TensorRef]],
     dtype: torch.dtype,
     device: int,
     channels: int = PANEL_CHANNELS,
     swizzle: int = driver.SWIZZLE_128B,
 ) -> SegmentMaps | None:
-    """The launch that makes the maps of a call's tensors, by their names; None where the tokens are no segments."""
+    """The launch that makes the maps of a call's tensors; None where the tokens are no segments."""
     if problem.queries.segments is None:
         return None
     return SegmentMaps.of(problem, tensors, dtype, device, channels, swizzle)
@@ -143,13 +154,6 @@ def tables_of(problem: Problem, like: Tensor) -> SegmentTables | None:
     """Where the tables of a call's segments are on the device of a tensor; None where the tokens are no segments."""
     segments = problem.queries.segments
     return None if segments is None else SegmentTables.of(segments, like.device)
-
-
-def set_tables(tables: SegmentTables | None, *layouts: Any) -> None:
-    """Says to layouts among a kernel's parameters where their tables are."""
-    if tables is not None:
-        for layout in layouts:
-            layout.table = tables.boxes
 
 
 def set_map(tables: SegmentTables | None, rows: Any, idx: Tensor, num: Tensor) -> None:

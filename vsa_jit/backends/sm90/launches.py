@@ -16,7 +16,6 @@ from vsa_jit.backends.sm90.launch import (
     maps_of,
     set_coarse,
     set_map,
-    set_tables,
     tables_of,
     token_strides,
 )
@@ -43,9 +42,8 @@ def block_means(
     params = launch.new_params()
     for operand, mean in zip(params.operands, (q_c, k_c, v_c), strict=True):
         operand.mean = None if mean is None else mean.data_ptr()
-    tables = tables_of(problem, q)
-    set_tables(tables, *params.layouts)
-    _maps = launch.make_maps([operand.tensor for operand in params.operands], q, tables)
+    tensors = [operand.tensor for operand in params.operands]
+    _maps = launch.set_segments(tables_of(problem, q), q, params.layouts, tensors)
     launch.run(params)
     return q_c, k_c, v_c
 
@@ -66,11 +64,11 @@ def _block_means_launch(
     queries = SideView(problem, problem.queries, q_sizes, padded=False)
     keys = SideView(problem, problem.keys, kv_sizes, padded=kv_sizes is not None)
     box = problem.head_dim, driver.SWIZZLE_NONE
-    tensors = {}
-    for operand, name, tensor, of in zip(params.operands, "qkv", (q, k, v), (queries, keys, keys), strict=True):
+    tensors = []
+    for operand, tensor, of in zip(params.operands, (q, k, v), (queries, keys, keys), strict=True):
         if tensor is not None:
             side = of.side
-            tensors[name] = side, tensor
+            tensors.append((side, tensor))
             operand.tensor = of.tensor(tensor, dtype, device, *box)
             operand.num_blocks, operand.heads = side.num_blocks, side.heads
             operand.num_items = problem.batch * side.heads * side.num_blocks
@@ -104,9 +102,8 @@ def attend(problem: Problem, operands: Operands, keep_out_s: bool) -> tuple[Tens
     )
     params = launch.new_params()
     tables = tables_of(problem, q)
-    set_tables(tables, params.queries, params.keys)
     set_map(tables, params.schedule.rows, q2k_idx, q2k_num)
-    _maps = launch.make_maps([params.q, params.k, params.v], q, tables)
+    _maps = launch.set_segments(tables, q, (params.queries, params.keys), (params.q, params.k, params.v))
     params.out, params.lse = out.data_ptr(), lse.data_ptr()
     if out_s is not None:
         params.out_s = out_s.data_ptr()
@@ -144,5 +141,5 @@ def _attend_launch(
     )
     params.out_strides[:] = token_strides(out_strides, queries.side)
     launcher = module.launcher(specialise.attend_forward(dtype, problem.head_dim, has_segments), device)
-    tensors = {"q": (queries.side, q), "k": (keys.side, k), "v": (keys.side, v)}
+    tensors = (queries.side, q), (keys.side, k), (keys.side, v)
     return Launch.of_work_tiles(params, launcher, device, maps=maps_of(problem, tensors, dtype, device))

@@ -75,15 +75,15 @@ def _work_tiles(problem: Problem, side: Side, device: int, consumers: int, boxes
     long_rows = 0 if side.segments is None else side.segments.num_context_blocks
     num_rows = side.num_blocks - long_rows
     first_heads, group_rows = _row_groups(num_rows, of_block, heads, processors, consumers)
-    partitions = [head_partition(num_rows, rows, of_block, consumers) for rows in (group_rows, max(1, group_rows - 1))]
+    # Those of segments say which rows they divide.
+    first_row = None if side.segments is None else long_rows
+    partitions = [
+        head_partition(num_rows, rows, of_block, consumers, first_row) for rows in (group_rows, max(1, group_rows - 1))
+    ]
     fields: dict[str, Any] = {"first_heads": first_heads, "num_work_tiles": 0}
     if side.segments is not None:
-        partitions = [
-            _partition_of_segments(partition, long_rows, side.num_blocks if num_rows > 0 else long_rows)
-            for partition in partitions
-        ]
-        of_long = head_partition(long_rows, consumers, of_block, consumers)
-        partitions.append(_partition_of_segments(of_long, 0, long_rows))
+        of_long = head_partition(long_rows, consumers, of_block, consumers, 0)
+        partitions.append(of_long)
         fields["num_long_tiles"] = fields["num_work_tiles"] = heads * of_long.query_groups.value if long_rows else 0
     fields["partitions"] = (type(partitions[0]) * len(partitions))(*partitions)
     if num_rows > 0:
@@ -91,12 +91,6 @@ def _work_tiles(problem: Problem, side: Side, device: int, consumers: int, boxes
         others = (heads - first_heads) * partitions[1].query_groups.value
         fields["num_work_tiles"] += fields["first_groups"] + others
     return fields
-
-
-def _partition_of_segments(partition: Any, first_row: int, end_row: int) -> Any:
-    """The same of some rows, in the order in which those of segments are taken."""
-    rest = {name: getattr(partition, name) for name, _ in partition._fields_}
-    return structures(segments=True).HeadPartition(first_row=first_row, end_row=end_row, **rest)
 
 
 def max_list_length(rows: Side, columns: Side, width: int, consumers: int) -> int:
@@ -110,19 +104,21 @@ def max_list_length(rows: Side, columns: Side, width: int, consumers: int) -> in
     return min(num_rows * width, columns.num_blocks) * boxes
 
 
-def head_partition(num_rows: int, group_rows: int, of_block: int, consumers: int) -> Any:
+def head_partition(num_rows: int, group_rows: int, of_block: int, consumers: int, first_row: int | None = None) -> Any:
     """How the rows of a head are divided into row groups of at most ``group_rows``, and those into windows.
 
     Args:
         of_block: consumers that a block needs.
         consumers: of a thread block.
+        first_row: of segments, the first of the rows in the order in which they are taken.
     """
     groups = max(1, -(-num_rows // group_rows))
     windows = -(-groups // (WINDOW_ROWS // consumers))
     # Where a block needs several consumers, only the last row group of a head is shorter: the others leave none idle.
     rows = divmod(num_rows, groups) if of_block == 1 else (group_rows, 0)
-    fields = divisor(groups * of_block), *rows, divisor(windows), *divmod(groups, windows)
-    return structures(segments=False).HeadPartition(*fields)
+    bounds = () if first_row is None else (first_row, first_row + num_rows)
+    fields = divisor(groups * of_block), *bounds, *rows, divisor(windows), *divmod(groups, windows)
+    return structures(first_row is not None).HeadPartition(*fields)
 
 
 def _row_groups(num_rows: int, of_block: int, heads: int, processors: int, consumers: int) -> tuple[int, int]:

@@ -20,7 +20,7 @@ from vsa_jit.segments import Segment, Segments
 from vsa_jit.tables import on_device
 
 TENSOR_MAP_BYTES = ctypes.sizeof(driver.TensorMap)
-# What 16 bits of a box's record count, and coordinates of a video's tiles.
+# What 16 bits of a box's record count.
 LONGEST_SIDE = (1 << 16) - 1
 # A box of plain tokens, as TMA loads it.
 PLAIN_BOX = (1, 1, BOX_TOKENS)
@@ -124,13 +124,8 @@ def _boxes_of(segment: Segment, tile: tuple[int, int, int]) -> tuple[Sequence[Te
 
 
 class SegmentMaps(NamedTuple):
-    """The launch that makes the tensor maps of some tensors, but for the addresses that every call has anew.
+    """The launch that makes the tensor maps of some tensors, but for the addresses that every call has anew."""
 
-    Attributes:
-        names: of the tensors among a kernel's parameters.
-    """
-
-    names: tuple[str, ...]
     params: SegmentMapsParams
     launcher: driver.Launcher
 
@@ -138,15 +133,15 @@ class SegmentMaps(NamedTuple):
     def of(
         cls,
         problem: Problem,
-        tensors: dict[str, tuple[Side, TensorRef]],
+        tensors: Sequence[tuple[Side, TensorRef]],
         dtype: torch.dtype,
         device: int,
         channels: int,
         swizzle: int,
     ) -> SegmentMaps:
-        """That of some tensors under their names, whose boxes have so many ``channels`` of a head."""
+        """That of tensors whose boxes have so many ``channels`` of a head."""
         params = SegmentMapsParams(num_tensors=len(tensors))
-        for mapped, (side, tensor) in zip(params.tensors, tensors.values(), strict=False):
+        for mapped, (side, tensor) in zip(params.tensors, tensors, strict=False):
             assert side.segments is not None
             params.num_segments = len(side.segments.segments)
             views = View(side.tile, side.tile, box_of(side.tile)), View(PLAIN_BOX, PLAIN_BOX, PLAIN_BOX)
@@ -155,7 +150,7 @@ class SegmentMaps(NamedTuple):
             )
             mapped.address = tensor[0]
             mapped.token_bytes = tensor[1][axes(side.layout)[2]] * dtype.itemsize if side.length > 1 else 0
-        return cls(tuple(tensors), params, module.launcher(specialise.segment_maps(), device))
+        return cls(params, module.launcher(specialise.segment_maps(), device))
 
     def make(self, of_kernel: Sequence[Any], like: Tensor, tables: SegmentTables) -> Tensor:
         """Launches, and says to a kernel where the maps are.

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple, TypeAlias
+from typing import NamedTuple, TypeAlias
 
 import torch
 from torch import Tensor
 
 from vsa_jit.backends.sm90.layout import View
-from vsa_jit.backends.sm90.structs import HeadSteps, structures
-from vsa_jit.jit.driver import SWIZZLE_NONE, TensorMap, encode_tensor_map
+from vsa_jit.backends.sm90.structs import HeadSteps
+from vsa_jit.jit.driver import TensorMap, encode_tensor_map
 from vsa_jit.problem import Problem, Side, axes
 
 INT32_MAX = 2**31 - 1
@@ -54,26 +54,6 @@ def heads_of(batch: int, heads: int, head_dim: int, batch_stride: int, head_stri
     return Heads((batch - 1) * batch_stride + head_dim, heads, head_stride, 0, 1, batch_stride, 0)
 
 
-def token_tensor(
-    problem: Problem,
-    side: Side,
-    view: View,
-    dtype: torch.dtype,
-    device: int,
-    tensor: TensorRef,
-    channels: int,
-    swizzle: int = SWIZZLE_NONE,
-) -> Any:
-    """The tensor map of q, k, v or a tensor like them, and where in it the heads are.
-
-    Args:
-        side: whose tensor it is.
-        channels: how many of a head's a box has.
-    """
-    encoded = token_map(problem, side, view, dtype, device, tensor, channels, swizzle)
-    return structures(segments=False).TokenTensor(encoded, head_steps(problem, side, tensor))
-
-
 def _heads_of(problem: Problem, side: Side, tensor: TensorRef) -> Heads:
     _, strides = tensor
     batch_stride, head_stride, _, _ = (strides[axis] for axis in axes(side.layout))
@@ -96,7 +76,12 @@ def token_map(
     channels: int,
     swizzle: int,
 ) -> TensorMap:
-    """The tensor map of a tensor whose tokens TMA sees as a video."""
+    """The tensor map of q, k, v or a tensor like them.
+
+    Args:
+        side: whose tensor it is; ``view`` is how TMA sees its tokens.
+        channels: how many of a head's a box has.
+    """
     address, strides = tensor
     # Of a single token any stride does, but not to TMA.
     token_stride = strides[axes(side.layout)[2]] if side.length > 1 else problem.head_dim
