@@ -33,6 +33,9 @@ KERNELS = {
     for kernel in kernels_of(dtype, head_dim, segments=segments)
 }
 
+# Both compilers have the same ptxas: one of them takes what differs little from the others.
+KERNELS_OF_NVCC = [label for label in KERNELS if not ("fp16" in label or label.endswith("D=64, segments"))]
+
 
 def check_resources(log: str, kernel) -> None:
     """Checks what ptxas says of a kernel: "N bytes stack frame, N bytes spill stores, N bytes spill loads"."""
@@ -93,7 +96,7 @@ def test_nvrtc(label, tmp_path):
         check_operands_stay(disassembled("nvdisasm", tmp_path / "whole"))
 
 
-@pytest.mark.parametrize("label", KERNELS)
+@pytest.mark.parametrize("label", KERNELS_OF_NVCC)
 def test_nvcc(label, tmp_path):
     try:
         nvcc = toolchain.find_nvcc()

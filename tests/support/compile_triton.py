@@ -64,26 +64,31 @@ FLOATS = {"gate_value", "scale", "scale_log2"}
 TILES = {64: (4, 4, 4), 128: (2, 8, 8), 192: (4, 6, 8), 256: (4, 8, 8)}
 PLAIN, RASTER, SEGMENTS = "plain", "raster", "segments"
 # Block size, head dimension, dtype, order of tokens, mask. These are compiled to machine code for every architecture,
-# and other variants of the attention for the reference. What else is unusual is compiled until its memory is known.
+# and those of the reference for it. What else is unusual is compiled until its memory is known.
 USUAL = (
     (64, 128, torch.bfloat16, PLAIN, False),
     (256, 128, torch.bfloat16, RASTER, True),
+)
+USUAL_OF_REFERENCE = (
+    *USUAL,
+    (64, 64, torch.float32, PLAIN, False),
+    (64, 256, torch.bfloat16, PLAIN, False),
+    (192, 96, torch.bfloat16, RASTER, True),
     (64, 128, torch.bfloat16, SEGMENTS, True),
 )
 # What between them takes every choice of tiles.
 EVERY = (
-    *USUAL,
-    (64, 64, torch.float32, PLAIN, False),
+    *USUAL_OF_REFERENCE,
     (128, 128, torch.bfloat16, PLAIN, False),
     (256, 64, torch.bfloat16, PLAIN, False),
-    (64, 256, torch.bfloat16, PLAIN, False),
     (128, 256, torch.bfloat16, PLAIN, False),
     (64, 128, torch.float32, PLAIN, False),
     (128, 256, torch.float32, PLAIN, False),
-    (192, 96, torch.bfloat16, RASTER, True),
     (64, 128, torch.float16, RASTER, True),
     (256, 128, torch.bfloat16, PLAIN, True),
-    (256, 128, torch.bfloat16, SEGMENTS, True),
+)
+# For the reference alone: they have the tiles of a raster, and need as much memory but for a word.
+EVERY_SEGMENTS = (
     (256, 128, torch.bfloat16, SEGMENTS, False),
     (192, 96, torch.float16, SEGMENTS, True),
     (64, 256, torch.bfloat16, SEGMENTS, True),
@@ -106,7 +111,6 @@ EVERY_ROWS = (
 USUAL_ROWS = (
     (64, 128, torch.bfloat16, PLAIN, False),
     (64, 128, torch.float16, RASTER, True),
-    (64, 128, torch.bfloat16, SEGMENTS, True),
 )
 # What the kernels do without where the tokens are not segments.
 NO_SEGMENTS = {"Blocks": None, "Ranges": None, "NumRanges": None}
@@ -251,10 +255,10 @@ def compiled_for_others(capability: int, variant: tuple) -> list:
 
 def main(capability: int) -> None:
     is_reference = capability == REFERENCE
-    for variant in EVERY:
+    for variant in (*EVERY, *EVERY_SEGMENTS) if is_reference else EVERY:
         compiled = [] if variant in USUAL else compiled_for_others(capability, variant)
         kernels = [kernel for kernel in attend_kernels(ARCHITECTURES[capability], *variant) if kernel not in compiled]
-        report_all(kernels, variant, capability, is_reference or variant in USUAL)
+        report_all(kernels, variant, capability, variant in (USUAL_OF_REFERENCE if is_reference else USUAL))
     for variant in EVERY_ROWS if is_reference else USUAL_ROWS:
         report_all(row_kernels(*variant), variant, capability, variant in USUAL_ROWS)
     for kernel, constants in selection_kernels(EVERY_SELECTION if is_reference else EVERY_SELECTION[-1:]):
