@@ -1,12 +1,13 @@
 // Means of the valid tokens of every block of q, k and v, in one launch.
 //
-// A thread block is one warp and takes one block of tokens: TMA loads its boxes one after the other, and the warp sums them. A
-// multiprocessor holds so many of these warps that the loads of some overlap with the sums of others.
+// Persistent thread blocks take a block of tokens for each of kConsumers warps at a time. One more warp loads their boxes into
+// a ring of stages, a box for each consumer in turn.
 //
-// Specialised at compile time: VSA_DTYPE (bf16, half), VSA_HEAD_DIM (64, 128).
+// Specialised at compile time: VSA_DTYPE (bf16, half), VSA_HEAD_DIM (64, 128), VSA_CONSUMERS and VSA_STAGES, a multiple of
+// that.
 #include "kittens/instructions.cuh"
-#include "vsa/layout.cuh"
 #include "vsa/params.cuh"
+#include "vsa/pipeline.cuh"
 
 using namespace kittens;
 
@@ -14,6 +15,9 @@ namespace {
 
 using element = VSA_DTYPE;
 constexpr int kHeadDim = VSA_HEAD_DIM;
+constexpr int kConsumers = VSA_CONSUMERS;
+constexpr int kStages = VSA_STAGES;
+static_assert(kStages % kConsumers == 0);
 constexpr int kBoxBytes = kBoxTokens * kHeadDim * sizeof(element);
 
 // A lane reads 16 bytes of a token; one load of the warp covers kRows tokens.
@@ -24,7 +28,7 @@ constexpr int kRows = kWarpThreads / kLanesPerRow;
 // One of q, k and v.
 struct Operand {
     TokenTensor tensor;
-    float* mean;    // [batch, heads, num_blocks, kHeadDim]
+    float* mean;  // [batch, heads, num_blocks, kHeadDim]
     int num_items;  // blocks of all heads, 0 where the operand is missing
     int num_blocks, heads;
 };
@@ -32,49 +36,90 @@ struct Operand {
 struct Params {
     Operand operands[3];
     TokenLayout layouts[2];  // of q, and of k and v
-    int heads_first;         // consecutive items are heads of one block, not blocks of one head
+    int heads_first;  // consecutive items are heads of one block, not blocks of one head
 };
 
 VSA_CHECK_PARAMS;
 
-struct SharedStorage {
-    alignas(128) uint4 box[kBoxTokens][kLanesPerRow];
-    semaphore full;
+// What a consumer is told of a box.
+struct BoxInfo {
+    float* mean;  // of its block, null: there is no block
+    int count;    // its valid tokens
+    int rows;     // it has none from there on
 };
-static_assert(sizeof(SharedStorage) == VSA_SMEM_BYTES, "the host launches with other shared memory");
 
-}  // namespace
+struct SharedStorage {
+    alignas(128) uint4 boxes[kStages][kBoxTokens][kLanesPerRow];
+    BoxInfo info[kStages];
+    StageBarriers<kStages> barriers;
+};
+static_assert(sizeof(SharedStorage) <= VSA_SMEM_BYTES, "the host launches with less shared memory");
 
-extern "C" __global__ void __launch_bounds__(kWarpThreads) block_means(const __grid_constant__ Params params) {
-    extern __shared__ __align__(128) uint8_t raw[];
-    SharedStorage& shared = *reinterpret_cast<SharedStorage*>(raw);
-    const int lane = threadIdx.x;
-    if (lane == 0) {
-        init_semaphore(shared.full, 1);
-        fence_init_semaphores();
+// A block of tokens of one head of q, k or v.
+struct Item {
+    int which;  // of the operands; 3: there are no more items
+    int batch, head, block;
+
+    __device__ __forceinline__ Item(const Params& params, int number) : which(0) {
+        while (which < 3 && number >= params.operands[which].num_items) number -= params.operands[which++].num_items;
+        if (which == 3) return;
+        const int heads = params.operands[which].heads, num_blocks = params.operands[which].num_blocks;
+        if (params.heads_first) {
+            head = number % heads;
+            block = number / heads % num_blocks;
+        } else {
+            block = number % num_blocks;
+            head = number / num_blocks % heads;
+        }
+        batch = number / (heads * num_blocks);
     }
-    __syncwarp();
+};
 
-    // Which block of which operand
-    int item = blockIdx.x, which = 0;
-    while (item >= params.operands[which].num_items) item -= params.operands[which++].num_items;
-    const Operand& operand = params.operands[which];
-    const TokenLayout& layout = params.layouts[which > 0];
-    int head, block, batch;
-    if (params.heads_first) {
-        head = item % operand.heads;
-        block = item / operand.heads % operand.num_blocks;
-        batch = item / operand.heads / operand.num_blocks;
-    } else {
-        block = item % operand.num_blocks;
-        head = item / operand.num_blocks % operand.heads;
-        batch = item / operand.num_blocks / operand.heads;
+// The warp that loads. A lane finds out all that is to be known of one of the next boxes; then lanes load their boxes in turn.
+__device__ __forceinline__ void load_boxes(const Params& params, SharedStorage& shared, int num_boxes) {
+    acquire_maps(params.operands[0].tensor, params.operands[1].tensor, params.operands[2].tensor);
+    const int lane = laneid(), boxes = params.layouts[0].boxes.value;
+    for (int first = 0; first < num_boxes; first += kWarpThreads) {
+        const int own = (first + lane) / kConsumers, consumer = (first + lane) % kConsumers;
+        const int round = own / boxes, box = own % boxes;
+        const Item item(params, blockIdx.x + (round * kConsumers + consumer) * num_thread_blocks());
+        BoxInfo info = {};
+        BoxOrigin origin = {};
+        if (item.which < 3) {
+            const Operand& operand = params.operands[item.which];
+            const TokenLayout& layout = params.layouts[item.which > 0];
+            origin = origin_of_box(layout, item.block, box);
+            // Rows past a block's size hold anything, and those outside a video or a segment arrive as zeros.
+            const BoxTokens tokens(layout, item.block, box, origin);
+            const int64_t index = (int64_t(item.batch) * operand.heads + item.head) * operand.num_blocks + item.block;
+            info = {operand.mean + index * kHeadDim, tokens.count(layout), tokens.end(layout)};
+        }
+        const int count = min(kWarpThreads, num_boxes - first);
+        for (int i = 0; i < count; ++i) {
+            const PipelineState<kStages> state(first + i);
+            wait(shared.barriers.empty[state.index], state.phase ^ 1);
+            // Every lane has seen the phase before the load can lead to the next one.
+            __syncwarp();
+            if (lane != i) continue;
+            semaphore& full = shared.barriers.full[state.index];
+            shared.info[state.index] = info;
+            if (info.count == 0) {
+                arrive(full);
+            } else {
+                const TokenTensor& tensor = params.operands[item.which].tensor;
+                tma::expect_bytes(full, kBoxBytes);
+                tma::load_async(shared.boxes[state.index], tensor.map_of(origin), tensor.at(item.batch, item.head, origin),
+                                full);
+            }
+        }
     }
+}
 
-    const int column = lane % kLanesPerRow, row = lane / kLanesPerRow;
-    float sum[kVector] = {};
+// Adds the rows of a box to the sums of this lane's channels.
+__device__ __forceinline__ void add_rows(float (&sum)[kVector], const uint4 (&box)[kBoxTokens][kLanesPerRow], int rows) {
+    const int column = laneid() % kLanesPerRow, row = laneid() / kLanesPerRow;
     const auto add = [&](int token) {
-        const uint4 words = shared.box[token][column];
+        const uint4 words = box[token][column];
         const uint32_t word[4] = {words.x, words.y, words.z, words.w};
 #pragma unroll
         for (int i = 0; i < 4; ++i) {
@@ -83,47 +128,70 @@ extern "C" __global__ void __launch_bounds__(kWarpThreads) block_means(const __g
             sum[2 * i + 1] += pair.y;
         }
     };
-
-    if (lane == 0) operand.tensor.acquire_map_of(origin_of_box(layout, block, 0));
-    __syncwarp();
-    int phase = 0, count = 0;
-    for (int box = 0; box < layout.boxes.value; ++box) {
-        const BoxOrigin origin = origin_of_box(layout, block, box);
-        // Rows past a block's size hold anything, and those outside a video or a segment arrive as zeros.
-        const BoxTokens tokens(layout, block, box, origin);
-        const int valid = tokens.count(layout), rows = tokens.end(layout);
-        if (valid == 0) continue;
-        count += valid;
-        if (lane == 0) {
-            const coordinates from = operand.tensor.at(batch, head, origin);
-            const tensor_map& map = operand.tensor.map_of(origin);
-            tma::expect_bytes(shared.full, kBoxBytes);
-            tma::load_async(shared.box, map, from, shared.full);
-        }
-        wait(shared.full, phase);
-        phase ^= 1;
-        if (rows == kBoxTokens) {
+    if (rows == kBoxTokens) {
 #pragma unroll
-            for (int token = 0; token < kBoxTokens; token += kRows) add(token + row);
-        } else {
-            for (int token = row; token < rows; token += kRows) add(token);
-        }
-        __syncwarp();
+        for (int token = 0; token < kBoxTokens; token += kRows) add(token + row);
+    } else {
+        for (int token = row; token < rows; token += kRows) add(token);
     }
+}
 
+__device__ __forceinline__ void store_mean(float* mean, float (&sum)[kVector], int count) {
     // The lanes that hold other rows of the same channels add up.
 #pragma unroll
     for (int step = kLanesPerRow; step < kWarpThreads; step *= 2) {
 #pragma unroll
         for (float& s : sum) s += __shfl_xor_sync(kAllLanes, s, step);
     }
-    if (row == 0) {
-        const float share = 1.0f / max(count, 1);
-        const int64_t index = (int64_t(batch) * operand.heads + head) * operand.num_blocks + block;
-        float4* mean = reinterpret_cast<float4*>(operand.mean + index * kHeadDim + column * kVector);
+    if (laneid() >= kLanesPerRow) return;
+    const float share = 1.0f / max(count, 1);
+    float4* out = reinterpret_cast<float4*>(mean + laneid() * kVector);
 #pragma unroll
-        for (int i = 0; i < kVector; i += 4) {
-            mean[i / 4] = {sum[i] * share, sum[i + 1] * share, sum[i + 2] * share, sum[i + 3] * share};
+    for (int i = 0; i < kVector; i += 4) {
+        out[i / 4] = {sum[i] * share, sum[i + 1] * share, sum[i + 2] * share, sum[i + 3] * share};
+    }
+}
+
+__device__ __forceinline__ void consume(const Params& params, SharedStorage& shared, int consumer, int num_boxes) {
+    for (int number = consumer; number < num_boxes;) {
+        float sum[kVector] = {};
+        float* mean = nullptr;
+        int count = 0;
+        for (int box = 0; box < params.layouts[0].boxes.value; ++box, number += kConsumers) {
+            const PipelineState<kStages> state(number);
+            wait(shared.barriers.full[state.index], state.phase);
+            const BoxInfo info = shared.info[state.index];
+            if (info.count > 0) add_rows(sum, shared.boxes[state.index], info.rows);
+            __syncwarp();
+            release(shared.barriers.empty[state.index]);
+            mean = info.mean;
+            count += info.count;
         }
+        if (mean != nullptr) store_mean(mean, sum, count);
+    }
+}
+
+}  // namespace
+
+extern "C" __global__ void __launch_bounds__((kConsumers + 1) * kWarpThreads)
+    block_means(const __grid_constant__ Params params) {
+    extern __shared__ __align__(128) uint8_t raw[];
+    SharedStorage& shared = *reinterpret_cast<SharedStorage*>(raw);
+    if (threadIdx.x == 0) {
+        init_stage_barriers(shared.barriers, 1, 1);
+        fence_init_semaphores();
+    }
+    __syncthreads();
+
+    int num_items = 0;
+    for (const Operand& operand : params.operands) num_items += operand.num_items;
+    // Rounded up.
+    const int items_per_round = num_thread_blocks() * kConsumers;
+    const int rounds = (num_items - int(blockIdx.x) + items_per_round - 1) / items_per_round;
+    const int num_boxes = rounds * params.layouts[0].boxes.value * kConsumers;
+    if (warpid() == kConsumers) {
+        load_boxes(params, shared, num_boxes);
+    } else {
+        consume(params, shared, warpid(), num_boxes);
     }
 }

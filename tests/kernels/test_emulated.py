@@ -99,6 +99,35 @@ def test_block_means(monkeypatch, case, dtype, head_dim, processors):
     check_means(problem, inputs, results)
 
 
+MISTAKES_OF_MEANS = {
+    "a box is given back while it is read": (
+        "block_means.cu",
+        "if (info.count > 0) add_rows(",
+        "if (MISTAKE) release(shared.barriers.empty[state.index]);\n            if (info.count > 0) add_rows(",
+        "__syncwarp();\n            release(shared.barriers.empty[state.index]);",
+        "__syncwarp();\n            if (!MISTAKE) release(shared.barriers.empty[state.index]);",
+    ),
+    "a late lane misses that a stage is free": (
+        "block_means.cu",
+        "wait(shared.barriers.empty[state.index], state.phase ^ 1);\n            __syncwarp();",
+        "wait(shared.barriers.empty[state.index], state.phase ^ 1);\n            if (!MISTAKE) __syncwarp();",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", MISTAKES_OF_MEANS)
+def test_the_emulator_finds_of_means(monkeypatch, tmp_path_factory, name):
+    sources = emulate.with_mistakes(MISTAKES_OF_MEANS, tmp_path_factory.mktemp("means"))
+    inputs = Inputs(Case("mistaken", q_len=1000, heads=3, head_dim=64), "cpu", torch.bfloat16)
+    problem, operands = problem_of(inputs), operands_of(inputs, *inputs.uneven_indices()[:2])
+
+    def block_means(mistake):
+        emulate.emulate(monkeypatch, 2, sources, mistake)
+        return launches.block_means(problem, operands.q, operands.k, operands.v, None, None)
+
+    emulate.expect_to_find(block_means, list(MISTAKES_OF_MEANS).index(name) + 1)
+
+
 @pytest.mark.parametrize("block", [64, 128])
 def test_a_key_block_that_does_not_exist_spoils_its_rows_only(monkeypatch, block):
     emulate.emulate(monkeypatch, 200)

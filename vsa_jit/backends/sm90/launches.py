@@ -76,7 +76,8 @@ def _block_means_launch(
     _, head_axis, token_axis, _ = axes(problem.queries.layout)
     _, strides = q
     params.heads_first = strides[head_axis] < strides[token_axis]
-    blocks = sum(operand.num_items for operand in params.operands)
+    items = sum(operand.num_items for operand in params.operands)
+    blocks = min(items, torch.cuda.get_device_properties(device).multi_processor_count)
     launcher = module.launcher(specialise.block_means(dtype, problem.head_dim, has_segments), device)
     return Launch(params, blocks, launcher, maps=maps_of(problem, tensors, dtype, device, *box))
 

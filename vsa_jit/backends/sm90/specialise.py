@@ -38,8 +38,9 @@ ONE_PASS_BLOCK = 128
 # Key blocks whose inverse a thread block makes at a time.
 INVERSE_SLICE = 8192
 FLOAT_BYTES = 4
-# Of the block means beside the box: the barrier, and what aligns the structure.
-MEANS_SMEM_BESIDE_BOX = 128
+# Of the block means: warps that sum, and shared memory beside the boxes: barriers, and what is said of the boxes.
+MEANS_CONSUMERS = 6
+MEANS_SMEM_BESIDE_BOXES = 1024
 
 
 def kernels_of(dtype: torch.dtype, head_dim: int, block: int | None = None, segments: bool = False) -> list[Kernel]:
@@ -73,14 +74,16 @@ def _box_bytes(dtype: torch.dtype, columns: int) -> int:
 
 @functools.cache
 def block_means(dtype: torch.dtype, head_dim: int, segments: bool = False) -> Kernel:
+    box_bytes = _box_bytes(dtype, head_dim)
+    stages = (MAX_SHARED_MEMORY - MEANS_SMEM_BESIDE_BOXES) // box_bytes // MEANS_CONSUMERS * MEANS_CONSUMERS
     return Kernel(
         source="vsa/block_means.cu",
         entry="block_means",
         label=_label("block means", dtype, head_dim, segments),
-        defines=_defines(dtype, head_dim, segments),
+        defines=_defines(dtype, head_dim, segments, VSA_CONSUMERS=MEANS_CONSUMERS, VSA_STAGES=stages),
         params=structs.structures(segments).BlockMeansParams,
-        threads=WARP_THREADS,
-        smem_bytes=_box_bytes(dtype, head_dim) + MEANS_SMEM_BESIDE_BOX,
+        threads=(MEANS_CONSUMERS + 1) * WARP_THREADS,
+        smem_bytes=stages * box_bytes + MEANS_SMEM_BESIDE_BOXES,
     )
 
 
