@@ -41,7 +41,7 @@ def test_boxes_tile_a_block(tile):
     assert all(side % part == 0 for side, part in zip(tile, box, strict=True))
 
 
-def launched(monkeypatch, problem: Problem, x: Tensor):
+def launched(monkeypatch, problem: Problem, x: Tensor, processors: int = 132):
     """The parameters of the launch for q = k = v, with the tensor maps as they were asked for."""
     maps = []
 
@@ -51,6 +51,8 @@ def launched(monkeypatch, problem: Problem, x: Tensor):
 
     monkeypatch.setattr(tma, "encode_tensor_map", encode_tensor_map)
     monkeypatch.setattr(launches.module, "launcher", lambda kernel, device: None)
+    properties = SimpleNamespace(multi_processor_count=processors)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: properties)
     launch = launches._block_means_launch.__wrapped__(problem, x.dtype, 0, *[tensor_ref(x)] * 3, None, None)
     return launch, maps
 
@@ -72,7 +74,6 @@ def test_coordinates_reach_the_tokens_of_each_block(monkeypatch, memory, batch, 
     assert all(0 < side <= 256 for side in box)
     assert all(stride * 2 % 16 == 0 and stride < 2**39 for stride in strides)
     layout, steps = launch.params.layouts[0], launch.params.operands[0].tensor.steps
-    assert launch.blocks == 3 * batch * heads * problem.queries.num_blocks
 
     memory_of = torch.as_strided(x, (x.untyped_storage().size() // 2,), (1,), 0)
     tokens = block_tokens(side, None, torch.device("cpu"))
@@ -93,6 +94,16 @@ def test_coordinates_reach_the_tokens_of_each_block(monkeypatch, memory, batch, 
         assert len(offsets) == len(expected)
         got = torch.stack([memory_of[offset : offset + 64] for offset in offsets])
         assert torch.equal(got, expected)
+
+
+@pytest.mark.parametrize(("processors", "blocks"), [(132, 132), (144, 144), (200, 144)])
+def test_no_thread_block_is_without_a_block_of_tokens(monkeypatch, processors, blocks):
+    x = tensor("bhsd", 2, 3, 210, 64)
+    side = Side(3, 210, (4, 4, 4), (5, 6, 7), "bhsd")
+    assert side.num_blocks == 8
+    launch, _ = launched(monkeypatch, Problem(2, 64, side, side, 0.1), x, processors)
+    # Of q, k and v there are 3 · 2 · 3 · 8 = 144.
+    assert launch.blocks == blocks
 
 
 def test_where_heads_are_neighbours_they_come_first(monkeypatch):

@@ -89,7 +89,7 @@ def test_the_coarse_output_is_added(monkeypatch, layout, gate):
 
 
 @pytest.mark.parametrize(("dtype", "head_dim", "processors"), KINDS, ids=str)
-@pytest.mark.parametrize("case", [case for case in CASES if case.name.startswith("64")], ids=lambda case: case.name)
+@pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
 def test_block_means(monkeypatch, case, dtype, head_dim, processors):
     emulate.emulate(monkeypatch, processors)
     inputs = Inputs(replace(case, head_dim=head_dim), "cpu", dtype)
