@@ -17,6 +17,7 @@ using element = VSA_DTYPE;
 constexpr int kHeadDim = VSA_HEAD_DIM;
 constexpr int kConsumers = VSA_CONSUMERS;
 constexpr int kStages = VSA_STAGES;
+// A stage is read by the same consumer every time: another one would not have seen its phases.
 static_assert(kStages % kConsumers == 0);
 constexpr int kBoxBytes = kBoxTokens * kHeadDim * sizeof(element);
 

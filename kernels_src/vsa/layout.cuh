@@ -4,7 +4,7 @@
 //
 //   BoxOrigin                               where a box starts, as TMA takes it
 //   TokenTensor::at, map_of                 its coordinates and its tensor map
-//   TokenTensor::acquire_maps, _map_of      before the first copy by a map
+//   TokenTensor::acquire_maps               before the first copy by a map
 //   TokenLayout                             how the tokens are cut into blocks and boxes
 //   origin_of_box, valid_tokens             of a box: where it starts, and which of its tokens are valid, packed into a word
 //   is_valid, is_empty                      of such a word; 0 is kWholeBox

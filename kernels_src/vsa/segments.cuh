@@ -32,7 +32,6 @@ struct TokenTensor {
         for (int i = kittens::laneid(); i < num_maps; i += kittens::kWarpThreads) kittens::tma::acquire_map(maps + i);
         __syncwarp();
     }
-    __device__ __forceinline__ void acquire_map_of(const BoxOrigin& box) const { kittens::tma::acquire_map(&map_of(box)); }
     __device__ __forceinline__ kittens::coordinates at(int batch, int head, const BoxOrigin& box) const {
         return steps.at(batch, head, box.t, box.h, box.w);
     }

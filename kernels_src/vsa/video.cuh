@@ -14,7 +14,6 @@ struct TokenTensor {
         return steps.at(batch, head, box.t, box.h, box.w);
     }
     __device__ __forceinline__ void acquire_maps() const {}
-    __device__ __forceinline__ void acquire_map_of(const BoxOrigin&) const {}
     __device__ __forceinline__ const kittens::tensor_map& map_of(const BoxOrigin&) const { return map; }
 };
 
