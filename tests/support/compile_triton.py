@@ -116,7 +116,8 @@ USUAL_ROWS = (
 # What the kernels do without where the tokens are not segments.
 NO_SEGMENTS = {"Blocks": None, "Ranges": None, "NumRanges": None}
 # Columns and warps.
-EVERY_SELECTION = ((64, 1), (1024, 1), (4096, 2))
+USUAL_SELECTION = ((1024, 1),)
+EVERY_SELECTION = ((64, 1), *USUAL_SELECTION, (4096, 2))
 
 
 def constants_of(block: int, head_dim: int, dtype: torch.dtype, order: str, masked: bool) -> dict:
@@ -262,10 +263,10 @@ def main(capability: int) -> None:
         report_all(kernels, variant, capability, variant in (USUAL_OF_REFERENCE if is_reference else USUAL))
     for variant in EVERY_ROWS if is_reference else USUAL_ROWS:
         report_all(row_kernels(*variant), variant, capability, variant in USUAL_ROWS)
-    for kernel, constants in selection_kernels(EVERY_SELECTION if is_reference else EVERY_SELECTION[-1:]):
+    for kernel, constants in selection_kernels(EVERY_SELECTION if is_reference else USUAL_SELECTION):
         report(kernel, constants, torch.float32, capability, f"{constants['COLUMNS']} columns", whole=True)
     report(find_runs_kernel, {"ROWS": 512, "num_warps": 4}, torch.float32, capability, "512 rows", whole=True)
-    for kernel, constants in product_kernels():
+    for kernel, constants in () if capability in LIKE_REFERENCE else product_kernels():
         report(kernel, constants, torch.float32, capability, f"depth {constants['BLOCK_K']}", whole=True)
 
 
