@@ -75,8 +75,7 @@ class Launch(NamedTuple):
         Args:
             blocks_per_processor: thread blocks that a multiprocessor runs at a time.
         """
-        processors = torch.cuda.get_device_properties(device).multi_processor_count
-        blocks = min(blocks_per_processor * processors, params.schedule.num_work_tiles)
+        blocks = persistent_blocks(device, params.schedule.num_work_tiles, blocks_per_processor)
         return cls(params, blocks, launcher, blocks * WORK_TILES * params.lists.length * KEY_TILE_BYTES, maps)
 
     def run_work_tiles(self, params: Any, q: Tensor, counter: int | None = None) -> None:
@@ -92,6 +91,11 @@ class Launch(NamedTuple):
             driver.fill(q.get_device(), counter, 0)
         params.schedule.taken = counter
         self.launcher(self.blocks, params)
+
+
+def persistent_blocks(device: int, items: int, blocks_per_processor: int = 1) -> int:
+    """Thread blocks of a kernel that takes item after item: as many as the GPU runs at a time, each with an item."""
+    return min(blocks_per_processor * torch.cuda.get_device_properties(device).multi_processor_count, items)
 
 
 class SideView(NamedTuple):

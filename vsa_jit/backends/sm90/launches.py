@@ -14,6 +14,7 @@ from vsa_jit.backends.sm90.launch import (
     Launch,
     SideView,
     maps_of,
+    persistent_blocks,
     set_coarse,
     set_map,
     tables_of,
@@ -76,8 +77,7 @@ def _block_means_launch(
     _, head_axis, token_axis, _ = axes(problem.queries.layout)
     _, strides = q
     params.heads_first = strides[head_axis] < strides[token_axis]
-    items = sum(operand.num_items for operand in params.operands)
-    blocks = min(items, torch.cuda.get_device_properties(device).multi_processor_count)
+    blocks = persistent_blocks(device, sum(operand.num_items for operand in params.operands))
     launcher = module.launcher(specialise.block_means(dtype, problem.head_dim, has_segments), device)
     return Launch(params, blocks, launcher, maps=maps_of(problem, tensors, dtype, device, *box))
 
