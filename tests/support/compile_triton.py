@@ -113,6 +113,7 @@ USUAL_ROWS = (
     (64, 128, torch.bfloat16, PLAIN, False),
     (64, 128, torch.float16, RASTER, True),
 )
+USUAL_ROWS_OF_REFERENCE = (*USUAL_ROWS, (64, 128, torch.bfloat16, SEGMENTS, True))
 # What the kernels do without where the tokens are not segments.
 NO_SEGMENTS = {"Blocks": None, "Ranges": None, "NumRanges": None}
 # Columns and warps.
@@ -262,7 +263,7 @@ def main(capability: int) -> None:
         kernels = [kernel for kernel in attend_kernels(ARCHITECTURES[capability], *variant) if kernel not in compiled]
         report_all(kernels, variant, capability, variant in (USUAL_OF_REFERENCE if is_reference else USUAL))
     for variant in EVERY_ROWS if is_reference else USUAL_ROWS:
-        report_all(row_kernels(*variant), variant, capability, variant in USUAL_ROWS)
+        report_all(row_kernels(*variant), variant, capability, variant in USUAL_ROWS_OF_REFERENCE)
     for kernel, constants in selection_kernels(EVERY_SELECTION if is_reference else USUAL_SELECTION):
         report(kernel, constants, torch.float32, capability, f"{constants['COLUMNS']} columns", whole=True)
     report(find_runs_kernel, {"ROWS": 512, "num_warps": 4}, torch.float32, capability, "512 rows", whole=True)
