@@ -186,8 +186,8 @@ extern "C" __global__ void __launch_bounds__((kConsumers + 1) * kWarpThreads)
 
     int num_items = 0;
     for (const Operand& operand : params.operands) num_items += operand.num_items;
-    // Rounded up.
     const int items_per_round = num_thread_blocks() * kConsumers;
+    // Rounded up.
     const int rounds = (num_items - int(blockIdx.x) + items_per_round - 1) / items_per_round;
     const int num_boxes = rounds * params.layouts[0].boxes.value * kConsumers;
     if (warpid() == kConsumers) {
