@@ -24,7 +24,7 @@ from support import caches, interpreter, toys
 
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"
-    interpreter.speed_up()
+    interpreter.patch()
 # Workers share what the tests compile, but no later run does: torch.compile finds what it keeps on disk by the graph of
 # the forward, whatever has changed in a backward since.
 if "PYTEST_XDIST_WORKER" not in os.environ or "VSA_JIT_TEST_CACHE" not in os.environ:

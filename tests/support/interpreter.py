@@ -1,4 +1,4 @@
-"""Makes Triton's interpreter faster, and changes nothing of what it computes.
+"""Makes Triton's interpreter faster, and lets it round to bf16 as a GPU does; else it computes what it did.
 
 Where Triton's internals are not as they are expected here, it runs as it is.
 """
@@ -8,8 +8,10 @@ import functools
 import inspect
 from typing import Any
 
+import torch
 
-def speed_up() -> None:
+
+def patch() -> None:
     try:
         from triton.runtime import interpreter
     except ImportError:
@@ -18,6 +20,7 @@ def speed_up() -> None:
     _skip_unread_checks(interpreter)
     _remember_dtypes(interpreter)
     _remember_types(interpreter.tl.core)
+    _round_to_bf16(interpreter)
 
 
 def _patch_once_a_launch(interpreter: Any) -> None:
@@ -109,3 +112,18 @@ def _remember_types(core: Any) -> None:
         self.shape, self.numel = of_tensors
 
     block_type.__init__, tensor.__init__ = init_type, init_tensor
+
+
+def _round_to_bf16(interpreter: Any) -> None:
+    """The interpreter cuts off the low half of fp32."""
+    convert = getattr(interpreter, "_convert_float", None)
+    if convert is None:
+        return
+    fp32, bf16 = interpreter.tl.float32, interpreter.tl.bfloat16
+
+    def convert_float(data: Any, from_dtype: Any, to_dtype: Any, rounding_mode: Any) -> Any:
+        if (from_dtype, to_dtype) == (fp32, bf16):
+            return torch.tensor(data).bfloat16().view(torch.uint16).numpy()
+        return convert(data, from_dtype, to_dtype, rounding_mode)
+
+    interpreter._convert_float = convert_float
