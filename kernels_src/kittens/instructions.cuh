@@ -12,6 +12,13 @@ __device__ __forceinline__ int num_thread_blocks() {
     return number;
 }
 
+// This thread's number, read anew likewise: what follows from it is not kept, either.
+__device__ __forceinline__ int thread_number() {
+    int number;
+    asm volatile("mov.u32 %0, %%tid.x;" : "=r"(number));
+    return number;
+}
+
 // Two neighbouring elements of a word as floats, the lower address first.
 template <typename T>
 __device__ __forceinline__ float2 unpack(uint32_t word);
@@ -52,6 +59,26 @@ __device__ __forceinline__ float exp2(float x) {
     float y;
     asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
     return y;
+}
+
+__device__ __forceinline__ float log2(float x) {
+    float y;
+    asm("lg2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+    return y;
+}
+
+// 1 / x, exact where x is a power of two and else to one unit in the last place, in a single instruction.
+__device__ __forceinline__ float reciprocal(float x) {
+    float y;
+    asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+    return y;
+}
+
+// count += x >= least, in two instructions.
+__device__ __forceinline__ void count_at_least(int& count, uint32_t x, uint32_t least) {
+    asm("{\n .reg .pred reaches;\n setp.ge.u32 reaches, %1, %2;\n @reaches add.s32 %0, %0, 1;\n}"
+        : "+r"(count)
+        : "r"(x), "r"(least));
 }
 
 // Adds to four floats in memory, at an address that is a multiple of 16 bytes.

@@ -188,8 +188,8 @@ __device__ void consume(const Params& params, SharedStorage& shared) {
         add_tiles<kFirst>(params, shared, left, work.group.num_tiles_of[0], number, sum);
         if (work.is_last) {
             const OutputRows rows(params.keys, params.schedule.heads.value, work, 0);
-            if constexpr (kFirst) store_gradient(params.dv, params.dv_strides, rows, 1.0f, sum);
-            if constexpr (!kFirst) store_gradient(params.dk, params.dk_strides, rows, params.scale, sum);
+            const float factor = kFirst ? 1.0f : params.scale;
+            store_gradient(kFirst ? params.dv : params.dk, params.keys, params.schedule.rows.num_rows, rows, factor, sum);
         }
     });
 }

@@ -121,8 +121,8 @@ __device__ void consume(const Params& params, SharedStorage& shared) {
         add_tiles(params, shared, work.group.num_tiles, number, keys);
         if (work.is_last) {
             const OutputRows rows(params.keys, params.schedule.heads.value, work, 0);
-            store_gradient(params.dv, params.dv_strides, rows, 1.0f, keys.dv);
-            store_gradient(params.dk, params.dk_strides, rows, params.scale, keys.dk);
+            store_gradient(params.dv, params.keys, params.schedule.rows.num_rows, rows, 1.0f, keys.dv);
+            store_gradient(params.dk, params.keys, params.schedule.rows.num_rows, rows, params.scale, keys.dk);
         }
     });
 }

@@ -42,8 +42,7 @@ using tile_queue = TileQueue<kConsumers, kStages, kStages>;
 
 struct Params {
     TokenTensor q, k, v, dout;
-    element* dq;
-    int64_t dq_strides[3];  // batches, heads, tokens
+    GradientTensor<element> dq;
     TokenLayout queries, keys;
     Schedule<IndexTable> schedule;
     TileLists<kConsumers> lists;
@@ -175,7 +174,8 @@ __device__ void consume(const Params& params, SharedStorage& shared, int consume
         const OutputRows rows(params.queries, params.schedule.heads.value, work, consumer);
         const bool poisoned = work.group.poisoned >> consumer & 1;
         arrive(shared.work_tiles.slots[state.index].empty);
-        store_gradient(params.dq, params.dq_strides, rows, poisoned ? not_a_number() : params.scale, dq);
+        store_gradient(params.dq, params.queries, params.schedule.rows.num_rows, rows, poisoned ? not_a_number() : params.scale,
+                       dq);
     }
 }
 

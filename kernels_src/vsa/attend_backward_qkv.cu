@@ -210,10 +210,10 @@ __device__ void consume(const Params& params, SharedStorage& shared) {
             const KeyBox box(params.keys, work, this_consumer());
             if (box.exists) {
                 const OutputRows rows = box.rows(params, work);
-                store_gradient(params.dv, params.dv_strides, rows, 1.0f, keys.dv);
+                store_gradient(params.dv, params.keys, params.schedule.rows.num_rows, rows, 1.0f, keys.dv);
                 // Keeps the two apart, which together take more registers than there are.
                 __syncwarp();
-                store_gradient(params.dk, params.dk_strides, rows, params.scale, keys.dk);
+                store_gradient(params.dk, params.keys, params.schedule.rows.num_rows, rows, params.scale, keys.dk);
             }
         }
     });

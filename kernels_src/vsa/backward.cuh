@@ -85,14 +85,21 @@ struct DqSums : PackedBox {
     }
 };
 
+// Where the gradient of tokens is stored.
+template <typename T>
+struct GradientTensor {
+    T* data;
+    int64_t strides[3];  // batches, heads, tokens
+    const float* of_means;  // the gradient of the means of blocks, [batch, heads, blocks, head_dim], or null
+};
+
 // What a pass over queries is given: its rows are key blocks, which it keeps in place, and its columns the query blocks that
 // selected them.
 template <typename element>
 struct PassOverQueries {
     TokenTensor q, k, v, dout;
     float* dq;  // of one pass: [query heads of all batches, q_len, head_dim], see DqSums
-    element *dk, *dv;
-    int64_t dk_strides[3], dv_strides[3];  // batches, heads, tokens
+    GradientTensor<element> dk, dv;
     TokenLayout queries, keys;
     Schedule<IndexBits> schedule;
     TileLists<1> lists;
@@ -212,11 +219,26 @@ __device__ __forceinline__ void add_last(kittens::rt_fl<16, head_dim>& sum, kitt
     release(barriers.empty[stage]);
 }
 
-// Stores a gradient times a factor, 0 where a token is not valid.
+// Stores a gradient times a factor, 0 where a token is not valid. To each valid one its share in the gradient of its block's
+// mean is added.
 template <typename T, int head_dim>
-__device__ __forceinline__ void store_gradient(T* out, const int64_t (&strides)[3], const OutputRows& rows, float factor,
-                                               kittens::rt_fl<16, head_dim>& gradient) {
+__device__ __forceinline__ void store_gradient(const GradientTensor<T>& out, const TokenLayout& layout, int num_blocks,
+                                               const OutputRows& rows, float factor, kittens::rt_fl<16, head_dim>& gradient) {
 #pragma unroll
-    for (int i = 0; i < head_dim / 2; ++i) gradient.data[i] = rows.valid[kittens::row_of(i)] ? gradient.data[i] * factor : 0.0f;
-    store_output(out, strides, rows, gradient);
+    for (int i = 0; i < head_dim / 2; ++i) gradient.data[i] *= factor;
+    if (out.of_means != nullptr) {
+        const float share = kittens::reciprocal(valid_tokens_of_block(layout, rows.block));
+        const float* row = out.of_means + (rows.bh * num_blocks + rows.block) * head_dim + kittens::laneid() % 4 * 2;
+#pragma unroll
+        for (int i = 0; i < head_dim / 2; i += 4) {
+            const float2 pair = *reinterpret_cast<const float2*>(row + 2 * i);
+            gradient.data[i] += share * pair.x;
+            gradient.data[i + 1] += share * pair.y;
+            gradient.data[i + 2] += share * pair.x;
+            gradient.data[i + 3] += share * pair.y;
+        }
+    }
+#pragma unroll
+    for (int i = 0; i < head_dim / 2; ++i) gradient.data[i] = rows.valid[kittens::row_of(i)] ? gradient.data[i] : 0.0f;
+    store_output(out.data, out.strides, rows, gradient);
 }

@@ -7,6 +7,7 @@
 //   TokenTensor::acquire_maps               before the first copy by a map
 //   TokenLayout                             how the tokens are cut into blocks and boxes
 //   origin_of_box, valid_tokens             of a box: where it starts, and which of its tokens are valid, packed into a word
+//   valid_tokens_of_block                   how many tokens of a block are valid
 //   is_valid, is_empty                      of such a word; 0 is kWholeBox
 //   origin_of_load, first_place_of, before  where a load starts, and by how many places it moves the tokens of the box
 //   has_tokens                              whether some token of a box exists, valid or not

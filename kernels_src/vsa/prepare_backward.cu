@@ -37,6 +37,7 @@ struct Params {
     TokenLayout queries;
     int heads, num_blocks, q_len;
     float shift_factor, delta_factor;  // see RowStatistics
+    int is_combined;  // out_s is the output with gate_value times the coarse one added
     Inversion inversion;
     int inversion_blocks;  // thread blocks that take part in it
 };
@@ -170,6 +171,10 @@ extern "C" __global__ void __launch_bounds__(kWarps* kWarpThreads) prepare_backw
                 dlse = dlse_of[step];
                 dout = dout_rows[step].unpack();
                 out_s = out_rows[step].unpack();
+                if (params.is_combined) {
+#pragma unroll
+                    for (int i = 0; i < kChannels; ++i) out_s.data[i] -= params.coarse.gate_value * out_c.data[i];
+                }
             }
             float delta = 0.0f;
 #pragma unroll

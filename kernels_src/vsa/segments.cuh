@@ -65,6 +65,19 @@ __device__ __forceinline__ uint32_t valid_tokens(const TokenLayout& layout, int 
 
 __device__ __forceinline__ bool is_empty(uint32_t valid) { return valid != kWholeBox && ValidTokens::bound(valid) == 0; }
 
+// Either plain tokens end before the box does, or the video.
+__device__ __forceinline__ int num_valid(uint32_t valid) {
+    if (valid == kWholeBox) return kBoxTokens;
+    return min(ValidTokens::bound(valid), int(valid >> 8 & 255) * int(valid >> 16 & 255) * int(valid >> 24));
+}
+
+__device__ __forceinline__ int valid_tokens_of_block(const TokenLayout& layout, int block) {
+    int count = 0;
+#pragma unroll 1
+    for (int box = 0; box < layout.boxes.value; ++box) count += num_valid(valid_tokens(layout, block, box));
+    return count;
+}
+
 __device__ __forceinline__ bool is_valid(const TokenLayout& layout, uint32_t valid, int token) {
     return token < ValidTokens::bound(valid) && ValidTokens::has(valid, layout.box.position(token));
 }
@@ -96,12 +109,7 @@ struct BoxTokens {
         return {first_token + (inside.t * int(rows_of & 0xffff) + inside.h) * int(rows_of >> 16) + inside.w, exists, exists};
     }
 
-    __device__ __forceinline__ int count(const TokenLayout&) const {
-        if (valid == kWholeBox) return kBoxTokens;
-        const int t = valid >> 8 & 255, h = valid >> 16 & 255, w = valid >> 24;
-        // Either plain tokens end before the box does, or the video.
-        return min(ValidTokens::bound(valid), t * h * w);
-    }
+    __device__ __forceinline__ int count(const TokenLayout&) const { return num_valid(valid); }
     __device__ __forceinline__ int end(const TokenLayout&) const { return kBoxTokens; }
 };
 

@@ -13,8 +13,7 @@ constexpr int kHeadDim = VSA_HEAD_DIM;
 
 struct Params {
     const float* sums;  // [batch, heads, q_len, kHeadDim], see DqSums
-    element* dq;
-    int64_t dq_strides[3];  // batches, heads, tokens
+    GradientTensor<element> dq;
     const float* lse;       // [batch, heads, q_len], NaN where a query names a key block that does not exist
     TokenLayout queries;
     int heads, num_blocks, q_len;
@@ -43,19 +42,21 @@ extern "C" __global__ void __launch_bounds__(kWarpgroupThreads, 1) store_dq(cons
     const int block = queries.boxes.quotient(box_of_head), box = box_of_head - block * queries.boxes.value;
     const BoxOrigin origin = origin_of_box(queries, block, box);
     if (!has_tokens(queries, block, box, origin)) return;
-    OutputRows rows(queries, params.heads, batch, head, block, box, origin, first_place_of(queries, block, box));
+    const OutputRows rows(queries, params.heads, batch, head, block, box, origin, first_place_of(queries, block, box));
     rt_fl<16, kHeadDim> dq;
     zero(dq);
     const DqSums sums(queries, box_of_head, origin);
     sums.for_each<kHeadDim>(queries, sums.of_lane<kHeadDim>(params.sums + rows.bh * params.q_len * kHeadDim), 0, dq, Load());
     col_vec factor;
+    bool has_keys[2];
 #pragma unroll
     for (int i = 0; i < 2; ++i) {
         const float lse = rows.valid[i] ? params.lse[rows.bh * params.q_len + rows.token[i]] : 0.0f;
         factor[i] = lse == lse ? params.scale : not_a_number();
-        // Without keys there is no gradient, whatever probabilities that are 0 were multiplied by.
-        rows.valid[i] = rows.valid[i] && lse != -infinity();
+        has_keys[i] = lse != -infinity();
     }
-    mul_row(dq, factor);
-    store_gradient(params.dq, params.dq_strides, rows, 1.0f, dq);
+    // Without keys nothing is summed up, whatever probabilities that are 0 were multiplied by.
+#pragma unroll
+    for (int i = 0; i < kHeadDim / 2; ++i) dq.data[i] = has_keys[row_of(i)] ? dq.data[i] * factor[row_of(i)] : 0.0f;
+    store_gradient(params.dq, queries, params.num_blocks, rows, 1.0f, dq);
 }

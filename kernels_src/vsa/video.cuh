@@ -31,17 +31,19 @@ struct TokenLayout {
     __device__ __forceinline__ int num_tokens() const { return extent.t * extent.h * extent.w; }
 };
 
-// Valid tokens of a box of a block that has a size. Sizes are clamped to 0 and the number of tokens of a block.
-__device__ __forceinline__ int valid_tokens_of_box(const TokenLayout& layout, int block, int box) {
+// The size of a block that has one, clamped to 0 and the number of tokens of a block.
+__device__ __forceinline__ int size_of_block(const TokenLayout& layout, int block) {
     const int most = layout.boxes.value * kBoxTokens;
-    int size;
     if (layout.sizes_are_64_bit) {
         const int64_t given = static_cast<const int64_t*>(layout.sizes)[block];
-        size = static_cast<int>(max(int64_t(0), min(given, int64_t(most))));
-    } else {
-        size = max(0, min(static_cast<const int*>(layout.sizes)[block], most));
+        return static_cast<int>(max(int64_t(0), min(given, int64_t(most))));
     }
-    return max(0, min(size - box * kBoxTokens, kBoxTokens));
+    return max(0, min(static_cast<const int*>(layout.sizes)[block], most));
+}
+
+// Valid tokens of a box of a block that has a size.
+__device__ __forceinline__ int valid_tokens_of_box(const TokenLayout& layout, int block, int box) {
+    return max(0, min(size_of_block(layout, block) - box * kBoxTokens, kBoxTokens));
 }
 
 __device__ __forceinline__ Extent3 position_in(const Divisor& width, const Divisor& height, int index) {
@@ -56,10 +58,20 @@ __device__ __forceinline__ BoxOrigin origin_of_box(const TokenLayout& layout, in
             tile.w * layout.tile.w + inside.w * layout.box.extent.w};
 }
 
-// The part of a box that is inside the video; the box has no token where an extent is not positive.
+// The part of a tile or a box that is inside the video; it has no token where an extent is not positive.
+__device__ __forceinline__ Extent3 extent_inside(const TokenLayout& layout, const Extent3& shape, const BoxOrigin& origin) {
+    return {min(shape.t, layout.extent.t - origin.t), min(shape.h, layout.extent.h - origin.h),
+            min(shape.w, layout.extent.w - origin.w)};
+}
+
 __device__ __forceinline__ Extent3 extent_of_box(const TokenLayout& layout, const BoxOrigin& origin) {
-    return {min(layout.box.extent.t, layout.extent.t - origin.t), min(layout.box.extent.h, layout.extent.h - origin.h),
-            min(layout.box.extent.w, layout.extent.w - origin.w)};
+    return extent_inside(layout, layout.box.extent, origin);
+}
+
+__device__ __forceinline__ int valid_tokens_of_block(const TokenLayout& layout, int block) {
+    if (layout.sizes != nullptr) return size_of_block(layout, block);
+    const Extent3 extent = extent_inside(layout, layout.tile, origin_of_box(layout, block, 0));
+    return extent.t * extent.h * extent.w;
 }
 
 __device__ __forceinline__ bool has_tokens(const TokenLayout& layout, int, int, const BoxOrigin& origin) {

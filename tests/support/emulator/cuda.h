@@ -27,6 +27,9 @@
 #define __launch_bounds__(...)
 #define __align__(bytes) __attribute__((aligned(bytes)))
 
+struct int4 {
+    int x, y, z, w;
+};
 struct float2 {
     float x, y;
 };
@@ -68,6 +71,12 @@ struct Product {
     int group;
 };
 
+// 16 bytes on their way to shared memory, which land at the latest when the thread waits for their group.
+struct Copy {
+    int group;
+    std::function<void()> run;
+};
+
 struct Thread {
     Index index;
     ucontext_t start;
@@ -80,6 +89,8 @@ struct Thread {
     const void* condition;
     std::vector<Product> products;
     int product_group = 0;
+    std::vector<Copy> copies;
+    int copy_group = 0;
 };
 
 // Where threads meet: who comes last opens it for all.
@@ -172,6 +183,7 @@ std::array<T, kWarp> gather(T x) {
 
 inline void run_thread() {
     kernel();
+    if (!self().copies.empty()) fail("a thread ends before its copies to shared memory");
     self().finished = true;
     ++progress;
     while (true) yield();
@@ -292,6 +304,14 @@ inline int __reduce_add_sync(uint32_t, int x) {
     for (int of_lane : emulator::gather(x)) sum += of_lane;
     return sum;
 }
+inline uint32_t __reduce_min_sync(uint32_t, uint32_t x) {
+    const auto all = emulator::gather(x);
+    return *std::min_element(all.begin(), all.end());
+}
+inline uint32_t __reduce_max_sync(uint32_t, uint32_t x) {
+    const auto all = emulator::gather(x);
+    return *std::max_element(all.begin(), all.end());
+}
 inline int __reduce_or_sync(uint32_t, int x) {
     for (int of_lane : emulator::gather(x)) x |= of_lane;
     return x;
@@ -324,10 +344,12 @@ To same_bits(From x) {
     return y;
 }
 inline int __popc(uint32_t x) { return __builtin_popcount(x); }
+inline int __ffs(uint32_t x) { return __builtin_ffs(x); }
 inline int __clz(uint32_t x) { return x == 0 ? 32 : __builtin_clz(x); }
 inline uint32_t __umulhi(uint32_t a, uint32_t b) { return uint64_t(a) * b >> 32; }
 inline float __int_as_float(int x) { return same_bits<float>(x); }
 inline int __float_as_int(float x) { return same_bits<int>(x); }
+inline uint32_t __float_as_uint(float x) { return same_bits<uint32_t>(x); }
 inline float __uint_as_float(uint32_t x) { return same_bits<float>(x); }
 inline size_t __cvta_generic_to_shared(const void* pointer) {
     const auto offset = static_cast<const uint8_t*>(pointer) - raw;

@@ -16,8 +16,8 @@ void list_rows(const Params& params) {
         write_list(schedule.rows, params.queries, work.batch * schedule.heads.value * schedule.rows.group + work.col_head,
                    shared.scratch, work.group, params.lists.tiles + number * params.lists.length);
         if (laneid() == 0) {
-            reinterpret_cast<ListedRow*>(params.dk)[number] = {work.batch,          work.row_head,     work.col_head,
-                                                               work.group.block[0], work.group.box[0], work.group.num_tiles};
+            reinterpret_cast<ListedRow*>(params.dk.data)[number] = {
+                work.batch, work.row_head, work.col_head, work.group.block[0], work.group.box[0], work.group.num_tiles};
         }
         __syncwarp();
     }

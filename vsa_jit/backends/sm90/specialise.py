@@ -42,6 +42,13 @@ FLOAT_BYTES = 4
 MEANS_CONSUMERS = 6
 MEANS_SMEM_BESIDE_BOXES = 1024
 
+# Of the coarse branch: threads; stages, each with 32 channels of the means whose scores are computed, in rows that are
+# padded by 8; and shared memory beside them.
+COARSE_THREADS = 512
+COARSE_STAGES = 4
+COARSE_STAGE_BYTES = (structs.COARSE_TILE_ROWS + structs.COARSE_SCORE_COLS) * (32 + 8) * FLOAT_BYTES
+COARSE_SMEM_BESIDE_STAGES = 5 * 1024
+
 
 def kernels_of(dtype: torch.dtype, head_dim: int, block: int | None = None, segments: bool = False) -> list[Kernel]:
     """All kernels that calls with such blocks may launch, or with blocks of any size. They are made ready together.
@@ -53,6 +60,7 @@ def kernels_of(dtype: torch.dtype, head_dim: int, block: int | None = None, segm
     if block is None or block >= ONE_PASS_BLOCK:
         of_kind += [attend_backward_qkv, store_dq]
     found = [*(kernel(dtype, head_dim, segments) for kernel in of_kind), order_rows()]
+    found += [kernel(head_dim) for kernel in (coarse_attend, coarse_backward_q, coarse_backward_kv)]
     return [*found, segment_maps()] if segments else found
 
 
@@ -250,6 +258,41 @@ def store_dq(dtype: torch.dtype, head_dim: int, segments: bool = False) -> Kerne
         params=structs.structures(segments).StoreDqParams,
         threads=WARPGROUP_THREADS,
         smem_bytes=0,
+    )
+
+
+@functools.cache
+def coarse_attend(head_dim: int) -> Kernel:
+    return _of_coarse("coarse_attend", "coarse attention", head_dim, structs.CoarseAttendParams)
+
+
+@functools.cache
+def coarse_backward_q(head_dim: int) -> Kernel:
+    return _of_coarse("coarse_backward_q", "coarse backward of q", head_dim, structs.CoarseBackwardQParams)
+
+
+@functools.cache
+def coarse_backward_kv(head_dim: int) -> Kernel:
+    return _of_coarse("coarse_backward_kv", "coarse backward of k and v", head_dim, structs.CoarseBackwardKvParams)
+
+
+def _of_coarse(entry: str, label: str, head_dim: int, params: type[ctypes.Structure]) -> Kernel:
+    """A kernel of the coarse branch, which is computed in fp32 whatever the dtype of q, k and v."""
+    numbers = {
+        "VSA_HEAD_DIM": head_dim,
+        "VSA_TILE_ROWS": structs.COARSE_TILE_ROWS,
+        "VSA_SCORE_COLS": structs.COARSE_SCORE_COLS,
+        "VSA_MAX_COLS": structs.MAX_COARSE_COLS,
+        "VSA_STAGES": COARSE_STAGES,
+    }
+    return Kernel(
+        source=f"vsa/{entry}.cu",
+        entry=entry,
+        label=f"{label} D={head_dim}",
+        defines=tuple((name, str(number)) for name, number in numbers.items()),
+        params=params,
+        threads=COARSE_THREADS,
+        smem_bytes=COARSE_STAGES * COARSE_STAGE_BYTES + COARSE_SMEM_BESIDE_STAGES,
     )
 
 

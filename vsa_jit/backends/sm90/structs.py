@@ -22,6 +22,11 @@ CONSUMERS = 3
 WORK_TILES = 2
 # Of a key tile in a list.
 KEY_TILE_BYTES = 8
+# Of the coarse branch: the most query blocks of a row tile, scores of a row computed at a time, of which rows have a
+# multiple, and the most of a row.
+COARSE_TILE_ROWS = 64
+COARSE_SCORE_COLS = 128
+MAX_COARSE_COLS = 16384
 # Tensors whose maps a launch of segment_maps.cu makes at most: q, k, v and dout.
 MAPPED_TENSORS = 4
 
@@ -72,10 +77,82 @@ class CoarseOutput(ctypes.Structure):
     )
 
 
+class GradientTensor(ctypes.Structure):
+    """Of ``backward.cuh``."""
+
+    _fields_ = (("data", ctypes.c_void_p), ("strides", ctypes.c_int64 * 3), ("of_means", ctypes.c_void_p))
+
+
 class OrderRowsParams(ctypes.Structure):
     """``Params`` of ``order_rows.cu``."""
 
     _fields_ = (("rows", IndexBits), ("order", ctypes.c_void_p), ("classes", ctypes.c_void_p))
+
+
+class CoarseProblem(ctypes.Structure):
+    """Of ``coarse.cuh``."""
+
+    _fields_ = (
+        ("tiles", ctypes.c_void_p),
+        ("sizes", ctypes.c_void_p),
+        ("sizes_are_64_bit", ctypes.c_int),
+        ("rounding", ctypes.c_int),
+        ("num_rows", ctypes.c_int),
+        ("num_cols", ctypes.c_int),
+        ("group", ctypes.c_int),
+        ("num_tiles", ctypes.c_int),
+        ("num_items", ctypes.c_int),
+        ("row_floats", ctypes.c_int),
+        ("tile_rows", ctypes.c_int),
+        ("scale", ctypes.c_float),
+    )
+
+
+class CoarseAttendParams(ctypes.Structure):
+    """``Params`` of ``coarse_attend.cu``."""
+
+    _fields_ = (
+        ("q", ctypes.c_void_p),
+        ("k", ctypes.c_void_p),
+        ("v", ctypes.c_void_p),
+        ("out", ctypes.c_void_p),
+        ("idx", ctypes.c_void_p),
+        ("num", ctypes.c_void_p),
+        ("scores", ctypes.c_void_p),
+        ("choices", ctypes.c_void_p),
+        ("problem", CoarseProblem),
+        ("width", ctypes.c_int),
+        ("padding", ctypes.c_uint8 * 4),
+    )
+
+
+class CoarseBackwardQParams(ctypes.Structure):
+    """``Params`` of ``coarse_backward_q.cu``."""
+
+    _fields_ = (
+        ("q", ctypes.c_void_p),
+        ("k", ctypes.c_void_p),
+        ("v", ctypes.c_void_p),
+        ("dout", ctypes.c_void_p),
+        ("dq", ctypes.c_void_p),
+        ("p", ctypes.c_void_p),
+        ("ds", ctypes.c_void_p),
+        ("problem", CoarseProblem),
+    )
+
+
+class CoarseBackwardKvParams(ctypes.Structure):
+    """``Params`` of ``coarse_backward_kv.cu``."""
+
+    _fields_ = (
+        ("q", ctypes.c_void_p),
+        ("dout", ctypes.c_void_p),
+        ("p", ctypes.c_void_p),
+        ("ds", ctypes.c_void_p),
+        ("dk", ctypes.c_void_p),
+        ("dv", ctypes.c_void_p),
+        ("problem", CoarseProblem),
+    )
 
 
 class SegmentExtent(ctypes.Structure):
@@ -293,8 +370,7 @@ def _structures(segments: bool) -> Structures:
             ("k", TokenTensor),
             ("v", TokenTensor),
             ("dout", TokenTensor),
-            ("dq", ctypes.c_void_p),
-            ("dq_strides", ctypes.c_int64 * 3),
+            ("dq", GradientTensor),
             ("queries", TokenLayout),
             ("keys", TokenLayout),
             ("schedule", Schedule),
@@ -302,7 +378,7 @@ def _structures(segments: bool) -> Structures:
             ("statistics", ctypes.c_void_p),
             ("scale", ctypes.c_float),
             ("scale_log2", ctypes.c_float),
-            *padding(32),
+            *padding(24),
         )
 
     class PassOverQueriesParams(ctypes.Structure):
@@ -314,10 +390,8 @@ def _structures(segments: bool) -> Structures:
             ("v", TokenTensor),
             ("dout", TokenTensor),
             ("dq", ctypes.c_void_p),
-            ("dk", ctypes.c_void_p),
-            ("dv", ctypes.c_void_p),
-            ("dk_strides", ctypes.c_int64 * 3),
-            ("dv_strides", ctypes.c_int64 * 3),
+            ("dk", GradientTensor),
+            ("dv", GradientTensor),
             ("queries", TokenLayout),
             ("keys", TokenLayout),
             ("schedule", InverseSchedule),
@@ -325,7 +399,7 @@ def _structures(segments: bool) -> Structures:
             ("statistics", ctypes.c_void_p),
             ("scale", ctypes.c_float),
             ("scale_log2", ctypes.c_float),
-            *padding(56),
+            *padding(40),
         )
 
     class StoreDqParams(ctypes.Structure):
@@ -333,8 +407,7 @@ def _structures(segments: bool) -> Structures:
 
         _fields_ = (
             ("sums", ctypes.c_void_p),
-            ("dq", ctypes.c_void_p),
-            ("dq_strides", ctypes.c_int64 * 3),
+            ("dq", GradientTensor),
             ("lse", ctypes.c_void_p),
             ("queries", TokenLayout),
             ("heads", ctypes.c_int),
@@ -370,6 +443,7 @@ def _structures(segments: bool) -> Structures:
             ("q_len", ctypes.c_int),
             ("shift_factor", ctypes.c_float),
             ("delta_factor", ctypes.c_float),
+            ("is_combined", ctypes.c_int),
             ("inversion", Inversion),
             ("inversion_blocks", ctypes.c_int),
         )

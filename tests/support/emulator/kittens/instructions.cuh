@@ -5,6 +5,7 @@
 namespace kittens {
 
 inline int num_thread_blocks() { return gridDim.x; }
+inline int thread_number() { return threadIdx.x; }
 
 inline float value_of_half(uint16_t bits) {
     const int exponent = bits >> 10 & 31, fraction = bits & 1023;
@@ -53,6 +54,9 @@ uint32_t pack(float low, float high) {
 }
 
 inline float exp2(float x) { return std::exp2(x); }
+inline void count_at_least(int& count, uint32_t x, uint32_t least) { count += x >= least; }
+inline float log2(float x) { return std::log2(x); }
+inline float reciprocal(float x) { return 1.0f / x; }
 
 template <typename... Values>
 void add_to(float* address, Values... values) {
