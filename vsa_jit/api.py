@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from vsa_jit import coarse
 from vsa_jit.backends.choose import NAMES, Choice, choose
 from vsa_jit.checks import (
     check_block_map,
@@ -21,14 +21,15 @@ from vsa_jit.checks import (
     check_several_topk,
     check_topk_of_samples,
 )
-from vsa_jit.fastpath import CallCache, can_bypass_dispatcher
+from vsa_jit.fastpath import CallCache, are_plain, can_bypass_dispatcher, needs_gradient
 from vsa_jit.grid import block_tokens
-from vsa_jit.ops.attention import FastCall, attend
+from vsa_jit.operators import Operator
+from vsa_jit.ops import video
+from vsa_jit.ops.attention import attend
 from vsa_jit.ops.selection import map_to_indices
-from vsa_jit.problem import BackendName, Context, Layout, Operands, Problem, SegmentList
+from vsa_jit.problem import BackendName, Context, Layout, Problem, SegmentList
 
-# Of ``block_sparse_attn_from_indices``.
-_fast_calls: CallCache[FastCall] = CallCache()
+_known_calls: CallCache[_Call] = CallCache()
 
 
 def video_sparse_attn(
@@ -97,40 +98,58 @@ def video_sparse_attn(
         TypeError, ValueError: an argument is wrong; the message names it, what was expected and what came.
         RuntimeError: the backend asked for cannot run this call.
     """
-    problem, q_sizes, kv_sizes = _check(
-        q,
-        k,
-        v,
-        variable_block_sizes,
-        q_variable_block_sizes,
-        block_size=block_size,
-        grid=grid,
-        segments=segments,
-        layout=layout,
-        softmax_scale=softmax_scale,
-        backend=backend,
-    )
-    of_samples = check_topk_of_samples(topk, sparsity, segments, problem.keys)
-    compete = check_context(context, segments)
-    gate = check_gate(compress_attn_weight, q)
-    selection_dtype = check_selection_dtype(selection_dtype)
-
-    q_sizes = _sizes_of_queries(problem, q_sizes, kv_sizes)
-    q2k_idx, q2k_num, out_c = coarse.coarse_branch(
-        problem,
+    gate = compress_attn_weight if isinstance(compress_attn_weight, Tensor) else None
+    settings = (
+        "video_sparse_attn",
+        topk,
+        block_size,
+        compress_attn_weight if gate is None else "tensor",
+        sparsity,
+        grid,
+        segments,
+        context,
+        layout,
+        softmax_scale,
+        # A dtype is no plain value. Its name in quotes, which would be wrong, is told apart.
+        None if selection_dtype is None else repr(selection_dtype),
         backend,
-        q,
-        k,
-        v,
-        q_sizes,
-        kv_sizes,
-        of_samples,
-        with_output=isinstance(gate, Tensor) or gate != 0.0,
-        compete=compete,
-        selection_dtype=selection_dtype,
+        variable_block_sizes is None,
+        q_variable_block_sizes is None,
+        q_variable_block_sizes is variable_block_sizes,
     )
-    out, _ = _attend(problem, backend, q, k, v, q2k_idx, q2k_num, q_sizes, kv_sizes, out_c, gate)
-    return out
+    tensors = _given(variable_block_sizes, q_variable_block_sizes, q, k, v, gate)
+    call = _known_call(settings, tensors)
+    if call is None:
+        problem = _check(
+            q,
+            k,
+            v,
+            variable_block_sizes,
+            q_variable_block_sizes,
+            block_size=block_size,
+            grid=grid,
+            segments=segments,
+            layout=layout,
+            softmax_scale=softmax_scale,
+            backend=backend,
+        )
+        of_samples = check_topk_of_samples(topk, sparsity, segments, problem.keys)
+        compete = check_context(context, segments)
+        weight = check_gate(compress_attn_weight, q)
+        gate, gate_value = (weight, 0.0) if isinstance(weight, Tensor) else (None, weight)
+        dtype = check_selection_dtype(selection_dtype)
+        call = _Call(video.video_sparse_attn, problem, (gate_value, of_samples, compete, dtype, False))
+        call = _remember(settings, tensors, call)
+    elif gate is not None and gate.shape != q.shape:
+        gate = gate.expand(q.shape)
+    kv_sizes, q_sizes = _contiguous(variable_block_sizes), _contiguous(q_variable_block_sizes)
+    # Only here are the lengths compared: an exported program is bound to the result.
+    if q_sizes is None and kv_sizes is not None and call.problem.queries.length == call.problem.keys.length:
+        q_sizes = kv_sizes
+    tensors_or_none = q, k, v, gate, q_sizes, kv_sizes
+    if call.is_direct:
+        return video.run_directly(call.problem, backend, call.numbers, call.is_recorded, *tensors_or_none)
+    return call.run(backend, *tensors_or_none)[0]
 
 
 def block_sparse_attn(
@@ -161,22 +180,39 @@ def block_sparse_attn(
         ``(out, lse)``: out of q's shape and dtype; lse fp32 [B, H, S_q], the natural-log log-sum-exp of the scaled
         scores. A query without keys gets 0 and -inf.
     """
-    problem, q_sizes, kv_sizes = _check(
-        q,
-        k,
-        v,
-        variable_block_sizes,
-        q_variable_block_sizes,
-        block_size=block_size,
-        grid=grid,
-        segments=segments,
-        layout=layout,
-        softmax_scale=softmax_scale,
-        backend=backend,
+    settings = (
+        "block_sparse_attn",
+        block_size,
+        grid,
+        segments,
+        layout,
+        softmax_scale,
+        backend,
+        variable_block_sizes is None,
+        q_variable_block_sizes is None,
+        q_variable_block_sizes is variable_block_sizes,
     )
-    block_map = check_block_map(block_map, problem, q.device)
-    q2k_idx, q2k_num = map_to_indices(block_map, backend)
-    return _attend(problem, backend, q, k, v, q2k_idx, q2k_num, q_sizes, kv_sizes, None, 0.0)
+    tensors = _given(variable_block_sizes, q_variable_block_sizes, q, k, v, block_map)
+    call = _known_call(settings, tensors)
+    if call is None:
+        problem = _check(
+            q,
+            k,
+            v,
+            variable_block_sizes,
+            q_variable_block_sizes,
+            block_size=block_size,
+            grid=grid,
+            segments=segments,
+            layout=layout,
+            softmax_scale=softmax_scale,
+            backend=backend,
+        )
+        check_block_map(block_map, problem, q.device)
+        call = _remember(settings, tensors, _Call(attend, problem))
+    q2k_idx, q2k_num = map_to_indices(block_map.expand(call.problem.map_shape), backend)
+    q_sizes, kv_sizes = _contiguous(q_variable_block_sizes), _contiguous(variable_block_sizes)
+    return call.run(backend, q, k, v, q2k_idx, q2k_num, q_sizes, kv_sizes)
 
 
 def block_sparse_attn_from_indices(
@@ -208,37 +244,41 @@ def block_sparse_attn_from_indices(
     Returns:
         ``(out, lse)``, as ``block_sparse_attn``.
     """
-    # A call that looks like an earlier one is not checked again: that would take longer than its launches.
-    same_sizes = q_variable_block_sizes is variable_block_sizes
-    settings = (block_size, grid, segments, layout, softmax_scale, backend, variable_block_sizes is None, same_sizes)
-    tensors = [q, k, v, q2k_idx, q2k_num]
-    if variable_block_sizes is not None:
-        tensors.append(variable_block_sizes)
-    if not same_sizes and q_variable_block_sizes is not None:
-        tensors.append(q_variable_block_sizes)
-    call = _fast_calls.find(settings, tensors) if can_bypass_dispatcher() else None
-    if call is not None:
-        q_sizes, kv_sizes = _contiguous(q_variable_block_sizes), _contiguous(variable_block_sizes)
-        return call.attend(Operands(q, k, v, q2k_idx, q2k_num, q_sizes, kv_sizes, None, None, 0.0))
-
-    problem, q_sizes, kv_sizes = _check(
-        q,
-        k,
-        v,
-        variable_block_sizes,
-        q_variable_block_sizes,
-        block_size=block_size,
-        grid=grid,
-        segments=segments,
-        layout=layout,
-        softmax_scale=softmax_scale,
-        backend=backend,
+    settings = (
+        "block_sparse_attn_from_indices",
+        block_size,
+        grid,
+        segments,
+        layout,
+        softmax_scale,
+        backend,
+        variable_block_sizes is None,
+        q_variable_block_sizes is None,
+        q_variable_block_sizes is variable_block_sizes,
     )
-    idx, num = check_indices(q2k_idx, q2k_num, problem, q.device)
-    call = FastCall.of(problem, backend, tensors) if idx is q2k_idx and num is q2k_num else None
-    if call is not None:
-        _fast_calls.keep(settings, tensors, call)
-    return _attend(problem, backend, q, k, v, idx, num, q_sizes, kv_sizes, None, 0.0)
+    tensors = _given(variable_block_sizes, q_variable_block_sizes, q, k, v, q2k_idx, q2k_num)
+    call = _known_call(settings, tensors)
+    if call is None:
+        problem = _check(
+            q,
+            k,
+            v,
+            variable_block_sizes,
+            q_variable_block_sizes,
+            block_size=block_size,
+            grid=grid,
+            segments=segments,
+            layout=layout,
+            softmax_scale=softmax_scale,
+            backend=backend,
+        )
+        idx, num = check_indices(q2k_idx, q2k_num, problem, q.device)
+        call = _Call(attend, problem)
+        if idx is q2k_idx and num is q2k_num:
+            call = _remember(settings, tensors, call)
+        q2k_idx, q2k_num = idx, num
+    q_sizes, kv_sizes = _contiguous(q_variable_block_sizes), _contiguous(variable_block_sizes)
+    return call.run(backend, q, k, v, q2k_idx, q2k_num, q_sizes, kv_sizes)
 
 
 @torch.no_grad()
@@ -279,7 +319,7 @@ def recall(
         TypeError, ValueError: an argument is wrong; the message names it, what was expected and what came.
         RuntimeError: the backend asked for cannot run this call.
     """
-    problem, q_sizes, kv_sizes = _check(
+    problem = _check(
         q,
         k,
         k,
@@ -295,23 +335,14 @@ def recall(
     selection_dtype = check_selection_dtype(selection_dtype)
     counts = check_several_topk(topk, sparsity, segments, problem.keys)
     compete = check_context(context, segments)
-    q_sizes = _sizes_of_queries(problem, q_sizes, kv_sizes)
+    kv_sizes, q_sizes = _contiguous(variable_block_sizes), _contiguous(q_variable_block_sizes)
+    if q_sizes is None and problem.queries.length == problem.keys.length:
+        q_sizes = kv_sizes
 
     def log_sum_exp(topk: list[int]) -> Tensor:
-        q2k_idx, q2k_num, _ = coarse.coarse_branch(
-            problem,
-            backend,
-            q,
-            k,
-            k,
-            q_sizes,
-            kv_sizes,
-            topk,
-            with_output=False,
-            compete=compete,
-            selection_dtype=selection_dtype,
-        )
-        _, lse = _attend(problem, backend, q, k, k, q2k_idx, q2k_num, q_sizes, kv_sizes, None, 0.0)
+        numbers = topk, compete, selection_dtype
+        q2k_idx, q2k_num = video.select_key_blocks(q, k, q_sizes, kv_sizes, *numbers, *problem.static, backend)
+        _, lse = attend(q, k, k, q2k_idx, q2k_num, q_sizes, kv_sizes, *problem.static, backend)
         return lse
 
     of_all = log_sum_exp(check_topk_of_samples(None, 0.0, segments, problem.keys))
@@ -354,9 +385,9 @@ def explain(
     Returns:
         A record with ``backend``, ``engine``, ``reasons`` (name → why not) and ``runners`` (operator → the backend that
         runs it: a backend may leave some operators to another one). Printed, it is a line for what runs and one for
-        each reason, such as ``runs: sm90 (engine: nvrtc); selection: triton``.
+        each reason, such as ``runs: sm90 (engine: nvrtc); single steps: triton``.
     """
-    problem, _, _ = _check(
+    problem = _check(
         q,
         k,
         v,
@@ -428,10 +459,10 @@ def _check(
     layout: str,
     softmax_scale: float | None,
     backend: str,
-) -> tuple[Problem, Tensor | None, Tensor | None]:
-    """The record of the call, and the sizes of its query and key blocks, contiguous."""
+) -> Problem:
+    """The record of the call."""
     check_choice("backend", backend, NAMES)
-    problem = check_problem(
+    return check_problem(
         q,
         k,
         v,
@@ -443,36 +474,47 @@ def _check(
         variable_block_sizes=variable_block_sizes,
         q_variable_block_sizes=q_variable_block_sizes,
     )
-    return problem, _contiguous(q_variable_block_sizes), _contiguous(variable_block_sizes)
-
-
-def _sizes_of_queries(problem: Problem, q_sizes: Tensor | None, kv_sizes: Tensor | None) -> Tensor | None:
-    """The sizes of query blocks where block means select: in self-attention those of the keys, if none were given."""
-    if q_sizes is not None or kv_sizes is None:
-        return q_sizes
-    # Only here are the lengths compared: an exported program is bound to the result.
-    return kv_sizes if problem.queries.length == problem.keys.length else None
 
 
 def _contiguous(x: Tensor | None) -> Tensor | None:
     return None if x is None else x.contiguous()
 
 
-def _attend(
-    problem: Problem,
-    backend: str,
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    q2k_idx: Tensor,
-    q2k_num: Tensor,
-    q_sizes: Tensor | None,
-    kv_sizes: Tensor | None,
-    out_c: Tensor | None,
-    gate: Tensor | float,
-) -> tuple[Tensor, Tensor]:
-    gate_tensor, gate_value = (gate, 0.0) if isinstance(gate, Tensor) else (None, gate)
-    out, lse, _ = attend(
-        q, k, v, q2k_idx, q2k_num, q_sizes, kv_sizes, out_c, gate_tensor, gate_value, False, *problem.static, backend
-    )
-    return out, lse
+def _given(kv_sizes: Tensor | None, q_sizes: Tensor | None, *tensors: Tensor | None) -> list[Tensor]:
+    """The tensors of a call, each once."""
+    return [x for x in (*tensors, kv_sizes, None if q_sizes is kv_sizes else q_sizes) if x is not None]
+
+
+class _Call(NamedTuple):
+    """A call that was checked: an operator, and what it is told besides tensors.
+
+    Attributes:
+        is_direct: nobody but kernels has to see it; ``is_recorded`` then says whether it needs a gradient.
+    """
+
+    operator: Operator
+    problem: Problem
+    numbers: tuple = ()
+    is_direct: bool = False
+    is_recorded: bool = False
+
+    def run(self, backend: str, *tensors: Tensor | None) -> Any:
+        args = (*tensors, *self.numbers, *self.problem.static, backend)
+        return self.operator.call_directly(self.is_recorded, *args) if self.is_direct else self.operator(*args)
+
+
+def _known_call(settings: tuple, tensors: list[Tensor]) -> _Call | None:
+    """What is known of a call that looks like an earlier one, whose checks would take longer than its launches."""
+    return _known_calls.find(settings, tensors) if can_bypass_dispatcher() else None
+
+
+def _remember(settings: tuple, tensors: list[Tensor], call: _Call) -> _Call:
+    """Keeps a call for all that look like it; not where somebody else has to see it, or it computes nothing.
+
+    The first one takes the same way as the others: activation checkpointing counts what each of them saves.
+    """
+    if not can_bypass_dispatcher() or call.problem.batch == 0 or not are_plain(tensors):
+        return call
+    call = call._replace(is_direct=True, is_recorded=needs_gradient(tensors))
+    _known_calls.keep(settings, tensors, call)
+    return call

@@ -385,16 +385,15 @@ def check_selection_dtype(dtype: torch.dtype | None) -> torch.dtype:
     return dtype
 
 
-def check_block_map(block_map: Tensor, problem: Problem, device: torch.device) -> Tensor:
-    """The map as bool [B, H, n_q, n_k] (a view where it was broadcast)."""
+def check_block_map(block_map: Tensor, problem: Problem, device: torch.device) -> None:
+    """A bool map of the shape [B, H, n_q, n_k], or one that broadcasts to it."""
     _check_tensor("block_map", block_map, (torch.bool,), device)
-    full = (problem.batch, problem.queries.heads, problem.queries.num_blocks, problem.keys.num_blocks)
+    full = problem.map_shape
     if block_map.dim() < 2 or not _broadcasts(block_map.shape, full):
         raise ValueError(
             f"block_map: expected shape {full} or one that broadcasts to it, such as {full[1:]} or {full[2:]}, "
             f"got {tuple(block_map.shape)}"
         )
-    return block_map.expand(full)
 
 
 def check_map(block_map: Tensor) -> None:

@@ -47,8 +47,6 @@ allow_single_level_function = torch._functorch.autograd_function.enable_single_l
 # Applies a function to one or several results of an operator, as ``torch.vmap`` itself takes them apart.
 tree_map = torch.utils._pytree.tree_map
 
-# The gradient of softmax from its result, which is at hand; the public way is to run softmax under autograd.
-softmax_backward = torch._softmax_backward_data
 # Tells who traces a program what holds for a symbolic number; documented, though named as if private.
 assume = torch._check
 # The context of the program that is being compiled, if there is one, as an operator's fake implementation can ask.
@@ -77,15 +75,18 @@ def can_bypass_dispatcher() -> bool:
 
 
 def are_plain(args: Sequence[Any]) -> bool:
-    """Whether the tensors among arguments are what their memory holds, and no gradient is recorded for them."""
-    recorded, others = torch.is_grad_enabled(), _keys_of_others()
+    """Whether the tensors among arguments are what their memory holds."""
+    others = _keys_of_others()
     # A loop, which is quicker than a generator: this runs at every call.
     for x in args:
-        if isinstance(x, Tensor) and (
-            type(x) not in PLAIN_TYPES or _dispatch_keys(x).raw_repr() & others or (recorded and x.requires_grad)
-        ):
+        if isinstance(x, Tensor) and (type(x) not in PLAIN_TYPES or _dispatch_keys(x).raw_repr() & others):
             return False
     return True
+
+
+def needs_gradient(args: Sequence[Any]) -> bool:
+    """Whether gradients are recorded, and a tensor among arguments needs one."""
+    return torch.is_grad_enabled() and any([isinstance(x, Tensor) and x.requires_grad for x in args])
 
 
 @functools.cache

@@ -7,7 +7,7 @@ that were selected count: those of the indices where their values are known, els
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -16,7 +16,7 @@ from torch import Tensor
 from vsa_jit.fastpath import PLAIN_TYPES, dispatch_modes, num_dispatch_modes
 from vsa_jit.grid import block_tokens
 from vsa_jit.problem import Problem
-from vsa_jit.segments import order_of
+from vsa_jit.segments import Segments, order_of
 
 # Products: scores and output; in a backward scores and their gradient, then dq, then dk and dv.
 PRODUCTS_FORWARD, PRODUCTS_SHARED_BACKWARD, PRODUCTS_DQ, PRODUCTS_DKV, PRODUCTS_TANGENT = 2, 2, 1, 2, 5
@@ -53,21 +53,52 @@ def tell_counters() -> None:
 
 
 def attend(q: Tensor, k: Tensor, v: Tensor, *args: Any, out_val: Any = None) -> int:
-    return PRODUCTS_FORWARD * _product(q, k, args[:4], args[8:])
+    return PRODUCTS_FORWARD * _product(q, k, args[:4], args[4:])
 
 
 def attend_backward(q: Tensor, k: Tensor, v: Tensor, *args: Any, out_val: Any = None) -> int:
-    need_dq, need_dkv = args[11], args[12]
-    products = PRODUCTS_DQ * need_dq + PRODUCTS_DKV * need_dkv
-    products += PRODUCTS_SHARED_BACKWARD if products else 0
-    return products * _product(q, k, args[:4], args[13:])
+    return _products_backward(args[8], args[9]) * _product(q, k, args[:4], args[10:])
 
 
 def attend_tangent(q: Tensor, k: Tensor, v: Tensor, *args: Any, out_val: Any = None) -> int:
     return PRODUCTS_TANGENT * _product(q, k, args[:4], args[12:])
 
 
-def _product(q: Tensor, k: Tensor, selection: tuple, static: tuple) -> int:
+def video_sparse_attn(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    gate: Tensor | None,
+    q_sizes: Tensor | None,
+    kv_sizes: Tensor | None,
+    gate_value: float,
+    *args: Any,
+    out_val: Any = None,
+) -> int:
+    static, (q2k_idx, q2k_num) = args[4:], out_val[2:4]
+    problem = Problem.of(q, k, *static[:-1])
+    coarse_products = PRODUCTS_FORWARD if gate is not None or gate_value != 0.0 else 1
+    fine = _product(q, k, (q2k_idx, q2k_num, q_sizes, kv_sizes), static)
+    return PRODUCTS_FORWARD * fine + coarse_products * _product_of_blocks(problem)
+
+
+def video_sparse_attn_backward(
+    q: Tensor, k: Tensor, v: Tensor, gate: Tensor | None, *args: Any, out_val: Any = None
+) -> int:
+    q_sizes, kv_sizes, _, _, q2k_idx, q2k_num, q_c = args[:7]
+    need_dq, need_dkv, *static = args[14:]
+    problem = Problem.of(q, k, *static[:-1])
+    products = _products_backward(need_dq, need_dkv) * _product(q, k, (q2k_idx, q2k_num, q_sizes, kv_sizes), static)
+    of_blocks = 0 if q_c is None else _products_backward(True, True) * _product_of_blocks(problem)
+    return products + of_blocks
+
+
+def _products_backward(need_dq: bool, need_dkv: bool) -> int:
+    products = PRODUCTS_DQ * need_dq + PRODUCTS_DKV * need_dkv
+    return products + (PRODUCTS_SHARED_BACKWARD if products else 0)
+
+
+def _product(q: Tensor, k: Tensor, selection: tuple, static: Sequence[Any]) -> int:
     """Of one product of all queries with the keys that they attend."""
     return 2 * q.shape[3] * pairs(Problem.of(q, k, *static[-5:-1]), *selection)
 
@@ -101,22 +132,24 @@ def _is_known(x: Tensor | None) -> bool:
     return type(x) in PLAIN_TYPES and not x.is_meta and not waits
 
 
-def coarse_attend(q_c: Tensor, k_c: Tensor, v_c: Tensor | None, *args: Any, out_val: Any = None) -> int:
-    return (1 if v_c is None else PRODUCTS_FORWARD) * _coarse_product(q_c, k_c, args[-4:-2])
-
-
-def coarse_attend_backward(q_c: Tensor, k_c: Tensor, *args: Any, out_val: Any = None) -> int:
-    return (PRODUCTS_SHARED_BACKWARD + PRODUCTS_DQ + PRODUCTS_DKV) * _coarse_product(q_c, k_c, args[-4:-2])
-
-
 def coarse_attend_tangent(q_c: Tensor, k_c: Tensor, *args: Any, out_val: Any = None) -> int:
-    return PRODUCTS_TANGENT * _coarse_product(q_c, k_c, args[-4:-2])
+    tile, numbers = args[-4:-2]
+    pairs_of_blocks = _block_pairs(order_of(numbers, tuple(tile)).segments, q_c.shape[2], k_c.shape[2])
+    return PRODUCTS_TANGENT * 2 * q_c.shape[0] * q_c.shape[1] * q_c.shape[3] * pairs_of_blocks
 
 
-def _coarse_product(q_c: Tensor, k_c: Tensor, tile_and_segments: tuple) -> int:
-    tile, numbers = tile_and_segments
-    segments = order_of(numbers, tuple(tile)).segments
+def select_key_blocks(q: Tensor, k: Tensor, *args: Any, out_val: Any = None) -> int:
+    return _product_of_blocks(Problem.of(q, k, *args[-5:-1]))
+
+
+def _product_of_blocks(problem: Problem) -> int:
+    """Of one product of block means."""
+    queries, keys = problem.queries, problem.keys
+    of_head = _block_pairs(keys.segments, queries.num_blocks, keys.num_blocks)
+    return 2 * problem.batch * queries.heads * problem.head_dim * of_head
+
+
+def _block_pairs(segments: Segments | None, num_q_blocks: int, num_kv_blocks: int) -> int:
     if segments is None:
-        return 2 * q_c.numel() * k_c.shape[2]
-    block_pairs = sum(sample.num_blocks**2 for sample in segments.samples)
-    return 2 * q_c.shape[0] * q_c.shape[1] * q_c.shape[3] * block_pairs
+        return num_q_blocks * num_kv_blocks
+    return sum(sample.num_blocks**2 for sample in segments.samples)

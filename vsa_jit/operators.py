@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import operator
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from typing import Any
 
@@ -19,6 +19,7 @@ from vsa_jit.fastpath import (
     autocast_off,
     can_bypass_dispatcher,
     has_tangent,
+    needs_gradient,
     recording_derivatives,
     redispatch_below_autograd,
     tree_map,
@@ -34,17 +35,20 @@ class Operator:
     """A function as an operator of its name, with the schema of its annotations, on every device.
 
     The same as PyTorch's ``custom_op`` but for that one's checks at every call, which cost more than a launch. So does
-    the way through PyTorch's dispatcher, which only those calls take that somebody else has to see. Inside, autocast is
-    off: an operator computes in the dtype of its inputs and in fp32, whatever surrounds the call.
+    the way through PyTorch's dispatcher, which only those calls take that somebody else has to see. There a result that
+    is None is empty, of the dtype of the first argument. Inside, autocast is off: an operator computes in the dtype of
+    its inputs and in fp32, whatever surrounds the call.
     """
 
     def __init__(self, function: Callable) -> None:
         self._function = function
         self._fake: Callable | None = None
+        # The ``torch.autograd.Function`` of calls past the dispatcher.
+        self._recorded: Any = None
         name = function.__name__
         schema = library.infer_schema(function, mutates_args=())
         _LIBRARY.define(name + schema, tags=(torch.Tag.pt2_compliant_tag,))
-        _LIBRARY.impl(name, self._run, "CompositeExplicitAutograd")
+        _LIBRARY.impl(name, self._run_for_dispatcher, "CompositeExplicitAutograd")
         self.overload = getattr(torch.ops.vsa_jit, name).default
         library.register_vmap(self.overload, self._map, lib=_LIBRARY)
 
@@ -60,12 +64,35 @@ class Operator:
         with autocast_off(args[0].device):
             return self._function(*args)
 
+    def _run_for_dispatcher(self, *args: Any) -> Any:
+        results = self._run(*args)
+        if not isinstance(results, tuple):
+            return results
+        return tuple([args[0].new_empty(0) if x is None else x for x in results])
+
     def __call__(self, *args: Any) -> Any:
         if can_bypass_dispatcher() and are_plain(args):
-            return self._run(*args)
+            return self.call_directly(needs_gradient(args), *args)
         if not torch.compiler.is_compiling():
             flops.tell_counters_at_work()
         return self.overload(*args)
+
+    def call_directly(self, recorded: bool, *args: Any) -> Any:
+        """The call past the dispatcher, where ``can_bypass_dispatcher`` and ``are_plain`` hold.
+
+        Args:
+            recorded: whether a tensor among the arguments needs a gradient, and gradients are recorded.
+        """
+        # Without derivatives, results carry none.
+        return self._recorded.apply(*args) if recorded and self._recorded is not None else self._run(*args)
+
+    def call_in_backward(self, ctx: Any, grads: Sequence[Tensor | None], *args: Any) -> Any:
+        """The call in the backward of an operator. Where that went past the dispatcher, only the gradients among the
+        arguments are not known to be plain."""
+        is_direct = getattr(ctx, "is_direct", False) and not torch.is_grad_enabled()
+        if is_direct and can_bypass_dispatcher() and are_plain(grads):
+            return self._run(*args)
+        return self(*args)
 
     def _map(self, info: Any, in_dims: tuple, *args: Any) -> tuple[Any, Any]:
         """The rule of ``torch.vmap``: one call with a larger batch or, where that cannot be, one after the other."""
@@ -110,6 +137,7 @@ class Operator:
         backward: Callable[..., tuple],
         jvp: Callable[..., Any] | None = None,
         recorded: Callable[[tuple], tuple] | None = None,
+        first_alone: bool = False,
     ) -> None:
         """Registers derivatives, which are those of ``torch.autograd.Function``.
 
@@ -122,6 +150,8 @@ class Operator:
             setup_context, backward: as of ``Function``; a gradient that nobody needs is None in ``backward``.
             jvp: as of ``Function``, with the saved tensors after the context. None: a call with a tangent raises.
             recorded: gives the arguments to run with where gradients are recorded.
+            first_alone: whether only the first result has a gradient, and the others are kept for the backward alone:
+                past the dispatcher PyTorch then does not see them, and they are None.
         """
         overload, name = self.overload, self._function.__name__
 
@@ -161,13 +191,24 @@ class Operator:
 
         def run(keyset: Any, *args: Any) -> Any:
             flops.tell_counters_at_work()
-            if not (_needs_gradient(args) or has_tangent(args)):
+            if not (needs_gradient(args) or has_tangent(args)):
                 return redispatch_below_autograd(overload, keyset, args)
             transformed = are_transforms_active()
             with allow_single_level_function() if transformed else nullcontext():
                 return function.apply(*args, keyset)
 
         _LIBRARY.impl(name, run, "Autograd", with_keyset=True)
+
+        # Without a ``setup_context`` of its own, for which PyTorch would look at the signature at every call.
+        def forward_directly(ctx: Any, *args: Any) -> Any:
+            output = self._run(*(args if recorded is None else recorded(args)))
+            ctx.set_materialize_grads(False)
+            ctx.is_direct = True
+            setup_context(ctx, args, output)
+            return (output[0], *(None,) * (len(output) - 1)) if first_alone else output
+
+        methods = {"forward": staticmethod(forward_directly), "backward": staticmethod(backward)}
+        self._recorded = type(f"vsa_jit_{name}", (torch.autograd.Function,), methods)
 
     def differentiate_once(self) -> None:
         """Makes every derivative of this operator, which computes one, an error."""
@@ -190,7 +231,3 @@ def tangent_or_zeros(tangent: Tensor | None, x: Tensor | None) -> Tensor | None:
 
 def _refuse_second_derivative(ctx: Any, *grads: Tensor) -> tuple:
     raise NotImplementedError("vsa_jit: the gradients of sparse attention cannot be differentiated again")
-
-
-def _needs_gradient(args: tuple) -> bool:
-    return torch.is_grad_enabled() and any(isinstance(x, Tensor) and x.requires_grad for x in args)

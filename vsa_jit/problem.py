@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import functools
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Literal, NamedTuple, TypeAlias
 
 import torch
@@ -85,15 +86,15 @@ class Problem(NamedTuple):
         Args:
             segments: the numbers of ``Segments.numbers``, or None for a sequence without any.
         """
-        batch, heads, q_len, head_dim = sizes_of(q, layout)
-        _, kv_heads, kv_len, _ = sizes_of(k, layout)
-        tile = (tile[0], tile[1], tile[2])
-        order = order_of(segments, tile)
-        queries, keys = (
-            Side(heads, length, tile, order.grid, layout, order.segments)
-            for heads, length in ((heads, q_len), (kv_heads, kv_len))
-        )
-        return cls(batch, head_dim, queries, keys, softmax_scale)
+        numbers = None if segments is None else tuple(segments)
+        said = (q.shape, k.shape, (tile[0], tile[1], tile[2]), numbers, layout, softmax_scale)
+        if torch.compiler.is_compiling():
+            return _problem_of(*said)
+        try:
+            return _known_problem_of(*said)
+        except TypeError:
+            # Numbers that are symbolic have no hash.
+            return _problem_of(*said)
 
     @property
     def block(self) -> int:
@@ -104,6 +105,11 @@ class Problem(NamedTuple):
     def group(self) -> int:
         """Query heads that share one key/value head."""
         return self.queries.heads // self.keys.heads
+
+    @property
+    def map_shape(self) -> tuple[int, int, int, int]:
+        """Of a map of blocks."""
+        return self.batch, self.queries.heads, self.queries.num_blocks, self.keys.num_blocks
 
     @property
     def static(self) -> tuple[list[int], list[int] | None, str, float]:
@@ -121,6 +127,40 @@ class Problem(NamedTuple):
         """The same for an operator that sees block means alone; a video's blocks need no more to be said of them."""
         tile, numbers, _, softmax_scale = self.static
         return tile, None if self.keys.segments is None else numbers, softmax_scale
+
+
+def _problem_of(
+    q_shape: Sequence[int],
+    k_shape: Sequence[int],
+    tile: tuple[int, int, int],
+    segments: Sequence[int] | None,
+    layout: str,
+    softmax_scale: float,
+) -> Problem:
+    batch, heads, q_len, head_dim = _sizes(q_shape, layout)
+    _, kv_heads, kv_len, _ = _sizes(k_shape, layout)
+    order = order_of(segments, tile)
+    queries, keys = (
+        Side(heads, length, tile, order.grid, layout, order.segments)
+        for heads, length in ((heads, q_len), (kv_heads, kv_len))
+    )
+    return Problem(batch, head_dim, queries, keys, softmax_scale)
+
+
+_known_problem_of = functools.lru_cache(maxsize=1024)(_problem_of)
+
+
+class Coarse(NamedTuple):
+    """What the coarse branch of a call is told besides its tensors.
+
+    Attributes:
+        segments: None where all blocks belong to one sample that has no context.
+        selection_dtype: to which each step is rounded; all arithmetic is in fp32.
+    """
+
+    segments: Segments | None
+    softmax_scale: float
+    selection_dtype: torch.dtype
 
 
 class Operands(NamedTuple):
@@ -148,6 +188,21 @@ class Gradients(NamedTuple):
     dout_c: Tensor | None
 
 
+# Of the block means of q, k and v, from that of the coarse output, which is None where there is none: then there may be
+# no gradient of v's means either.
+MeanGradients: TypeAlias = Callable[[Tensor | None], tuple[Tensor, Tensor, Tensor | None]]
+
+
+# Of a coarse output that weighs no more, the one before it was added follows from the output; the error of the coarse
+# one's rounding would be multiplied by a larger weight.
+LARGEST_RECOVERED_WEIGHT = 1.0
+
+
+def keeps_out_s(gate: Tensor | None, gate_value: float) -> bool:
+    """Whether a backward is given the output before the coarse one was added."""
+    return gate is not None or abs(gate_value) > LARGEST_RECOVERED_WEIGHT
+
+
 def axes(layout: str) -> tuple[int, int, int, int]:
     """Where batch, head, sequence and head dimension lie in a tensor of this layout."""
     return (0, 1, 2, 3) if layout == "bhsd" else (0, 2, 1, 3)
@@ -155,7 +210,11 @@ def axes(layout: str) -> tuple[int, int, int, int]:
 
 def sizes_of(x: Tensor, layout: str) -> tuple[int, int, int, int]:
     """Batch, heads, length and head dimension."""
-    batch, heads, length, head_dim = x.shape
+    return _sizes(x.shape, layout)
+
+
+def _sizes(shape: Sequence[int], layout: str) -> tuple[int, int, int, int]:
+    batch, heads, length, head_dim = shape
     return (batch, heads, length, head_dim) if layout == "bhsd" else (batch, length, heads, head_dim)
 
 

@@ -10,21 +10,20 @@ from __future__ import annotations
 import itertools
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
-from vsa_jit.problem import Gradients, Operands, Problem, Side
-from vsa_jit.segments import Segments
+from vsa_jit.problem import Coarse, Gradients, MeanGradients, Operands, Problem, Side
 
-# The operators of ``vsa_jit.ops``, by the part of a call that they are; and those of forward mode. Gradients of block
-# means count as selection, which is what they come from.
+# What a call is made of, by its part; the steps that are public by themselves, with their gradients; and forward mode.
 STAGES = {
     "pooling": ("block_means",),
-    "selection": ("coarse_attend", "map_to_indices", "coarse_attend_backward", "block_mean_backward"),
+    "selection": ("coarse_attend", "coarse_attend_backward"),
     "attention": ("attend",),
     "backward": ("attend_backward",),
+    "single steps": ("select", "map_to_indices", "block_mean_backward"),
 }
 TANGENTS = ("coarse_attend_tangent", "attend_tangent")
 OPERATORS = (*itertools.chain(*STAGES.values()), *TANGENTS)
@@ -44,6 +43,7 @@ class BackendSpec:
             run the call; a ``SettingError`` reaches the user.
         runners: the backend that runs each operator of a call for which this one was chosen. An operator that is not
             here cannot run.
+        runners_of: the same for a call; None where it is the same for all.
         prepare: makes all kernels that a call may launch ready, compiled by the engine of that name; it is called once
             for each kind of call, and not where ``engine_of`` gave None. Where it raises a ``JitError``, the next
             backend runs this and all later calls of that dtype and head dimension, unless this one was asked for by
@@ -57,6 +57,32 @@ class BackendSpec:
     engine_of: Callable[[Problem, torch.device, torch.dtype], str | None]
     runners: Mapping[str, str]
     prepare: Callable[[Problem, torch.device, torch.dtype, str], None] | None = None
+    runners_of: Callable[[Problem], Mapping[str, str]] | None = None
+
+
+class Whole(Protocol):
+    """Calls of ``video_sparse_attn`` that differ in their tensors alone."""
+
+    def forward(
+        self, q: Tensor, k: Tensor, v: Tensor, gate: Tensor | None, q_sizes: Tensor | None, kv_sizes: Tensor | None
+    ) -> tuple[Tensor, Tensor | None, Tensor]:
+        """``(out, out_s, memory)``: the output; before the coarse one was added, where the backward needs that; all
+        else that it needs."""
+        ...
+
+    def backward(
+        self, tensors: Sequence[Any], out: Tensor, memory: Tensor, dout: Tensor, need_dq: bool, need_dkv: bool
+    ) -> Gradients:
+        """Gradients in q, k, v and the gate.
+
+        Args:
+            tensors: those of the forward; ``out``: ``out_s``, or else ``out``.
+        """
+        ...
+
+    def tensors(self, memory: Tensor) -> list[Tensor | None]:
+        """Views of what is in the memory: lse, q2k_idx, q2k_num, out_c, q_c, k_c and v_c; None for what is not."""
+        ...
 
 
 class Backend(Protocol):
@@ -100,41 +126,58 @@ class Backend(Protocol):
         """
         ...
 
-    def matmul(self, a: Tensor, b: Tensor) -> Tensor:
-        """a · b for the operators ``coarse_attend*``, as exact as fp32 arithmetic, whatever PyTorch is allowed.
+    def coarse_attend(
+        self,
+        coarse: Coarse,
+        q_c: Tensor,
+        k_c: Tensor,
+        v_c: Tensor | None,
+        kv_sizes: Tensor | None,
+        topk: Sequence[int],
+        compete: bool,
+    ) -> tuple[Tensor | None, Tensor, Tensor]:
+        """The selection by block means and the attention among them, for the operator of that name, which says what
+        they are.
 
         Args:
-            a, b: fp32 [R, M, K] and [R, K, N], of any strides.
+            q_c: fp32 [B, H, n_q, D], contiguous.
+            k_c, v_c: fp32 [B, H_kv, n_k, D], contiguous; v_c None where there is no coarse output.
+            topk: may be larger than n_k.
 
         Returns:
-            fp32 [R, M, N], contiguous.
+            ``(out_c, q2k_idx, q2k_num)``: fp32 [B, H, n_q, D], or None without v_c; int32 [B, H, n_q, m] and
+            [B, H, n_q].
         """
         ...
 
-    def matmul_of_samples(self, a: Tensor, b: Tensor, segments: Segments, fill: float) -> Tensor:
-        """The same for pairs of blocks of one sample.
-
-        Args:
-            a, b: fp32 [R, n, D] and [R, D, n], of any strides.
-
-        Returns:
-            fp32 [R, n, n], contiguous; ``fill`` where row and column are blocks of different samples.
-        """
+    def coarse_attend_backward(
+        self,
+        coarse: Coarse,
+        q_c: Tensor,
+        k_c: Tensor,
+        v_c: Tensor,
+        kv_sizes: Tensor | None,
+        dout_c: Tensor,
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Gradients of the output of ``coarse_attend`` in q_c, k_c and v_c, contiguous."""
         ...
 
-    def matmul_over_samples(self, a: Tensor, b: Tensor, segments: Segments) -> Tensor:
-        """The same where the sum runs over the blocks of the row's sample alone.
-
-        Args:
-            a, b: fp32 [R, n, n] and [R, n, D], of any strides.
-
-        Returns:
-            fp32 [R, n, D], contiguous.
-        """
+    def coarse_attend_tangent(
+        self,
+        coarse: Coarse,
+        q_c: Tensor,
+        k_c: Tensor,
+        v_c: Tensor,
+        q_c_t: Tensor,
+        k_c_t: Tensor,
+        v_c_t: Tensor,
+        kv_sizes: Tensor | None,
+    ) -> Tensor:
+        """The tangent of the output of ``coarse_attend`` along those of q_c, k_c and v_c."""
         ...
 
     def select(self, scores: Tensor, kv_sizes: Tensor | None, topk: int) -> tuple[Tensor, Tensor]:
-        """The key blocks of highest score, for ``coarse_attend``.
+        """The key blocks of highest score, for the operator ``select_blocks``.
 
         Args:
             scores: fp32 [R, M, n_k], contiguous. Ties go to the lower block, and 0 equals -0.
@@ -190,6 +233,8 @@ class Backend(Protocol):
         dlse: Tensor | None,
         need_dq: bool,
         need_dkv: bool,
+        is_combined: bool = False,
+        mean_gradients: MeanGradients | None = None,
     ) -> Gradients:
         """Gradients of ``attend``, for the operator of that name.
 
@@ -197,6 +242,11 @@ class Backend(Protocol):
             out_s, lse: results of ``attend``.
             dout: like q, of any strides.
             dlse: fp32 [B, H, S_q], of any strides, or None for 0.
+            is_combined: ``out_s`` is the output with the coarse one added, whose weight is the number ``gate_value``.
+            mean_gradients: gives fp32 [B, H, n_q, D] for q and [B, H_kv, n_k, D] for k and v, contiguous. They are
+                spread to dq, dk and dv as by ``block_mean_backward``, before these are rounded, and to queries without
+                any key, too. It is called once, when the gradient of the coarse output is computed. None: nothing is
+                added.
 
         Returns:
             dq, dk and dv like q, k and v where they are needed; where there is a coarse output, also its gradient and
@@ -216,6 +266,19 @@ class Backend(Protocol):
     ) -> tuple[Tensor, Tensor]:
         """Tangents of ``attend``'s out and lse along those of q, k, v, the coarse output and the gate, each of its
         tensor's shape; for the operator of that name."""
+        ...
+
+    @property
+    def whole(self) -> Callable[..., Whole | None] | None:
+        """Past PyTorch's dispatcher, the launches of ``video_sparse_attn`` one after the other without a tensor for
+        each result; None where the operator's body does. A name of the module ``launches``.
+
+        Args:
+            problem, topk, compete, selection_dtype, gate_value: of the call.
+            has_gate: whether the gate is a tensor.
+            is_recorded: whether a backward follows.
+            device: its index.
+        """
         ...
 
     @property

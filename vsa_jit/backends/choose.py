@@ -103,11 +103,17 @@ def choose(
             reasons[spec.name] = f"{name} was asked for"
     if chosen is None:
         raise _refusal(source, name, reasons[name])
-    return Choice(chosen.name, engine, reasons, dict(chosen.runners))
+    runners = chosen.runners if chosen.runners_of is None else chosen.runners_of(problem)
+    return Choice(chosen.name, engine, reasons, dict(runners))
 
 
 def backend_for(operator: str, problem: Problem, backend: str, *tensors: Tensor) -> Backend:
-    """The functions that run an operator of a call with these tensors, the kernels of the backend chosen for it ready.
+    """The functions that run one operator, see ``backends_for``."""
+    return backends_for(problem, backend, *tensors)[operator]
+
+
+def backends_for(problem: Problem, backend: str, *tensors: Tensor) -> Mapping[str, Backend]:
+    """The functions that run each operator of a call with these tensors; the kernels of its backend are ready.
 
     Each choice is logged once.
 
@@ -125,10 +131,7 @@ def backend_for(operator: str, problem: Problem, backend: str, *tensors: Tensor)
         places = (places, x.stride(), x.data_ptr() % 16)
     asked = (backend, variable(ENVIRONMENT_VARIABLE), variable("VSA_JIT_ENGINE"), interpreted)
     key = (problem, device, dtype, places, *asked)
-    chosen = _chosen.get(key)
-    if chosen is None:
-        chosen = _remember(key, _choose_and_prepare(problem, backend, device, dtype, tensors))
-    return chosen[operator]
+    return _chosen.get(key) or _remember(key, _choose_and_prepare(problem, backend, device, dtype, tensors))
 
 
 def selection_backend_for(operator: str, backend: str, device: torch.device) -> Backend:

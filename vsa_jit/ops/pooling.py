@@ -6,7 +6,7 @@ decided when the operator runs, from its tensors.
 """
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -41,8 +41,7 @@ def block_means(
     problem = Problem.of(q, k, tile, segments, layout, softmax_scale)
     tensors = (q, k) if v is None else (q, k, v)
     run = backend_for("block_means", problem, backend, *tensors)
-    q_c, k_c, v_c = run.block_means(problem, q, k, v, q_sizes, kv_sizes)
-    return q_c, k_c, q.new_empty(0, dtype=torch.float32) if v_c is None else v_c
+    return cast(Any, run.block_means(problem, q, k, v, q_sizes, kv_sizes))
 
 
 @block_means.fake
@@ -54,7 +53,7 @@ def _(q, k, v, q_sizes, kv_sizes, tile, segments, layout, softmax_scale, backend
     return (
         q.new_empty(q_shape, dtype=torch.float32),
         k.new_empty(kv_shape, dtype=torch.float32),
-        q.new_empty(0 if v is None else kv_shape, dtype=torch.float32),
+        q.new_empty(0) if v is None else q.new_empty(kv_shape, dtype=torch.float32),
     )
 
 

@@ -12,6 +12,7 @@ some of the gradients are needed, see ``takes_one_pass`` for the rest.
 from __future__ import annotations
 
 import functools
+import math
 from typing import Any, NamedTuple
 
 import torch
@@ -29,12 +30,13 @@ from vsa_jit.backends.sm90.launch import (
     token_strides,
 )
 from vsa_jit.backends.sm90.layout import SizesRef, sizes_ref
+from vsa_jit.backends.sm90.memory import WORD_BYTES, Part, Parts
 from vsa_jit.backends.sm90.schedule import inverse_schedule_of, max_list_length, schedule_of, words_of
 from vsa_jit.backends.sm90.segments import SegmentMaps
-from vsa_jit.backends.sm90.structs import BOX_TOKENS, IndexBits, OrderRowsParams, TileLists, structures
+from vsa_jit.backends.sm90.structs import BOX_TOKENS, GradientTensor, IndexBits, OrderRowsParams, TileLists, structures
 from vsa_jit.backends.sm90.tma import TensorRef, largest_grid, why_not_tma
 from vsa_jit.jit import module
-from vsa_jit.problem import Gradients, Operands, Problem, bhsd, contiguous_like, empty_like
+from vsa_jit.problem import Gradients, MeanGradients, Operands, Problem, bhsd, contiguous_like, empty_like
 
 # One pass divides by the scale: with a smaller one the quotient might be infinite.
 SMALLEST_SCALE = 2.0**-64
@@ -51,7 +53,10 @@ def attend_backward(
     dlse: Tensor | None,
     need_dq: bool,
     need_dkv: bool,
+    is_combined: bool = False,
+    mean_gradients: MeanGradients | None = None,
 ) -> Gradients:
+    q = operands.q
     operands = operands._replace(q2k_idx=operands.q2k_idx.contiguous(), q2k_num=operands.q2k_num.contiguous())
     if (
         dout.stride(-1) != 1
@@ -59,17 +64,20 @@ def attend_backward(
     ):
         dout = dout.contiguous()
     in_one_pass = need_dq and need_dkv and takes_one_pass(problem)
-    inversion = _Inversion.of(problem, operands) if need_dkv else None
-    prepared = prepare(problem, operands, out_s, lse, dout, dlse, in_one_pass, inversion)
+    prepared = prepare(problem, operands, out_s, lse, dout, dlse, in_one_pass, need_dkv, is_combined)
+    workspace = prepared.workspace
+    of_q = of_k = of_v = None
+    if mean_gradients is not None:
+        of_q, of_k, of_v = mean_gradients(prepared.dout_c)
     dq = dk = dv = None
     if need_dq and not in_one_pass:
-        dq = backward_q(problem, operands, dout, prepared)
-    if inversion is not None:
-        inverse = inversion.bits, _order_rows(problem, inversion.bits)
+        dq = backward_q(problem, operands, dout, workspace, of_q)
+    if need_dkv:
+        _order_rows(problem, workspace, q.get_device())
         if in_one_pass:
-            dq, dk, dv = backward_qkv(problem, operands, lse, dout, prepared, *inverse)
+            dq, dk, dv = backward_qkv(problem, operands, lse, dout, workspace, of_q, of_k, of_v)
         else:
-            dk, dv = backward_kv(problem, operands, dout, prepared, *inverse)
+            dk, dv = backward_kv(problem, operands, dout, workspace, of_k, of_v)
     return Gradients(dq, dk, dv, prepared.dgate, prepared.dout_c)
 
 
@@ -80,17 +88,46 @@ def takes_one_pass(problem: Problem) -> bool:
     return problem.softmax_scale >= SMALLEST_SCALE
 
 
-class Prepared(NamedTuple):
-    """What is computed before the passes.
+class Workspace(NamedTuple):
+    """What is computed before the passes, and what they take work tiles by, in one allocation.
 
     Attributes:
         statistics: of all queries, ``RowStatistics`` of ``backward.cuh``.
         counters: two numbers of 32 bits that are 0, one for each pass, see ``Launch.run_work_tiles``.
-        dgate, dout_c: gradients, or None.
+        bits, order: the inverse of the map, see ``transpose_index``; ``classes`` is for ``order_rows.cu``.
     """
 
-    statistics: Tensor
-    counters: Tensor
+    memory: Tensor
+    statistics: Part
+    counters: Part
+    bits: Part
+    order: Part
+    classes: Part
+
+    @classmethod
+    def of(cls, problem: Problem, like: Tensor) -> Workspace:
+        parts = _parts_of_workspace(problem)
+        memory = like.new_empty(parts.num_bytes, dtype=torch.uint8)
+        return cls(memory, *parts.at(memory.data_ptr()))
+
+
+@functools.lru_cache(maxsize=1024)
+def _parts_of_workspace(problem: Problem) -> Parts:
+    queries, keys = problem.queries, problem.keys
+    statistics = problem.batch, queries.heads, queries.num_blocks * queries.block, STATISTICS
+    of_keys = problem.batch, keys.heads, keys.num_blocks
+    # A class has a byte.
+    return Parts.of(statistics, (2,), _bits_shape(problem), of_keys, of_keys)
+
+
+def _bits_shape(problem: Problem) -> tuple[int, int, int, int]:
+    return problem.batch, problem.queries.heads, words_of(problem.queries.num_blocks), problem.keys.num_blocks
+
+
+class Prepared(NamedTuple):
+    """What is computed before the passes; the gradients may be None."""
+
+    workspace: Workspace
     dgate: Tensor | None
     dout_c: Tensor | None
 
@@ -103,21 +140,24 @@ def prepare(
     dout: Tensor,
     dlse: Tensor | None,
     in_one_pass: bool = False,
-    inversion: _Inversion | None = None,
+    with_inversion: bool = False,
+    is_combined: bool = False,
 ) -> Prepared:
     """What the passes need of every query, and gradients of the coarse output and its gate; in the same launch the
-    inversion of the map, if one is given."""
+    inversion of the map, if it is wanted."""
     q, queries = operands.q, problem.queries
-    rows = (problem.batch, queries.heads, queries.num_blocks * queries.block)
-    statistics = q.new_empty((*rows, STATISTICS), dtype=torch.float32)
-    counters = q.new_empty(2, dtype=torch.int32)
+    workspace = Workspace.of(problem, q)
     lse = lse.contiguous()
-    launch = _prepare_launch(problem, q.dtype, q.get_device(), sizes_ref(operands.q_sizes), in_one_pass)
+    width = operands.q2k_idx.shape[-1] if with_inversion else None
+    launch = _prepare_launch(problem, q.dtype, q.get_device(), sizes_ref(operands.q_sizes), in_one_pass, width)
     params = launch.new_params()
     launch.set_segments(tables_of(problem, q), q, [params.queries])
     params.dout, params.out_s = dout.data_ptr(), out_s.data_ptr()
-    params.lse, params.statistics = lse.data_ptr(), statistics.data_ptr()
-    params.counters = counters.data_ptr()
+    params.lse, params.statistics, params.counters = (
+        lse.data_ptr(),
+        workspace.statistics.address,
+        workspace.counters.address,
+    )
     params.dout_strides[:] = token_strides(dout.stride(), queries)
     params.out_s_strides[:] = token_strides(out_s.stride(), queries)
     if dlse is not None:
@@ -126,27 +166,34 @@ def prepare(
     dgate = dout_c = None
     out_c, gate = set_coarse(params.coarse, problem, operands)
     if out_c is not None:
-        dout_c = contiguous_like(out_c)
+        dout_c = q.new_empty(out_c.shape, dtype=torch.float32)
         params.dout_c = dout_c.data_ptr()
+        params.is_combined = is_combined
     if gate is not None:
         dgate = contiguous_like(gate)
         params.dgate = dgate.data_ptr()
         params.dgate_strides[:] = token_strides(dgate.stride(), queries)
-    if inversion is not None:
-        params.inversion, params.inversion_blocks = inversion.params, inversion.blocks
+    if with_inversion:
+        _set_inversion(problem, params.inversion, operands, workspace)
     launch.launcher(launch.blocks + params.inversion_blocks, params)
     if dgate is not None and operands.gate is not None:
         dgate = dgate.to(operands.gate.dtype)
-    return Prepared(statistics, counters, dgate, dout_c)
+    return Prepared(workspace, dgate, dout_c)
 
 
 @functools.lru_cache(maxsize=256)
 def _prepare_launch(
-    problem: Problem, dtype: torch.dtype, device: int, q_sizes: SizesRef | None, in_one_pass: bool
+    problem: Problem,
+    dtype: torch.dtype,
+    device: int,
+    q_sizes: SizesRef | None,
+    in_one_pass: bool,
+    width: int | None,
 ) -> Launch:
+    """Of the preparation; and, if the width of a map is given, of its inversion by further thread blocks."""
     queries = problem.queries
-    has_segments = queries.segments is not None
-    params = structures(has_segments).PrepareBackwardParams(
+    of_layout = structures(queries.segments is not None)
+    params = of_layout.PrepareBackwardParams(
         queries=SideView(problem, queries, q_sizes, padded=False).layout(),
         heads=queries.heads,
         num_blocks=queries.num_blocks,
@@ -154,31 +201,30 @@ def _prepare_launch(
         shift_factor=-1.0 / problem.softmax_scale if in_one_pass else LOG2E,
         delta_factor=-1.0 if in_one_pass else 1.0,
     )
-    launcher = module.launcher(specialise.prepare_backward(dtype, problem.head_dim, has_segments), device)
-    return Launch(params, problem.batch * queries.heads * queries.num_blocks, launcher)
+    if width is not None:
+        table = of_layout.IndexTable(width=width, num_rows=queries.num_blocks, num_cols=problem.keys.num_blocks)
+        batch, heads, words, _ = _bits_shape(problem)
+        params.inversion = of_layout.Inversion(rows=table, num_words=words)
+        params.inversion_blocks = batch * heads * words
+    kernel = specialise.prepare_backward(dtype, problem.head_dim, queries.segments is not None)
+    return Launch(params, problem.batch * queries.heads * queries.num_blocks, module.launcher(kernel, device))
 
 
-class _Inversion(NamedTuple):
-    """The inversion of a map: its parameters, and how many thread blocks take part.
+def _set_inversion(problem: Problem, inversion: Any, operands: Operands, workspace: Workspace) -> None:
+    set_map(tables_of(problem, operands.q), inversion.rows, operands.q2k_idx, operands.q2k_num)
+    inversion.bits = workspace.bits.address
 
-    Attributes:
-        bits: what it makes, int32 [B, H, words, n_k], bit i of word w for query block 32 w + i.
-    """
 
-    bits: Tensor
-    params: Any
-    blocks: int
-
-    @classmethod
-    def of(cls, problem: Problem, operands: Operands) -> _Inversion:
-        q2k_idx, q2k_num, num_kv_blocks = operands.q2k_idx, operands.q2k_num, problem.keys.num_blocks
-        batch, heads, num_q_blocks, width = q2k_idx.shape
-        words = words_of(num_q_blocks)
-        bits = q2k_idx.new_empty((batch, heads, words, num_kv_blocks))
-        of_layout = structures(problem.keys.segments is not None)
-        table = of_layout.IndexTable(width=width, num_rows=num_q_blocks, num_cols=num_kv_blocks)
-        set_map(tables_of(problem, q2k_idx), table, q2k_idx, q2k_num)
-        return cls(bits, of_layout.Inversion(table, bits.data_ptr(), words), batch * heads * words)
+def invert_map(problem: Problem, operands: Operands) -> Workspace:
+    """Of the workspace, ``bits`` and ``order`` alone."""
+    q, device = operands.q, operands.q.get_device()
+    workspace = Workspace.of(problem, q)
+    launch = _prepare_launch(problem, q.dtype, device, None, False, operands.q2k_idx.shape[-1])
+    params = launch.new_params()
+    _set_inversion(problem, params.inversion, operands, workspace)
+    launch.launcher(params.inversion_blocks, params)
+    _order_rows(problem, workspace, device)
+    return workspace
 
 
 def transpose_index(problem: Problem, operands: Operands) -> tuple[Tensor, Tensor]:
@@ -188,32 +234,31 @@ def transpose_index(problem: Problem, operands: Operands) -> tuple[Tensor, Tenso
     Returns:
         ``(bits, order)``: int32 [B, H, words, n_k], bit i of word w for query block 32 w + i; int32 [B, H_kv, n_k].
     """
-    inversion, q = _Inversion.of(problem, operands), operands.q
-    has_segments = problem.keys.segments is not None
-    launcher = module.launcher(specialise.prepare_backward(q.dtype, problem.head_dim, has_segments), q.get_device())
-    params = structures(has_segments).PrepareBackwardParams(
-        inversion=inversion.params, inversion_blocks=inversion.blocks
-    )
-    launcher(inversion.blocks, params)
-    return inversion.bits, _order_rows(problem, inversion.bits)
+    workspace = invert_map(problem, operands)
+
+    def tensor(part: Part) -> Tensor:
+        start = part.address - workspace.memory.data_ptr()
+        of_part = workspace.memory[start : start + math.prod(part.shape) * WORD_BYTES]
+        return of_part.view(torch.int32).view(part.shape)
+
+    return tensor(workspace.bits), tensor(workspace.order)
 
 
-def _order_rows(problem: Problem, bits: Tensor) -> Tensor:
+def _order_rows(problem: Problem, workspace: Workspace, device: int) -> None:
     """The order of ``transpose_index``, from its bits."""
-    batch, _, words, num_rows = bits.shape
-    heads = problem.keys.heads
-    order = bits.new_empty((batch, heads, num_rows))
-    classes = torch.empty_like(order, dtype=torch.uint8)
-    rows = IndexBits(
-        bits=bits.data_ptr(),
-        num_words=words,
-        num_rows=num_rows,
-        num_cols=problem.queries.num_blocks,
-        group=problem.group,
-    )
-    sort = module.launcher(specialise.order_rows(), bits.get_device())
-    sort(batch * heads, OrderRowsParams(rows, order.data_ptr(), classes.data_ptr()))
-    return order
+    launch = _order_rows_launch(problem, device)
+    params = launch.new_params()
+    params.rows.bits, params.order = workspace.bits.address, workspace.order.address
+    params.classes = workspace.classes.address
+    launch.run(params)
+
+
+@functools.lru_cache(maxsize=256)
+def _order_rows_launch(problem: Problem, device: int) -> Launch:
+    _, _, words, num_rows = _bits_shape(problem)
+    rows = IndexBits(num_words=words, num_rows=num_rows, num_cols=problem.queries.num_blocks, group=problem.group)
+    launcher = module.launcher(specialise.order_rows(), device)
+    return Launch(OrderRowsParams(rows=rows), problem.batch * problem.keys.heads, launcher)
 
 
 class _Refs(NamedTuple):
@@ -236,7 +281,10 @@ class _Refs(NamedTuple):
         return cls(q.dtype, q.get_device(), q_ref, k_ref, v_ref, dout_ref, *sizes)
 
 
-def backward_q(problem: Problem, operands: Operands, dout: Tensor, prepared: Prepared) -> Tensor:
+def backward_q(
+    problem: Problem, operands: Operands, dout: Tensor, workspace: Workspace, of_means: Tensor | None = None
+) -> Tensor:
+    """dq; to it that of the block means is added, if there is one."""
     q2k_idx, q2k_num = operands.q2k_idx, operands.q2k_num
     dq = empty_like(operands.q)
     launch = _backward_q_launch(problem, _Refs.of(operands, dout), q2k_idx.shape[-1], dq.stride())
@@ -245,8 +293,9 @@ def backward_q(problem: Problem, operands: Operands, dout: Tensor, prepared: Pre
     set_map(tables, params.schedule.rows, q2k_idx, q2k_num)
     tensors = params.q, params.k, params.v, params.dout
     _maps = launch.set_segments(tables, dq, (params.queries, params.keys), tensors)
-    params.dq, params.statistics = dq.data_ptr(), prepared.statistics.data_ptr()
-    launch.run_work_tiles(params, dq, prepared.counters.data_ptr())
+    _set_gradient(params.dq, dq, of_means)
+    params.statistics = workspace.statistics.address
+    launch.run_work_tiles(params, dq, workspace.counters.address)
     return dq
 
 
@@ -266,7 +315,7 @@ def _backward_q_launch(problem: Problem, refs: _Refs, width: int, dq_strides: tu
         scale=problem.softmax_scale,
         scale_log2=problem.softmax_scale * LOG2E,
     )
-    params.dq_strides[:] = token_strides(dq_strides, queries.side)
+    params.dq.strides[:] = token_strides(dq_strides, queries.side)
     launcher = module.launcher(specialise.attend_backward_q(refs.dtype, problem.head_dim, has_segments), refs.device)
     return Launch.of_work_tiles(params, launcher, refs.device, maps=_maps_of(problem, refs))
 
@@ -275,12 +324,13 @@ def backward_kv(
     problem: Problem,
     operands: Operands,
     dout: Tensor,
-    prepared: Prepared,
-    bits: Tensor,
-    order: Tensor,
+    workspace: Workspace,
+    of_k_means: Tensor | None = None,
+    of_v_means: Tensor | None = None,
     sums: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """dk and dv; where ``sums`` is given, the pass for all three, which adds dq to it."""
+    """dk and dv, to which those of the block means are added, if there are any; where ``sums`` is given, the pass for
+    all three, which adds dq to it."""
     dk, dv = empty_like(operands.k), empty_like(operands.v)
     launch = _backward_kv_launch(problem, _Refs.of(operands, dout), dk.stride(), dv.stride(), sums is not None)
     params = launch.new_params()
@@ -289,9 +339,11 @@ def backward_kv(
     if sums is not None:
         params.dq = sums.data_ptr()
     rows = params.schedule.rows
-    rows.bits, rows.order = bits.data_ptr(), order.data_ptr()
-    params.dk, params.dv, params.statistics = dk.data_ptr(), dv.data_ptr(), prepared.statistics.data_ptr()
-    launch.run_work_tiles(params, dk, prepared.counters.data_ptr() + prepared.counters.element_size())
+    rows.bits, rows.order = workspace.bits.address, workspace.order.address
+    _set_gradient(params.dk, dk, of_k_means)
+    _set_gradient(params.dv, dv, of_v_means)
+    params.statistics = workspace.statistics.address
+    launch.run_work_tiles(params, dk, workspace.counters.address + WORD_BYTES)
     return dk, dv
 
 
@@ -313,8 +365,8 @@ def _backward_kv_launch(
         scale=problem.softmax_scale,
         scale_log2=problem.softmax_scale * LOG2E,
     )
-    params.dk_strides[:] = token_strides(dk_strides, keys.side)
-    params.dv_strides[:] = token_strides(dv_strides, keys.side)
+    params.dk.strides[:] = token_strides(dk_strides, keys.side)
+    params.dv.strides[:] = token_strides(dv_strides, keys.side)
     kernel = specialise.attend_backward_qkv if in_one_pass else specialise.attend_backward_kv
     launcher = module.launcher(kernel(refs.dtype, problem.head_dim, has_segments), refs.device)
     blocks_per_processor = 1 if in_one_pass else specialise.KV_THREAD_BLOCKS[problem.head_dim]
@@ -326,24 +378,28 @@ def backward_qkv(
     operands: Operands,
     lse: Tensor,
     dout: Tensor,
-    prepared: Prepared,
-    bits: Tensor,
-    order: Tensor,
+    workspace: Workspace,
+    of_q_means: Tensor | None,
+    of_k_means: Tensor | None,
+    of_v_means: Tensor | None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     q, queries = operands.q, problem.queries
     # What is summed up of dq, see ``DqSums`` of ``backward.cuh``.
-    sums = q.new_zeros((*bits.shape[:2], queries.length, problem.head_dim), dtype=torch.float32)
-    dk, dv = backward_kv(problem, operands, dout, prepared, bits, order, sums)
+    sums = q.new_zeros((problem.batch, queries.heads, queries.length, problem.head_dim), dtype=torch.float32)
+    dk, dv = backward_kv(problem, operands, dout, workspace, of_k_means, of_v_means, sums)
     dq = empty_like(q)
-    _store_dq(problem, operands.q_sizes, sums, lse.contiguous(), dq)
+    _store_dq(problem, operands.q_sizes, sums, lse.contiguous(), dq, of_q_means)
     return dq, dk, dv
 
 
-def _store_dq(problem: Problem, q_sizes: Tensor | None, sums: Tensor, lse: Tensor, dq: Tensor) -> None:
+def _store_dq(
+    problem: Problem, q_sizes: Tensor | None, sums: Tensor, lse: Tensor, dq: Tensor, of_means: Tensor | None
+) -> None:
     launch = _store_dq_launch(problem, dq.dtype, dq.get_device(), sizes_ref(q_sizes), dq.stride())
     params = launch.new_params()
     launch.set_segments(tables_of(problem, dq), dq, [params.queries])
-    params.sums, params.lse, params.dq = sums.data_ptr(), lse.data_ptr(), dq.data_ptr()
+    params.sums, params.lse = sums.data_ptr(), lse.data_ptr()
+    _set_gradient(params.dq, dq, of_means)
     launch.run(params)
 
 
@@ -360,9 +416,15 @@ def _store_dq_launch(
         q_len=queries.length,
         scale=problem.softmax_scale,
     )
-    params.dq_strides[:] = token_strides(dq_strides, queries)
+    params.dq.strides[:] = token_strides(dq_strides, queries)
     boxes = problem.batch * queries.heads * queries.num_blocks * (queries.block // BOX_TOKENS)
     return Launch(params, boxes, module.launcher(specialise.store_dq(dtype, problem.head_dim, has_segments), device))
+
+
+def _set_gradient(to: GradientTensor, gradient: Tensor, of_means: Tensor | None) -> None:
+    to.data = gradient.data_ptr()
+    if of_means is not None:
+        to.of_means = of_means.data_ptr()
 
 
 def _tensors(queries: SideView, keys: SideView, refs: _Refs) -> list[Any]:

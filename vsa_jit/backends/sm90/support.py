@@ -12,6 +12,7 @@ from vsa_jit.backends.base import BackendSpec
 from vsa_jit.backends.sm90 import segments
 from vsa_jit.backends.sm90.schedule import why_too_many_blocks
 from vsa_jit.backends.sm90.specialise import ARCH, DTYPES, HEAD_DIMS, kernels_of
+from vsa_jit.backends.sm90.structs import MAX_COARSE_COLS
 from vsa_jit.backends.sm90.tma import largest_grid, why_not_tma
 from vsa_jit.backends.triton import support as triton
 from vsa_jit.jit import engines, module, toolchain
@@ -22,7 +23,15 @@ from vsa_jit.problem import Problem, bhsd
 
 CAPABILITY = (9, 0)
 # What has no CUDA kernel yet, Triton's kernels do.
-RUNNERS = {**triton.RUNNERS, "block_means": "sm90", "attend": "sm90", "attend_backward": "sm90"}
+COARSE_BRANCH = ("coarse_attend", "coarse_attend_backward")
+RUNNERS = triton.RUNNERS | dict.fromkeys(("block_means", *COARSE_BRANCH, "attend", "attend_backward"), "sm90")
+
+
+def runners_of(problem: Problem) -> dict[str, str]:
+    """Of more key blocks than the kernels take, Triton computes the coarse branch."""
+    if problem.keys.num_blocks <= MAX_COARSE_COLS:
+        return RUNNERS
+    return RUNNERS | dict.fromkeys(COARSE_BRANCH, "triton")
 
 
 def prepare(problem: Problem, device: torch.device, dtype: torch.dtype, engine: str) -> None:
@@ -101,4 +110,5 @@ SPEC = BackendSpec(
     engine_of=engine_of,
     runners=RUNNERS,
     prepare=prepare,
+    runners_of=runners_of,
 )

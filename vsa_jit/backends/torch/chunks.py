@@ -100,7 +100,7 @@ def _entries(problem: Problem, q2k_idx: Tensor, q2k_num: Tensor, width: int) -> 
     return torch.where(is_run, q2k_idx[:, :1].long() + slot, listed), slot < length[:, None]
 
 
-def softmax(scores: Tensor) -> tuple[Tensor, Tensor]:
+def softmax_and_lse(scores: Tensor) -> tuple[Tensor, Tensor]:
     """Probabilities over the last dimension, and the log-sum-exp."""
     lse = scores.logsumexp(-1, keepdim=True)
     # A row without keys has -inf everywhere: its probabilities are 0, not NaN.

@@ -9,6 +9,7 @@ import math
 import triton
 import triton.language as tl
 
+from vsa_jit.backends.triton.means import token_share
 from vsa_jit.backends.triton.product import add_product
 from vsa_jit.backends.triton.rows import (
     block_origin,
@@ -85,6 +86,7 @@ def prepare_backward_kernel(
     HAS_DLSE: tl.constexpr,
     COMBINE: tl.constexpr,
     HAS_GATE: tl.constexpr,
+    IS_COMBINED: tl.constexpr,
     EXACT: tl.constexpr,
     BLOCK_M: tl.constexpr,
 ):
@@ -118,6 +120,8 @@ def prepare_backward_kernel(
         dout = tl.load(dout_ptrs, mask=mask, other=0.0).to(tl.float32)
         out_ptrs = OutS + b * stride_osb + h * stride_osh + token[:, None] * stride_oss + d[None, :]
         out_s = tl.load(out_ptrs, mask=mask, other=0.0).to(tl.float32)
+        if IS_COMBINED:
+            out_s -= gate_value * out_c[None, :]
         lse = tl.load(Lse + bh.to(tl.int64) * q_len + token, mask=valid, other=float("-inf"))
         delta = tl.sum(dout * out_s, 1)
         if HAS_DLSE:
@@ -150,6 +154,7 @@ def attend_backward_q_kernel(
     V,
     DOut,
     DQ,
+    DQMean,
     Shift,
     Delta,
     Q2kIdx,
@@ -205,7 +210,10 @@ def attend_backward_q_kernel(
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
 ):
-    """dq of one tile of query rows: Σ over its key blocks of ds · k, with ds = p · (dout · vᵀ − delta)."""
+    """dq of one tile of query rows: Σ over its key blocks of ds · k, with ds = p · (dout · vᵀ − delta).
+
+    The shares of the tokens in the gradient of their block's mean are added, where there is one.
+    """
     TILES_M: tl.constexpr = BLOCK // BLOCK_M
     TILES_N: tl.constexpr = BLOCK // BLOCK_N
     MASK_D: tl.constexpr = D != D_PAD
@@ -289,6 +297,12 @@ def attend_backward_q_kernel(
         dq = add_product(dq, ds.to(k.dtype), k, EXACT)
 
     dq *= scale
+    if DQMean is not None:
+        share = token_share(
+            DQMean, row, q_block, q_origin, d, in_head, D, BLOCK, RASTER, TILE_H, TILE_W, T, H, q_w, QSizes,
+            HAS_Q_SIZES, Blocks, MASK_Q, BLOCK_M,
+        )  # fmt: skip
+        dq += share[None, :]
     if RASTER:
         stored = q_valid
     else:
@@ -307,6 +321,8 @@ def attend_backward_kv_kernel(
     DOut,
     DK,
     DV,
+    DKMean,
+    DVMean,
     Shift,
     Delta,
     K2qEnd,
@@ -369,7 +385,8 @@ def attend_backward_kv_kernel(
 ):
     """dk and dv of one tile of key rows: Σ over the query blocks that selected it, of every query head of its group.
 
-    Scores are computed transposed, keys by queries, so that pᵀ and dsᵀ stay in registers as left operands.
+    Scores are computed transposed, keys by queries, so that pᵀ and dsᵀ stay in registers as left operands. Shares in
+    the gradients of block means are added as to dq.
     """
     TILES_M: tl.constexpr = BLOCK // BLOCK_M
     TILES_N: tl.constexpr = BLOCK // BLOCK_N
@@ -465,6 +482,19 @@ def attend_backward_kv_kernel(
                 dk = add_product(dk, ds_t.to(q.dtype), q, EXACT)
 
     dk *= scale
+    kv_index = b_kv.to(tl.int64) * num_kv_blocks + kv_block
+    if DKMean is not None:
+        share = token_share(
+            DKMean, kv_index, kv_block, kv_origin, d, in_head, D, BLOCK, RASTER, TILE_H, TILE_W, T, H, kv_w, KSizes,
+            HAS_K_SIZES, Blocks, MASK_K, BLOCK_N,
+        )  # fmt: skip
+        dk += share[None, :]
+    if DVMean is not None:
+        share = token_share(
+            DVMean, kv_index, kv_block, kv_origin, d, in_head, D, BLOCK, RASTER, TILE_H, TILE_W, T, H, kv_w, KSizes,
+            HAS_K_SIZES, Blocks, MASK_K, BLOCK_N,
+        )  # fmt: skip
+        dv += share[None, :]
     if RASTER:
         stored = kv_valid
     else:

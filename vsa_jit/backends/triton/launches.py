@@ -5,6 +5,7 @@ Video tiles are read from the raster by computed row offsets: nothing is padded,
 
 from __future__ import annotations
 
+import functools
 import math
 from typing import Any
 
@@ -13,6 +14,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from vsa_jit.backends import coarse
+from vsa_jit.backends.coarse import Softmax
 from vsa_jit.backends.triton import config
 from vsa_jit.backends.triton.backward import (
     attend_backward_kv_kernel,
@@ -26,10 +29,14 @@ from vsa_jit.backends.triton.product import matmul_kernel
 from vsa_jit.backends.triton.rows import reciprocal
 from vsa_jit.backends.triton.runs import find_runs_kernel
 from vsa_jit.backends.triton.select import map_to_indices_kernel, select_kernel, transpose_index_kernel
-from vsa_jit.problem import Gradients, Operands, Problem, Side, axes, contiguous_like, empty_like
+from vsa_jit.backends.triton.softmax import softmax_backward_kernel, softmax_kernel
+from vsa_jit.problem import Gradients, MeanGradients, Operands, Problem, Side, axes, contiguous_like, empty_like
 from vsa_jit.segments import Segments
 
+# Each operator's results are tensors.
+whole = None
 LOG2E = math.log2(math.e)
+TRITON_DTYPES = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
 INT32_MAX = 2**31 - 1
 # Query blocks that one program of the counting sort handles, and the most programs for each head.
 ROWS_PER_CHUNK = 16
@@ -107,8 +114,8 @@ def matmul(a: Tensor, b: Tensor) -> Tensor:
     return _matmul(a, b, out, None, False)
 
 
-def matmul_of_samples(a: Tensor, b: Tensor, segments: Segments, fill: float) -> Tensor:
-    out = a.new_full((a.shape[0], a.shape[1], b.shape[2]), fill)
+def matmul_of_samples(a: Tensor, b: Tensor, segments: Segments) -> Tensor:
+    out = a.new_empty((a.shape[0], a.shape[1], b.shape[2]))
     return _matmul(a, b, out, segments, False)
 
 
@@ -146,15 +153,19 @@ def _matmul(a: Tensor, b: Tensor, out: Tensor, segments: Segments | None, over_b
     return out
 
 
-def select(scores: Tensor, kv_sizes: Tensor | None, topk: int) -> tuple[Tensor, Tensor]:
-    return _select(scores, kv_sizes, None, topk)
+def select(scores: Tensor, kv_sizes: Tensor | None, topk: int, softmax: Softmax | None = None) -> tuple[Tensor, Tensor]:
+    return _select(scores, kv_sizes, None, topk, softmax)
 
 
-def select_in_samples(scores: Tensor, rows: Tensor, width: int) -> tuple[Tensor, Tensor]:
-    return _select(scores, None, rows, width)
+def select_in_samples(
+    scores: Tensor, rows: Tensor, width: int, softmax: Softmax | None = None
+) -> tuple[Tensor, Tensor]:
+    return _select(scores, None, rows, width, softmax)
 
 
-def _select(scores: Tensor, kv_sizes: Tensor | None, rows: Tensor | None, width: int) -> tuple[Tensor, Tensor]:
+def _select(
+    scores: Tensor, kv_sizes: Tensor | None, rows: Tensor | None, width: int, softmax: Softmax | None
+) -> tuple[Tensor, Tensor]:
     q2k_idx, q2k_num = _new_indices(scores, width)
     columns = triton.next_power_of_2(scores.shape[-1])
     with torch.cuda.device_of(scores):
@@ -166,12 +177,45 @@ def _select(scores: Tensor, kv_sizes: Tensor | None, rows: Tensor | None, width:
             q2k_num,
             scores.shape[-1],
             width,
+            *_scales(softmax),
             COLUMNS=columns,
             WIDTH_PAD=triton.next_power_of_2(width),
             HAS_SIZES=kv_sizes is not None,
+            DTYPE=None if softmax is None else TRITON_DTYPES[softmax.dtype],
             num_warps=_row_warps(columns),
         )
     return q2k_idx, q2k_num
+
+
+def softmax(products: Tensor, kv_sizes: Tensor | None, rows: Tensor | None, settings: Softmax) -> None:
+    columns = triton.next_power_of_2(products.shape[-1])
+    with torch.cuda.device_of(products):
+        softmax_kernel[(products.shape[0] * products.shape[1],)](
+            products,
+            kv_sizes,
+            rows,
+            products.shape[-1],
+            *_scales(settings),
+            COLUMNS=columns,
+            HAS_SIZES=kv_sizes is not None,
+            DTYPE=TRITON_DTYPES[settings.dtype],
+            num_warps=_row_warps(columns),
+        )
+
+
+def softmax_backward(p: Tensor, dp: Tensor, rows: Tensor | None, scale: float) -> None:
+    columns = triton.next_power_of_2(p.shape[-1])
+    with torch.cuda.device_of(p):
+        softmax_backward_kernel[(p.shape[0] * p.shape[1],)](
+            p, dp, rows, p.shape[-1], scale, COLUMNS=columns, num_warps=_row_warps(columns)
+        )
+
+
+def _scales(softmax: Softmax | None) -> tuple[float, float]:
+    """The scale of products, and log2(e) times what is left to scale in the exponent: the scale where it is fp32."""
+    if softmax is None:
+        return 1.0, 1.0
+    return softmax.scale, LOG2E * (softmax.scale if softmax.dtype == torch.float32 else 1.0)
 
 
 def map_to_indices(block_map: Tensor) -> tuple[Tensor, Tensor]:
@@ -310,6 +354,8 @@ def attend_backward(
     dlse: Tensor | None,
     need_dq: bool,
     need_dkv: bool,
+    is_combined: bool = False,
+    mean_gradients: MeanGradients | None = None,
 ) -> Gradients:
     q, k, v, q2k_idx, q2k_num, q_sizes, kv_sizes, out_c, gate, gate_value = operands
     queries, keys, layout = problem.queries, problem.keys, problem.queries.layout
@@ -348,11 +394,15 @@ def attend_backward(
             HAS_DLSE=dlse is not None,
             COMBINE=out_c is not None,
             HAS_GATE=gate is not None,
+            IS_COMBINED=is_combined and out_c is not None,
             EXACT=q.dtype == torch.float32,
             BLOCK_M=32,
             num_warps=4,
         )
 
+    dq_c = dk_c = dv_c = None
+    if mean_gradients is not None:
+        dq_c, dk_c, dv_c = mean_gradients(dout_c)
     dq = dk = dv = None
     arch = config.architecture(q.device)
     if need_dq:
@@ -366,6 +416,7 @@ def attend_backward(
                 v,
                 dout,
                 dq,
+                dq_c,
                 shift,
                 delta,
                 q2k_idx,
@@ -405,6 +456,8 @@ def attend_backward(
                 dout,
                 dk,
                 dv,
+                dk_c,
+                dv_c,
                 shift,
                 delta,
                 ends,
@@ -508,3 +561,11 @@ def _block_reach(side: Side) -> int:
     return max(
         [side.block - 1 if grid is None else ((t - 1) * grid[1] + h - 1) * grid[2] + w - 1 for grid in grids],
     )
+
+
+_COARSE_KERNELS = coarse.CoarseKernels(
+    matmul, matmul_of_samples, matmul_over_samples, select, select_in_samples, softmax, softmax_backward
+)
+coarse_attend = functools.partial(coarse.coarse_attend, _COARSE_KERNELS)
+coarse_attend_backward = functools.partial(coarse.coarse_attend_backward, _COARSE_KERNELS)
+coarse_attend_tangent = functools.partial(coarse.coarse_attend_tangent, _COARSE_KERNELS)

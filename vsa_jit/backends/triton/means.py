@@ -35,6 +35,33 @@ def block_weight(
 
 
 @triton.jit
+def token_share(
+    DMean,
+    index,
+    block,
+    origin,
+    d,
+    in_head,
+    D: tl.constexpr,
+    BLOCK: tl.constexpr,
+    RASTER: tl.constexpr,
+    TILE_H: tl.constexpr,
+    TILE_W: tl.constexpr,
+    T,
+    H,
+    W,
+    Sizes,
+    HAS_SIZES: tl.constexpr,
+    Blocks,
+    MASK: tl.constexpr,
+    ROWS: tl.constexpr,
+):
+    """What each valid token of a block gets of the gradient of its mean, ``DMean[index]``: fp32 [D_PAD]."""
+    weight = block_weight(block, origin, BLOCK, RASTER, TILE_H, TILE_W, T, H, W, Sizes, HAS_SIZES, Blocks, MASK, ROWS)
+    return tl.load(DMean + index * D + d, mask=in_head, other=0.0) * weight
+
+
+@triton.jit
 def write_block_mean(
     X,
     Mean,
@@ -200,8 +227,11 @@ def block_mean_backward_kernel(
     origin = block_origin(
         block, RASTER, BLOCK, TILE_T, TILE_H, TILE_W, tiles_hw, tiles_w, inverse_hw, inverse_w, Blocks
     )
-    weight = block_weight(block, origin, BLOCK, RASTER, TILE_H, TILE_W, T, H, w, Sizes, HAS_SIZES, Blocks, MASK, ROWS)
-    share = tl.load(DMean + (bh.to(tl.int64) * num_blocks + block) * D + d, mask=in_head, other=0.0) * weight
+    index = bh.to(tl.int64) * num_blocks + block
+    share = token_share(
+        DMean, index, block, origin, d, in_head, D, BLOCK, RASTER, TILE_H, TILE_W, T, H, w, Sizes, HAS_SIZES, Blocks,
+        MASK, ROWS,
+    )  # fmt: skip
     height, width = frame_size(block, H, W, Blocks)
     for row0 in tl.static_range(0, BLOCK, ROWS):
         token = token_at(origin, height, width) + relative_tokens(row0, ROWS, RASTER, TILE_H, TILE_W, height, width)

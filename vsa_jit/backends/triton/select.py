@@ -1,7 +1,10 @@
-"""Which key blocks each query block attends: top-k of scores, the indices of a map, and indices transposed."""
+"""Which key blocks each query block attends: top-k of scores with their softmax, the indices of a map, and indices
+transposed."""
 
 import triton
 import triton.language as tl
+
+from vsa_jit.backends.triton.softmax import sample_of_row, scale_narrow, softmax_of_row
 
 
 @triton.jit
@@ -25,11 +28,14 @@ def select_kernel(
     Q2kNum,
     num_kv_blocks,
     topk,
+    scale,
+    scale_log2,
     COLUMNS: tl.constexpr,
     WIDTH_PAD: tl.constexpr,
     HAS_SIZES: tl.constexpr,
+    DTYPE: tl.constexpr,
 ):
-    """Top-k of one row, ties to the lower column.
+    """Top-k of one row, ties to the lower column, and the probabilities of the row, which replace its scores.
 
     A threshold that exactly topk scores reach is sought bit by bit, from the highest down; where none exists, because
     several scores equal the k-th largest, all bits are found and the ties are counted off.
@@ -37,21 +43,25 @@ def select_kernel(
     ``Rows`` is None where all columns are alike, else the table of ``segments.selection_rows``. Room is then for topk
     columns of a row, of which the table may want fewer; a row that attends all of its sample names the first column
     alone.
+
+    ``DTYPE`` is None where the scores stay as they are, else that of ``softmax_of_row``.
     """
     row = tl.program_id(0).to(tl.int64)
     column = tl.arange(0, COLUMNS)
     eligible = column < num_kv_blocks
     wanted = topk
     if Rows is not None:
-        Row = Rows + tl.program_id(0) % num_kv_blocks * 4
-        first, num = tl.load(Row), tl.load(Row + 2)
+        first, end = sample_of_row(Rows, num_kv_blocks)
+        num = tl.load(Rows + tl.program_id(0) % num_kv_blocks * 4 + 2)
         # Where all blocks of the sample are attended there is nothing to choose from.
-        end = tl.where(num < 0, first, tl.load(Row + 1))
+        end = tl.where(num < 0, first, end)
         eligible = (column >= first) & (column < end)
         wanted = tl.minimum(tl.maximum(num, 0), topk)
     if HAS_SIZES:
         eligible = eligible & (tl.load(Sizes + column, mask=eligible, other=0) > 0)
     score = tl.load(Scores + row * num_kv_blocks + column, mask=eligible, other=0.0)
+    if DTYPE is not None:
+        score = scale_narrow(score, scale, DTYPE)
     # Unsigned keys in the order of the floats; -0 counts as +0, and 0 is left to the columns that take no part.
     bits = tl.where(score == 0.0, 0.0, score).to(tl.int32, bitcast=True)
     key = tl.where(bits < 0, ~bits, bits ^ -2147483648).to(tl.uint32, bitcast=True)
@@ -86,6 +96,8 @@ def select_kernel(
             tl.debug_barrier()
             tl.store(Q2kIdx + row * topk, first)
             tl.store(Q2kNum + row, num)
+    if DTYPE is not None:
+        softmax_of_row(Scores, Sizes, Rows, num_kv_blocks, scale, scale_log2, COLUMNS, HAS_SIZES, DTYPE)
 
 
 @triton.jit
