@@ -1,6 +1,7 @@
 """The command ``vsa-jit bench``, on a CPU with tiny sizes."""
 
 import csv
+import functools
 import io
 import json
 import math
@@ -17,6 +18,7 @@ import pytest
 import torch
 from support.problems import ON_HOPPER
 
+from vsa_jit.backends import coarse
 from vsa_jit.backends.torch import launches as torch_backend
 from vsa_jit.bench import extras, stages
 from vsa_jit.bench.attention import all_blocks, flash_results, sparse
@@ -27,7 +29,6 @@ from vsa_jit.bench.report import print_header
 from vsa_jit.checks import CONTEXTS
 from vsa_jit.cli import bench as command
 from vsa_jit.cli.main import main
-from vsa_jit.ops.selection import Products
 
 CPU = torch.device("cpu")
 TINY = ["--device", "cpu", "--backend", "torch", "--heads", "2", "--head-dim", "16", "--seconds", "0.001"]
@@ -138,8 +139,13 @@ def test_profile_and_trace(tmp_path, capsys):
             break
     assert all(are_resolved)
     names = [stage["name"] for stage in forward["stages"]]
-    assert names == ["pooling", "scores", "top-k", "coarse attention", "fine attention", "combine (fused)", "rest"]
-    assert [stage["name"] for stage in backward["stages"]] == ["fine attention", "coarse attention", "means", "rest"]
+    assert names == ["pooling", "scores, top-k", "coarse attention", "fine attention", "combine (fused)", "rest"]
+    assert [stage["name"] for stage in backward["stages"]] == [
+        "fine attention",
+        "coarse attention",
+        "means (fused)",
+        "rest",
+    ]
     for row in (forward, backward):
         # What cannot be told from noise has no time; nothing is negative, and nothing is more than the whole.
         for stage in row["stages"]:
@@ -148,14 +154,14 @@ def test_profile_and_trace(tmp_path, capsys):
     printed = capsys.readouterr().out
     assert "whole call" in printed
     events = {event.get("name") for event in json.loads(trace.read_text())["traceEvents"]}
-    assert {"vsa_jit::attend", "vsa_jit::attend_backward"} <= events
+    assert {"vsa_jit::video_sparse_attn", "vsa_jit::video_sparse_attn_backward"} <= events
 
 
 def test_profile_without_coarse_branch(tmp_path):
     path = tmp_path / "rows.json"
     assert bench(*SMALL, "--gate", "off", "--profile", "--json", str(path)) == 0
     forward, backward = records(path)
-    assert [stage["name"] for stage in forward["stages"]] == ["pooling", "scores", "top-k", "fine attention", "rest"]
+    assert [stage["name"] for stage in forward["stages"]] == ["pooling", "scores, top-k", "fine attention", "rest"]
     assert [stage["name"] for stage in backward["stages"]] == ["fine attention", "rest"]
 
 
@@ -322,8 +328,8 @@ def test_profile_of_segments(tmp_path, context):
     arguments = ["--segments", "77+5x9x7,4x4x8", "--block-size", "64", "--sparsity", "0.6", "--context", context]
     assert bench(*TINY, *arguments, "--profile", "--json", str(path)) == 0
     forward, backward = ([stage["name"] for stage in row["stages"]] for row in records(path))
-    assert forward == ["pooling", "scores", "top-k", "coarse attention", "fine attention", "combine (fused)", "rest"]
-    assert backward == ["fine attention", "coarse attention", "means", "rest"]
+    assert forward == ["pooling", "scores, top-k", "coarse attention", "fine attention", "combine (fused)", "rest"]
+    assert backward == ["fine attention", "coarse attention", "means (fused)", "rest"]
 
 
 @pytest.mark.parametrize("direction", DIRECTIONS)
@@ -348,33 +354,39 @@ def test_check_accepts_segments(segments, others, context, direction):
     assert found.l1 < (1e-2 if case.shape.dtype == "bf16" else 1e-5)
 
 
-def without_context(scores, rows, width, original):
+def select_instead(monkeypatch, **functions):
+    """Lets the coarse branch select by other functions."""
+    kernels = torch_backend._COARSE_KERNELS._replace(**functions)
+    monkeypatch.setattr(torch_backend, "coarse_attend", functools.partial(coarse.coarse_attend, kernels))
+
+
+def without_context(scores, rows, width, softmax, original):
     """Key blocks of context compete, which is the other kind of context."""
     rows = rows.clone()
     rows[:, 3] = 0
-    return original(scores, rows, width)
+    return original(scores, rows, width, softmax)
 
 
-def one_less(scores, rows, width, original):
-    idx, num = original(scores, rows, width)
+def one_less(scores, rows, width, softmax, original):
+    idx, num = original(scores, rows, width, softmax)
     return idx, torch.where(num > 1, num - 1, num)
 
 
-def context_is_sparse(scores, rows, width, original):
+def context_is_sparse(scores, rows, width, softmax, original):
     rows = rows.clone()
     rows[:, 2] = rows[:, 2].clamp(min=2)
-    return original(scores, rows, width)
+    return original(scores, rows, width, softmax)
 
 
-def over_all_samples(scores, rows, width, original):
-    idx, num = original(scores, rows, width)
+def over_all_samples(scores, rows, width, softmax, original):
+    idx, num = original(scores, rows, width, softmax)
     return torch.where(num[..., None] > 0, idx.roll(5, 1), idx), num
 
 
 @pytest.mark.parametrize("wrong", [without_context, one_less, context_is_sparse, over_all_samples])
 def test_check_finds_wrong_selections_of_segments(monkeypatch, wrong):
     original = torch_backend.select_in_samples
-    monkeypatch.setattr(torch_backend, "select_in_samples", lambda *arguments: wrong(*arguments, original))
+    select_instead(monkeypatch, select_in_samples=lambda *arguments: wrong(*arguments, original))
     case = of_segments(PACKED)
     inputs = Inputs.random(case.shape, CPU, seed=1)
     checked = check(case, inputs, sparse(case, inputs).results("forward"), "forward", seed=0)
@@ -383,9 +395,14 @@ def test_check_finds_wrong_selections_of_segments(monkeypatch, wrong):
 
 
 def test_coarse_output_of_segments_is_checked(monkeypatch):
-    """Probabilities of block means that reach into another sample."""
-    original = Products.of_blocks
-    monkeypatch.setattr(Products, "of_blocks", lambda self, a, b, _=0.0: original(self, a, b, 0.0))
+    """Probabilities of block means of which another sample has a part."""
+
+    def select_in_samples(scores, *arguments):
+        result = torch_backend.select_in_samples(scores, *arguments)
+        scores.mul_(0.9)
+        return result
+
+    select_instead(monkeypatch, select_in_samples=select_in_samples)
     case = of_segments(PACKED, gate="one")
     inputs = Inputs.random(case.shape, CPU, seed=1)
     checked = check(case, inputs, sparse(case, inputs).results("forward"), "forward", seed=0)
@@ -413,16 +430,18 @@ def wrong_forward(original):
 
 
 def wrong_backward(original):
-    def backward(*arguments):
-        dq, dk, dv, dgate, dout_c = original(*arguments)
+    def backward(*arguments, **options):
+        dq, dk, dv, dgate, dout_c = original(*arguments, **options)
         return dq, dk * 1.02, dv, dgate, dout_c
 
     return backward
 
 
 def wrong_select(original):
-    def select(scores, *arguments):
-        return original(-scores, *arguments)
+    def select(scores, kv_sizes, topk, softmax=None):
+        result = original(-scores, kv_sizes, topk)
+        original(scores, kv_sizes, topk, softmax)
+        return result
 
     return select
 
@@ -447,7 +466,11 @@ def nan_forward(original):
 )
 @pytest.mark.parametrize("dtype", ["fp32", "bf16"])
 def test_wrong_outputs_have_no_speed(tmp_path, capsys, monkeypatch, name, wrong, direction, checked, dtype):
-    monkeypatch.setattr(torch_backend, name, wrong(getattr(torch_backend, name)))
+    function = wrong(getattr(torch_backend, name))
+    if name == "select":
+        select_instead(monkeypatch, select=function)
+    else:
+        monkeypatch.setattr(torch_backend, name, function)
     path, plot = tmp_path / "rows.json", tmp_path / "plot.png"
     outputs = ["--profile", "--json", str(path), "--plot", str(plot)]
     assert bench(*SMALL, "--dtype", dtype, "--direction", direction, *outputs) == 1
@@ -584,6 +607,6 @@ def test_profile_of_a_backward_in_passes(tmp_path, backend):
     assert bench(*arguments) == 0
     for row in records(path):
         names = [stage["name"] for stage in row["stages"]]
-        assert names == ["preparation", "inversion", "dq", "dk, dv", "coarse attention", "means", "rest"]
+        assert names == ["preparation", "inversion", "dq", "dk, dv", "coarse attention", "means (fused)", "rest"]
         by_name = {stage["name"]: stage["ms"] for stage in row["stages"]}
         assert 0.0 < by_name["dq"] < by_name["dk, dv"] < row["ms"]

@@ -103,7 +103,7 @@ def test_compiled_steps(monkeypatch, tmp_path):
     # The four that are timed, and the two that are compared, whose first and last layers keep outputs; the middle layer
     # of the dense one is as that which is timed.
     assert len(graphs) == 7
-    assert sum("vsa_jit.attend" in graph for graph in graphs) == 3
+    assert sum("vsa_jit.video_sparse_attn" in graph for graph in graphs) == 3
     assert sum("vsa_jit_bench.keep" in graph for graph in graphs) == 2
     # The limit's q and k must not look unused to the compiler.
     assert sum("copy_last" in graph for graph in graphs) == 1

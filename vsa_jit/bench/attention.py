@@ -13,9 +13,10 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 import vsa_jit
+from vsa_jit.backends.choose import backends_for
 from vsa_jit.bench.cases import Case, Inputs, Shape, flops_factor
 from vsa_jit.bench.measure import median_ms, peak_mib
-from vsa_jit.coarse import coarse_branch
+from vsa_jit.ops.video import coarse_branch
 from vsa_jit.problem import bhsd
 
 Attention = Callable[..., Tensor]
@@ -71,8 +72,8 @@ class Run:
         return tuple(x.detach().requires_grad_() for x in self.inputs)
 
 
-def sparse(case: Case, inputs: Inputs, gate: str | None = None) -> Run:
-    """The call that the case describes, or the same with another kind of gate."""
+def sparse(case: Case, inputs: Inputs, gate: str | None = None, selection_dtype: torch.dtype | None = None) -> Run:
+    """The call that the case describes, or the same with another kind of gate, or selecting in another dtype."""
     kind = case.gate if gate is None else gate
     weight = 0.0 if kind == "off" else 1.0
 
@@ -87,6 +88,7 @@ def sparse(case: Case, inputs: Inputs, gate: str | None = None) -> Run:
             compress_attn_weight=weight if gate is None else gate,
             context=case.context,
             **case.shape.order,
+            selection_dtype=selection_dtype,
             backend=case.backend,
         )
 
@@ -95,19 +97,12 @@ def sparse(case: Case, inputs: Inputs, gate: str | None = None) -> Run:
 
 
 def select(case: Case, inputs: Inputs, *, with_output: bool = False) -> tuple[Tensor, Tensor, Tensor | None]:
-    """What the case's call selects, and its coarse output, as ``coarse_branch`` returns them."""
-    return coarse_branch(
-        case.problem,
-        case.backend,
-        inputs.q,
-        inputs.k,
-        inputs.v,
-        None,
-        None,
-        case.topk_of_samples,
-        with_output=with_output,
-        compete=case.compete,
-    )
+    """What the case's call selects, ``(q2k_idx, q2k_num)``, and its coarse output, or None."""
+    problem, q, k, v = case.problem, inputs.q, inputs.k, inputs.v
+    run = backends_for(problem, case.backend, q, k, v)
+    numbers = case.topk_of_samples, case.compete, torch.float32
+    results = coarse_branch(run, problem, q, k, v if with_output else None, None, None, *numbers)
+    return results.q2k_idx, results.q2k_num, results.out_c
 
 
 def all_blocks(case: Case, inputs: Inputs) -> Run:

@@ -22,10 +22,10 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 import vsa_jit
 from vsa_jit.backends.choose import backend_for, selection_backend_for
+from vsa_jit.backends.coarse import select
 from vsa_jit.bench.attention import SDPA_NAMES, dense, sparse
 from vsa_jit.bench.cases import BlockSize, Case, Inputs, Samples, Selection, Shape, flops_factor, sample_lengths
 from vsa_jit.bench.measure import host_times_us, median_ms, times_ms
-from vsa_jit.ops.selection import Products
 from vsa_jit.problem import BackendName, Layout, Operands, axes
 
 OURS: BackendName = "sm90"
@@ -307,9 +307,8 @@ class Forward:
             scores = 2 * scores - torch.cdist(places, places)
         scores[..., torch.randperm(blocks, generator=generator, device=device)[: int(self.hot * blocks)]] += 2
         if case.problem.keys.segments is not None:
-            tile, segments, _ = case.problem.static_of_blocks
-            products = Products.of(selection_backend_for("coarse_attend", case.backend, device), tile, segments)
-            q2k_idx, q2k_num = products.select(scores[0], None, case.topk_of_samples, case.compete)
+            run, segments = selection_backend_for("select", case.backend, device), case.problem.keys.segments
+            q2k_idx, q2k_num = select(run, segments, scores[0], None, case.topk_of_samples, case.compete)
             return q2k_idx[None], q2k_num[None]
         q2k_idx = scores.topk(case.topk, -1).indices.int()
         return q2k_idx, torch.full(q2k_idx.shape[:3], case.topk, dtype=torch.int32, device=device)

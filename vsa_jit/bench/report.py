@@ -18,8 +18,9 @@ from typing import Any, TextIO
 import torch
 
 from vsa_jit.bench.cases import format_samples, format_size
-from vsa_jit.bench.check import Metrics
+from vsa_jit.bench.check import Checked, Metrics
 from vsa_jit.bench.extras import has_rich
+from vsa_jit.bench.peers import PeerResult
 from vsa_jit.bench.stages import Stage
 from vsa_jit.bench.sweep import FAILED, Row
 from vsa_jit.text import counted
@@ -35,6 +36,11 @@ error, bound: against fp64 on the selected keys; the bound is twice plain PyTorc
 same keys: every block selected, against dense attention by the backend named: rounding is the only difference.
 approximation: the row's own selection without the coarse branch, against the same. Random inputs have nearly uniform
 scores, so it says nothing about a trained model."""
+PEER_NOTES = """\
+peer/ours: the time of another package's operator over that of ours, called in turn on the same tensors, with the tiling
+and the transposes that its callers do. Only results that agree with ours, which then selects in the inputs' dtype as it
+does, have a time: error is the largest difference of a block of tokens, but of one in a hundred, which a near tie of
+scores may change."""
 
 SPEED_COLUMNS = (
     "#",
@@ -69,6 +75,7 @@ PRECISION_COLUMNS = (
     "L1",
     "RMSE",
 )
+PEER_COLUMNS = ("#", "pass", "peer", "checked", "error", "bound", "ours ms", "peer ms", "peer/ours", "why not")
 STAGE_COLUMNS = ("stage", "ms", "%", "TFLOP/s")
 
 
@@ -100,10 +107,9 @@ def _version(package: str) -> str | None:
 
 
 def record(row: Row) -> dict[str, Any]:
-    """A row, complete and flat except for its stages. Times in ms, rates in TFLOP/s, memory in MiB."""
-    case, shape, checked = row.case, row.case.shape, row.checked
-    worst = None if checked is None else checked.worst
-    error, bound = (None, None) if checked is None or worst is None else checked.errors[worst]
+    """A row, complete and flat except for its stages and peers. Times in ms, rates in TFLOP/s, memory in MiB."""
+    case, shape = row.case, row.case.shape
+    worst, error, bound = _worst(row.checked)
     return {
         "seq_len": shape.seq_len,
         "grid": None if shape.grid is None else format_size(shape.grid),
@@ -134,6 +140,24 @@ def record(row: Row) -> dict[str, Any]:
         **_fields("same_keys_", row.precision and row.precision.same_keys, ("cosine", "l1", "rmse")),
         **_fields("approximation_", row.precision and row.precision.approximation, ("cosine", "l1", "rmse")),
         "stages": [asdict(stage) for stage in row.stages],
+        "peers": [_peer_record(peer) for peer in row.peers],
+    }
+
+
+def _worst(checked: Checked | None) -> tuple[str | None, float | None, float | None]:
+    return (None, None, None) if checked is None else (checked.worst, *checked.errors[checked.worst])
+
+
+def _peer_record(peer: PeerResult) -> dict[str, Any]:
+    worst, error, bound = map(_finite, _worst(peer.checked))
+    return {
+        "name": peer.name,
+        "ms": peer.ms,
+        "ratio": peer.ratio,
+        "checked": worst,
+        "check_error": error,
+        "check_bound": bound,
+        "why_not": peer.why_not,
     }
 
 
@@ -162,12 +186,15 @@ def _finite(value: Any) -> Any:
 
 
 def write_csv(environment: dict[str, Any], rows: Sequence[Row], file: TextIO) -> None:
-    """A line for each row, which repeats the environment; each stage's time is a column."""
+    """A line for each row, which repeats the environment; each stage's time and each peer's field is a column."""
     lines = []
     for row in rows:
         flat = {**environment, **record(row)}
         for stage in flat.pop("stages"):
             flat[f"stage_{stage['name']}_ms"] = stage["ms"]
+        for peer in flat.pop("peers"):
+            name = peer.pop("name")
+            flat |= {f"peer_{name}_{field}": value for field, value in peer.items()}
         lines.append(flat)
     writer = csv.DictWriter(file, fieldnames=list(dict.fromkeys(name for line in lines for name in line)))
     writer.writeheader()
@@ -196,12 +223,18 @@ def print_header(environment: dict[str, Any], choices: Iterable[str], file: Text
 
 
 def print_tables(rows: Sequence[Row], file: TextIO) -> None:
-    """Speed and memory, then precision, then the stages of each row that has them."""
+    """Speed and memory, precision, peers where there are any, then the stages of each row that has them."""
     print(file=file)
     print_table(SPEED_COLUMNS, [_speed_cells(number, row) for number, row in enumerate(rows, 1)], file)
     print(file=file)
     print_table(PRECISION_COLUMNS, [_precision_cells(number, row) for number, row in enumerate(rows, 1)], file)
+    peers = [_peer_cells(number, row, peer) for number, row in enumerate(rows, 1) for peer in row.peers]
+    if peers:
+        print(file=file)
+        print_table(PEER_COLUMNS, peers, file)
     print(f"\n{NOTES}", file=file)
+    if peers:
+        print(PEER_NOTES, file=file)
     for number, row in enumerate(rows, 1):
         if row.stages:
             print(f"\n# {number}: {row.direction}, {row.case}", file=file)
@@ -231,14 +264,23 @@ def _speed_cells(number: int, row: Row) -> list[str]:
 
 def _precision_cells(number: int, row: Row) -> list[str]:
     checked, precision = row.checked, row.precision
-    cells = [str(number), row.direction]
-    if checked is None:
-        cells += ["-"] * 3
-    else:
-        cells += [checked.worst, *(f"{value:.2e}" for value in checked.errors[checked.worst])]
+    cells = [str(number), row.direction, *_check_cells(checked)]
     if precision is None:
         return cells + ["-"] * 7
     return [*cells, precision.against, *_metric_cells(precision.same_keys), *_metric_cells(precision.approximation)]
+
+
+def _check_cells(checked: Checked | None) -> list[str]:
+    if checked is None:
+        return ["-"] * 3
+    return [checked.worst, *(f"{value:.2e}" for value in checked.errors[checked.worst])]
+
+
+def _peer_cells(number: int, row: Row, peer: PeerResult) -> list[str]:
+    cells = [str(number), row.direction, peer.name, *_check_cells(peer.checked)]
+    if row.timing is None or peer.ms is None or peer.ratio is None:
+        return [*cells, *["-"] * 3, peer.why_not or "-"]
+    return [*cells, f"{row.timing.ms:.3f}", f"{peer.ms:.3f}", f"{peer.ratio:.2f}x", "-"]
 
 
 def _metric_cells(metrics: Metrics) -> list[str]:

@@ -7,6 +7,7 @@ import statistics
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import cast
 
 import torch
 from torch import Tensor
@@ -17,9 +18,7 @@ from vsa_jit.backends.choose import backend_for
 from vsa_jit.bench.attention import select, sparse
 from vsa_jit.bench.cases import Case, Inputs
 from vsa_jit.bench.measure import times_ms
-from vsa_jit.ops.pooling import block_means
-from vsa_jit.ops.selection import Products, coarse_attend, coarse_attend_backward
-from vsa_jit.problem import Operands
+from vsa_jit.problem import Coarse, MeanGradients, Operands
 
 # A time is told from noise where it is so many times the standard error of its median.
 RESOLVED = 3.0
@@ -57,8 +56,13 @@ class _Part:
 
 
 def breakdown(
-    case: Case, inputs: Inputs, direction: str, seconds: float, flops: float
-) -> tuple[float, tuple[Stage, ...]]:
+    case: Case,
+    inputs: Inputs,
+    direction: str,
+    seconds: float,
+    flops: float,
+    beside: Sequence[Callable[[], object]] = (),
+) -> tuple[list[float], tuple[Stage, ...]]:
     """Calls the stages of one direction by themselves, in turn with the whole call, and times each.
 
     What a kernel does beside its main work is timed by difference: the combine in the forward kernel's epilogue, and
@@ -67,21 +71,23 @@ def breakdown(
 
     Args:
         flops: of the direction's work on the selected keys.
+        beside: other calls to time in turn with these.
 
     Returns:
-        The median time of the whole call in milliseconds, and the stages.
+        The median times of the whole call and of those beside it in milliseconds, and the stages.
     """
     stages = _Stages(case, inputs)
     parts = list(stages.forward() if direction == "forward" else stages.backward())
     whole = sparse(case, inputs).call(direction)
-    calls = list(dict.fromkeys([whole, *(call for part in parts for call in (part.call, *part.without))]))
+    calls = list(dict.fromkeys([whole, *(call for part in parts for call in (part.call, *part.without)), *beside]))
     times = dict(zip(calls, times_ms(calls, inputs.device, seconds), strict=True))
     rounds = [_differences(times[part.call], [times[call] for call in part.without]) for part in parts]
     timed = [
         _stage(part.name, of_part, part.share and flops * part.share)
         for part, of_part in zip(parts, rounds, strict=True)
     ]
-    return statistics.median(times[whole]), (*timed, _stage("rest", _differences(times[whole], rounds)))
+    medians = [statistics.median(times[call]) for call in (whole, *beside)]
+    return medians, (*timed, _stage("rest", _differences(times[whole], rounds)))
 
 
 def _differences(times: Sequence[float], others: Sequence[Sequence[float]]) -> list[float]:
@@ -107,6 +113,7 @@ class _Stages:
         self._with_coarse = case.gate != "off"
         self._gate = inputs.gate if case.gate == "tensor" else None
         self._gate_value = 1.0 if case.gate == "one" else 0.0
+        self._coarse = Coarse(self._problem.keys.segments, self._problem.softmax_scale, torch.float32)
 
     def _runner_of(self, operator: str) -> Backend:
         inputs = self._inputs
@@ -119,31 +126,17 @@ class _Stages:
         v_or_none = v if self._with_coarse else None
         yield _Part("pooling", lambda: pooling.block_means(problem, q, k, v_or_none, None, None))
 
-        means = block_means(q, k, v_or_none, None, None, *problem.static, self._case.backend)
-        q_c, k_c, v_c = means[0], means[1], means[2] if self._with_coarse else None
-        q_rows, k_rows = q_c.flatten(0, 1), k_c.flatten(0, 1)
-        tile, segments, _ = problem.static_of_blocks
-        products = Products.of(selection, tile, segments)
-        yield _Part("scores", lambda: products.of_blocks(q_rows, k_rows.mT))
-
-        scores = products.of_blocks(q_rows, k_rows.mT)
-        yield _Part("top-k", lambda: products.select(scores, None, case.topk_of_samples, case.compete))
+        q_c, k_c, v_c = pooling.block_means(problem, q, k, v_or_none, None, None)
 
         def coarse(v_c: Tensor | None) -> object:
-            return coarse_attend(
-                q_c,
-                k_c,
-                v_c,
-                None,
-                case.topk_of_samples,
-                case.compete,
-                torch.float32,
-                *problem.static_of_blocks,
-                case.backend,
-            )
+            return selection.coarse_attend(self._coarse, q_c, k_c, v_c, None, case.topk_of_samples, case.compete)
 
+        def alone() -> object:
+            return coarse(None)
+
+        yield _Part("scores, top-k", alone)
         if v_c is not None:
-            yield _Part("coarse attention", lambda: coarse(v_c), (lambda: coarse(None),))
+            yield _Part("coarse attention", lambda: coarse(v_c), (alone,))
 
         index, count, out_c = self._selection()
 
@@ -152,28 +145,43 @@ class _Stages:
             operands = Operands(q, k, v, index, count, None, None, out_c, gate, self._gate_value)
             return attention.attend(problem, operands, False)
 
-        def alone() -> object:
+        def fine_alone() -> object:
             return fine(None)
 
-        yield _Part("fine attention", alone, share=1.0)
+        yield _Part("fine attention", fine_alone, share=1.0)
         if out_c is not None:
-            yield _Part("combine (fused)", lambda: fine(out_c), (alone,))
+            yield _Part("combine (fused)", lambda: fine(out_c), (fine_alone,))
 
     def backward(self) -> Iterator[_Part]:
         problem = self._problem
-        attention, run = map(self._runner_of, ("attend", "attend_backward"))
+        pooling, selection, attention, run = map(
+            self._runner_of, ("block_means", "coarse_attend_backward", "attend", "attend_backward")
+        )
         q, k, v, dout = self._inputs.q, self._inputs.k, self._inputs.v, self._inputs.dout
         index, count, out_c = self._selection()
         operands = Operands(q, k, v, index, count, None, None, out_c, self._gate, self._gate_value)
-        out_s, lse, _ = attention.attend(problem, operands._replace(out_c=None, gate=None), False)
+        keeps_out_s = self._gate is not None
+        out, lse, out_s = attention.attend(problem, operands, keeps_out_s)
 
-        def fine(need_dq: bool, need_dkv: bool) -> Callable[[], object]:
-            return lambda: run.attend_backward(problem, operands, out_s, lse, dout, None, need_dq, need_dkv)
+        def fine(need_dq: bool, need_dkv: bool, mean_gradients: MeanGradients | None = None) -> Callable[[], object]:
+            return lambda: run.attend_backward(
+                problem,
+                operands,
+                out if out_s is None else out_s,
+                lse,
+                dout,
+                None,
+                need_dq,
+                need_dkv,
+                out_c is not None and not keeps_out_s,
+                mean_gradients,
+            )
 
+        both = fine(True, True)
         transpose_index = run.transpose_index
         if transpose_index is None:
             # Such a backend computes all gradients in one pass over the map.
-            yield _Part("fine attention", fine(True, True), share=1.0)
+            yield _Part("fine attention", both, share=1.0)
         else:
             preparation = fine(False, False)
             yield _Part("preparation", preparation)
@@ -189,22 +197,12 @@ class _Stages:
         if out_c is None:
             return
 
-        means = block_means(q, k, v, None, None, *problem.static, self._case.backend)
+        means = cast("tuple[Tensor, Tensor, Tensor]", pooling.block_means(problem, q, k, v, None, None))
         yield _Part(
             "coarse attention",
-            lambda: coarse_attend_backward(
-                *means, None, out_c, torch.float32, *problem.static_of_blocks, self._case.backend
-            ),
+            lambda: selection.coarse_attend_backward(self._coarse, *means, None, cast(Tensor, out_c)),
         )
-
-        pooling = self._runner_of("block_mean_backward")
-
-        def spread() -> None:
-            sides = (problem.queries, problem.keys, problem.keys)
-            for mean, x, side in zip(means, (q, k, v), sides, strict=True):
-                pooling.block_mean_backward(side, mean, x, None)
-
-        yield _Part("means", spread)
+        yield _Part("means (fused)", fine(True, True, lambda _: means), (both,))
 
     def _selection(self) -> tuple[Tensor, Tensor, Tensor | None]:
         return select(self._case, self._inputs, with_output=self._with_coarse)

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import itertools
+import statistics
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
@@ -13,6 +14,8 @@ from vsa_jit.bench import attention, stages
 from vsa_jit.bench.attention import DenseResult
 from vsa_jit.bench.cases import Case, Inputs, flops_factor
 from vsa_jit.bench.check import Checked, Metrics, check, metrics
+from vsa_jit.bench.measure import times_ms
+from vsa_jit.bench.peers import Peer, PeerResult, check_peer
 from vsa_jit.bench.stages import Stage
 
 OK = "ok"
@@ -57,6 +60,7 @@ class Row:
     timing: Timing | None = None
     dense: DenseResult | None = None
     stages: tuple[Stage, ...] = ()
+    peers: tuple[PeerResult, ...] = ()
 
 
 def sweep(
@@ -67,6 +71,7 @@ def sweep(
     seconds: float,
     seed: int,
     profile: bool,
+    peers: Sequence[Peer] = (),
     on_start: Callable[[Case, str], None],
 ) -> Iterator[Row]:
     """Yields a row for each case and direction; ``on_start`` is told before each.
@@ -80,7 +85,7 @@ def sweep(
             choice = case.choice(device)
             try:
                 beside = beside or _Dense(Inputs.random(shape, device, seed), seconds)
-                row = _row(case, choice, direction, beside, seconds, seed, profile)
+                row = _row(case, choice, direction, beside, seconds, seed, profile, peers)
             except RuntimeError as error:
                 # PyTorch's own class on a GPU, a plain error of its allocator on a CPU.
                 if not isinstance(error, torch.OutOfMemoryError) and "DefaultCPUAllocator" not in str(error):
@@ -118,7 +123,16 @@ class _Dense:
         return Precision(name, self._same_keys[key], metrics(fine.results(direction), wanted))
 
 
-def _row(case: Case, choice: Choice, direction: str, beside: _Dense, seconds: float, seed: int, profile: bool) -> Row:
+def _row(
+    case: Case,
+    choice: Choice,
+    direction: str,
+    beside: _Dense,
+    seconds: float,
+    seed: int,
+    profile: bool,
+    peers: Sequence[Peer],
+) -> Row:
     inputs = beside.inputs
     identity = (case, choice.backend, choice.engine, direction)
     run = attention.sparse(case, inputs)
@@ -127,10 +141,7 @@ def _row(case: Case, choice: Choice, direction: str, beside: _Dense, seconds: fl
         return Row(*identity, FAILED, checked)
     q2k_idx, q2k_num, _ = attention.select(case, inputs)
     flops = case.flops_of(q2k_idx, q2k_num) * flops_factor(direction)
-    if profile:
-        ms, breakdown = stages.breakdown(case, inputs, direction, seconds, flops)
-    else:
-        ms, breakdown = run.median_ms(direction, seconds), ()
+    ms, breakdown, results = _measure(case, inputs, checked, direction, seconds, flops, profile, peers)
     dense = beside.fastest(direction)
     timing = Timing(
         ms,
@@ -138,4 +149,31 @@ def _row(case: Case, choice: Choice, direction: str, beside: _Dense, seconds: fl
         speedup=None if dense is None else dense.ms / ms,
         peak_mib=run.peak_mib(direction),
     )
-    return Row(*identity, OK, checked, beside.precision(case, direction), timing, dense, breakdown)
+    precision = beside.precision(case, direction)
+    return Row(*identity, OK, checked, precision, timing, dense, breakdown, results)
+
+
+def _measure(
+    case: Case,
+    inputs: Inputs,
+    checked: Checked,
+    direction: str,
+    seconds: float,
+    flops: float,
+    profile: bool,
+    peers: Sequence[Peer],
+) -> tuple[float, tuple[Stage, ...], tuple[PeerResult, ...]]:
+    """The time of the call in ms, its stages, and its peers, whose memory is free again when this returns."""
+    compared = [check_peer(peer, case, inputs, checked, direction) for peer in peers]
+    calls = [call for _, call in compared if call is not None]
+    if profile:
+        (ms, *others), breakdown = stages.breakdown(case, inputs, direction, seconds, flops, calls)
+    else:
+        times = times_ms([attention.sparse(case, inputs).call(direction), *calls], inputs.device, seconds)
+        (ms, *others), breakdown = map(statistics.median, times), ()
+    remaining = iter(others)
+    results = [
+        result if call is None else replace(result, ms=(of_peer := next(remaining)), ratio=of_peer / ms)
+        for result, call in compared
+    ]
+    return ms, breakdown, tuple(results)

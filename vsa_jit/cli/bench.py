@@ -33,11 +33,13 @@ from vsa_jit.bench.cases import (
     sample_lengths,
 )
 from vsa_jit.bench.extras import INSTALL, has_matplotlib
+from vsa_jit.bench.peers import PEERS, Missing, Peer
 from vsa_jit.bench.stages import write_trace
 from vsa_jit.bench.steps import MODELS, MODES
 from vsa_jit.bench.sweep import OK, Row, sweep
 from vsa_jit.checks import CONTEXTS, LAYOUTS
 from vsa_jit.cli import kernels, parse, steps
+from vsa_jit.problem import Layout
 
 SUMMARY = "measure speed, memory and precision beside dense attention"
 DESCRIPTION = f"""\
@@ -115,7 +117,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     how.add_argument("--heads", type=parse.positive_int, metavar="H", help="number of heads")
     how.add_argument("--batch", type=parse.positive_int, metavar="B", help="batch size, default 1")
-    how.add_argument("--layout", type=parse.one_of(LAYOUTS), help="bhsd (default) or bshd")
+    how.add_argument(
+        "--layout",
+        type=parse.one_of(LAYOUTS),
+        help="bhsd (default) or bshd (default with --peer, whose callers hold it)",
+    )
     how.add_argument(
         "--gate",
         type=parse.one_of(GATES),
@@ -126,6 +132,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--context",
         type=parse.one_of(CONTEXTS),
         help="of --segments: videos attend all of it (attend; default), or its blocks compete with theirs (compete)",
+    )
+    several(
+        how,
+        "--peer",
+        parse.one_of(PEERS),
+        "NAME",
+        f"operators of other packages to time beside ours: {', '.join(PEERS)} (pip install fastvideo-kernel)",
     )
     how.add_argument("--device", type=parse.device, help="cpu, cuda or cuda:N; default cuda where there is one")
     how.add_argument("--seconds", type=parse.seconds, metavar="X", help="time that goes into each measurement")
@@ -174,11 +187,12 @@ def run(args: argparse.Namespace) -> int:
     cases = plan(args, defaults)
     _check_runnable(cases, device)
     _check_outputs(args)
+    peers = _load_peers(args)
 
-    environment = report.environment(device, args.seed, seconds)
+    environment = report.environment(device, args.seed, seconds) | {peer.name: peer.about for peer in peers}
     people = sys.stderr if "-" in (args.json, args.csv) else sys.stdout
     choices = dict.fromkeys(str(case.choice(device)) for case in cases)
-    report.print_header(environment, choices, people)
+    report.print_header(environment, [*choices, *(f"{peer.name}: {peer.about}" for peer in peers)], people)
     progress = report.Progress(len(cases) * len(directions))
     rows = list(
         sweep(
@@ -188,6 +202,7 @@ def run(args: argparse.Namespace) -> int:
             seconds=seconds,
             seed=args.seed,
             profile=args.profile,
+            peers=peers,
             on_start=lambda case, direction: progress.start(f"{direction}, {case}"),
         )
     )
@@ -223,9 +238,8 @@ def plan(args: argparse.Namespace, defaults: Defaults) -> list[Case]:
         sizes = preset or defaults
         for head_dim, dtype in product(args.head_dim or [sizes.head_dim], args.dtype or [defaults.dtype]):
             heads = args.heads or sizes.heads
-            shape = Shape(
-                seq_len, grid, args.batch or 1, heads, head_dim, dtype, args.layout or "bhsd", segments=segments
-            )
+            layout: Layout = args.layout or ("bshd" if args.peer else "bhsd")
+            shape = Shape(seq_len, grid, args.batch or 1, heads, head_dim, dtype, layout, segments=segments)
             choices = _selections(args, defaults, preset)
             for (block_size, selection), backend in product(choices, args.backend or ["auto"]):
                 cases.append(
@@ -258,6 +272,16 @@ def _check_runnable(cases: Sequence[Case], device: torch.device) -> None:
             case.choice(device)
         except (ValueError, RuntimeError) as error:
             raise argparse.ArgumentError(None, str(error)) from error
+
+
+def _load_peers(args: argparse.Namespace) -> list[Peer]:
+    peers = []
+    for name in dict.fromkeys(args.peer or ()):
+        try:
+            peers.append(PEERS[name]())
+        except Missing as error:
+            raise argparse.ArgumentError(None, f"argument --peer {name}: {error}") from error
+    return peers
 
 
 def _check_outputs(args: argparse.Namespace) -> None:

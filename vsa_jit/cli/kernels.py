@@ -20,7 +20,8 @@ Result = TypeVar("Result", kernels.Result, first_call.FirstCall | first_call.Not
 OTHERS = (
     *("seq_len", "grid", "segments", "context", "shape", "sparsity", "topk", "recipe", "block_size", "head_dim"),
     *("dtype", "backend"),
-    *("model", "layers", "mode", "direction", "heads", "batch", "layout", "gate", "profile", "csv", "plot", "trace"),
+    *("model", "layers", "mode", "direction", "heads", "batch", "layout", "gate", "peer"),
+    *("profile", "csv", "plot", "trace"),
 )
 
 

@@ -17,7 +17,7 @@ from vsa_jit.cli.parse import refuse_beside
 # What a model says itself, or what is of kernels alone.
 OTHERS = (
     *("seq_len", "segments", "context", "shape", "recipe", "head_dim", "heads", "layout"),
-    *("profile", "csv", "plot", "trace"),
+    *("peer", "profile", "csv", "plot", "trace"),
 )
 DEFAULT_BLOCK_SIZES = ((4, 4, 4), (2, 8, 8))
 
