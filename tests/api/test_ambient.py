@@ -1,5 +1,6 @@
 """Settings of PyTorch around a call change nothing of it: output, selection and gradients, eager and compiled."""
 
+import importlib
 from contextlib import contextmanager, nullcontext
 
 import pytest
@@ -10,7 +11,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 import vsa_jit
 from vsa_jit.backends.torch import launches as torch_backend
-from vsa_jit.ops.selection import coarse_attend
+from vsa_jit.problem import Coarse
 
 
 def sdpa(*backends):
@@ -163,6 +164,10 @@ def test_results_of_a_compiled_region(setting, compiled):
         assert ref.error(result, wanted) <= 2e-6
 
 
+def coarse_attend_of(run):
+    return importlib.import_module(f"vsa_jit.backends.{run[0]}.launches").coarse_attend
+
+
 def test_selection(run, setting):
     """Scores that TF32 and bf16 would tell apart in another order, and fp32 does not."""
     _, device = run
@@ -171,7 +176,7 @@ def test_selection(run, setting):
     k_c = near[:, None].expand(1, 2, 10, 64) * torch.randn(1, 2, 1, 64, device=device).abs()
     expected = near.topk(3).indices.sort().values.int().cpu()
     with torch.no_grad(), setting(device):
-        _, idx, num = coarse_attend(q_c, k_c, None, None, [3], False, torch.float32, [1, 1, 64], None, 0.125, run[0])
+        _, idx, num = coarse_attend_of(run)(Coarse(None, 0.125, torch.float32), q_c, k_c, None, None, [3], False)
     assert (num == 3).all()
     assert torch.equal(idx.cpu(), expected.expand(1, 4, 10, 3))
 
@@ -184,9 +189,8 @@ def test_selection_among_scores_that_are_equal_but_for_rounding(run, setting):
     selections = []
     for _ in range(2):
         with torch.no_grad(), setting(run[1]) if selections else nullcontext():
-            selections.append(
-                coarse_attend(q_c, k_c, None, None, [3], False, torch.float32, [1, 1, 64], None, 0.125, run[0])[1]
-            )
+            coarse = Coarse(None, 0.125, torch.float32)
+            selections.append(coarse_attend_of(run)(coarse, q_c, k_c, None, None, [3], False)[1])
     assert torch.equal(*selections)
 
 

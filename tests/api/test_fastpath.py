@@ -37,7 +37,7 @@ class Raises:
 
 @pytest.fixture(autouse=True)
 def fresh(monkeypatch):
-    monkeypatch.setattr(api, "_fast_calls", CallCache())
+    monkeypatch.setattr(api, "_known_calls", CallCache())
 
 
 @pytest.fixture

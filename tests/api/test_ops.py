@@ -11,7 +11,7 @@ from torch._dynamo.testing import CompileCounterWithBackend
 from torch._subclasses import FakeTensorMode
 
 import vsa_jit
-from vsa_jit.ops import attention, pooling, selection
+from vsa_jit.ops import attention, pooling, selection, video
 
 DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
 CASE_OF_ORDER = {
@@ -30,52 +30,47 @@ def leaf(*shape, device, dtype=torch.float32):
 def no_backend_runs(monkeypatch):
     for module in (attention, pooling):
         monkeypatch.setattr(module, "backend_for", None)
+    monkeypatch.setattr(video, "backends_for", None)
     monkeypatch.setattr(selection, "selection_backend_for", None)
+
+
+def shapes_of(layout: str) -> tuple[tuple, tuple]:
+    return ((1, 4, 192, 32), (1, 2, 192, 32)) if layout == "bhsd" else ((1, 192, 4, 32), (1, 192, 2, 32))
 
 
 @pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("layout", ["bhsd", "bshd"])
-@pytest.mark.parametrize("gate", ["tensor", "float", "none"])
-def test_opcheck_attend(device, layout, gate):
-    shape = (1, 4, 192, 32) if layout == "bhsd" else (1, 192, 4, 32)
-    kv_shape = (1, 2, 192, 32) if layout == "bhsd" else (1, 192, 2, 32)
+def test_opcheck_attend(device, layout):
+    shape, kv_shape = shapes_of(layout)
     idx = torch.randint(0, 3, (1, 4, 3, 2), device=device, dtype=torch.int32)
     num = torch.tensor([2, 0, 1], device=device, dtype=torch.int32).expand(1, 4, 3)
     sizes = torch.tensor([64, 3, 64], device=device)
-    arguments = (
-        leaf(*shape, device=device),
-        leaf(*kv_shape, device=device),
-        leaf(*kv_shape, device=device),
-        idx,
-        num,
-        sizes,
-        sizes,
-        None if gate == "none" else leaf(1, 4, 3, 32, device=device),
-        leaf(*shape, device=device) if gate == "tensor" else None,
-        0.5,
-        gate != "none",
-        [1, 1, 64],
-        None,
-        layout,
-        0.2,
-        "auto",
-    )
-    library.opcheck(attention.attend.overload, arguments)
+    q, k, v = leaf(*shape, device=device), leaf(*kv_shape, device=device), leaf(*kv_shape, device=device)
+    library.opcheck(attention.attend.overload, (q, k, v, idx, num, sizes, sizes, [1, 1, 64], None, layout, 0.2, "auto"))
 
 
 @pytest.mark.parametrize("device", DEVICES)
-def test_opcheck_coarse_branch_and_compact(device):
+@pytest.mark.parametrize("layout", ["bhsd", "bshd"])
+@pytest.mark.parametrize("gate", ["tensor", 0.5, 0.0])
+def test_opcheck_video_sparse_attn(device, layout, gate):
+    """Its backward too, which opcheck compiles."""
+    shape, kv_shape = shapes_of(layout)
+    q, k, v = leaf(*shape, device=device), leaf(*kv_shape, device=device), leaf(*kv_shape, device=device)
+    sizes = torch.tensor([64, 3, 64], device=device)
+    weight = (leaf(*shape, device=device), 0.0) if gate == "tensor" else (None, gate)
+    numbers = (weight[1], [2], False, torch.float32, False, [1, 1, 64], None, layout, 0.2, "auto")
+    library.opcheck(video.video_sparse_attn.overload, (q, k, v, weight[0], sizes, sizes, *numbers))
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_opcheck_steps(device):
     q, k, v = leaf(1, 210, 4, 32, device=device), leaf(1, 210, 2, 32, device=device), leaf(1, 210, 2, 32, device=device)
     static = ([4, 4, 4], [0, 5, 6, 7], "bshd", 0.2, "auto")
     library.opcheck(pooling.block_means.overload, (q, k, v, None, None, *static))
     library.opcheck(pooling.block_means.overload, (q, k, None, None, None, *static))
-    means = leaf(1, 4, 8, 32, device=device), leaf(1, 2, 8, 32, device=device), leaf(1, 2, 8, 32, device=device)
-    sizes = torch.tensor([64, 0, 3, 64, 64, 1, 9, 64], device=device)
-    order = [1, 1, 64], None, 0.2, "auto"
-    library.opcheck(selection.coarse_attend.overload, (*means, sizes, [2], False, torch.float32, *order))
-    library.opcheck(selection.coarse_attend.overload, (*means[:2], None, None, [2], False, torch.bfloat16, *order))
-    strided = [x.detach().transpose(1, 2).contiguous().transpose(1, 2).requires_grad_() for x in means]
-    library.opcheck(selection.coarse_attend.overload, (*strided, sizes, [99], False, torch.bfloat16, *order))
+    library.opcheck(
+        video.select_key_blocks.overload, (q.detach(), k.detach(), None, None, [2], False, torch.bfloat16, *static)
+    )
     block_map = torch.rand(1, 4, 8, 8, device=device) < 0.5
     library.opcheck(selection.map_to_indices.overload, (block_map, "auto"))
     means = torch.randn(1, 4, 8, 32, device=device)
@@ -416,7 +411,7 @@ def test_never_waits_for_the_gpu():
         torch.cuda.set_sync_debug_mode("default")
 
 
-OPERATORS = ["vsa_jit::block_means", "vsa_jit::coarse_attend", "vsa_jit::attend"]
+OPERATORS = ["vsa_jit::video_sparse_attn"]
 
 
 @pytest.mark.parametrize("watch", WATCHES)
@@ -431,13 +426,23 @@ def test_who_watches_a_call_sees_its_operators(device, watch):
 
 
 def test_who_does_not_watch_does_not_wait_for_the_dispatcher(monkeypatch):
+    """In a training step neither; its second derivative is asked for through the dispatcher, which refuses it."""
     inputs = Inputs(Case("unwatched", q_len=200), "cpu", torch.float32)
-    expected = inputs.video_sparse_attn("torch")
-    for operator in (pooling.block_means, selection.coarse_attend, attention.attend):
+    leaves = inputs.q, inputs.k, inputs.v
+
+    def results():
+        out = inputs.video_sparse_attn("torch")
+        return out, *torch.autograd.grad(out, leaves, inputs.dout)
+
+    with torch.autograd.profiler.profile():
+        expected = results()
+    for operator in (video.video_sparse_attn, video.video_sparse_attn_backward):
         monkeypatch.setattr(operator, "overload", None)
+    for _ in range(2):
+        torch.testing.assert_close(results(), expected, rtol=0, atol=0)
     with torch.no_grad():
-        torch.testing.assert_close(inputs.video_sparse_attn("torch"), expected, rtol=0, atol=0)
-    with pytest.raises(TypeError, match="not callable"):
+        torch.testing.assert_close(inputs.video_sparse_attn("torch"), expected[0], rtol=0, atol=0)
+    with pytest.raises(TypeError, match="not callable"), torch.autograd.profiler.profile():
         inputs.video_sparse_attn("torch")
 
 

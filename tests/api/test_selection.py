@@ -1,6 +1,7 @@
-"""Selection, indices of maps and indices transposed by themselves: ties, zeros of both signs, empty blocks, sizes of
-every kind; and the dtype in which is selected."""
+"""Selection, softmax, indices of maps and indices transposed by themselves: ties, zeros of both signs, empty blocks,
+sizes of every kind; and the dtype in which is selected."""
 
+import importlib
 import os
 from contextlib import contextmanager
 from dataclasses import replace
@@ -12,9 +13,10 @@ from support.problems import BACKENDS as RUNS
 from support.problems import HALF, INTERPRETED, Case, Inputs
 
 import vsa_jit
+from vsa_jit.backends.coarse import Softmax
 from vsa_jit.backends.torch import launches as torch_backend
 from vsa_jit.backends.triton import launches as triton_backend
-from vsa_jit.ops.selection import coarse_attend
+from vsa_jit.problem import Coarse
 
 TRITON_DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 BACKENDS = {"torch": (torch_backend, "cpu"), "triton": (triton_backend, TRITON_DEVICE)}
@@ -105,6 +107,41 @@ def test_empty_blocks_are_never_selected(backend):
     assert idx.count_nonzero() == 0
 
 
+@pytest.mark.parametrize("empty", ["none", "some", "all"])
+@pytest.mark.parametrize("dtype", [torch.float32, *HALF])
+@pytest.mark.parametrize(("columns", "topk"), [(1, 1), (37, 37), (600, 40)])
+def test_probabilities(backend, columns, topk, dtype, empty):
+    """Those that a selection leaves, and those for derivatives."""
+    module, device = backend
+    settings = Softmax(0.1, dtype)
+    products = torch.randn(2, 3, columns) * 30
+    nonempty = torch.rand(columns) > {"none": -1.0, "some": 0.3, "all": 1.0}[empty]
+    sizes = None if empty == "none" else torch.where(nonempty, 64, -torch.randint(0, 2, (columns,))).to(device)
+    p = products.to(device, copy=True)
+    idx, num = module.select(p, sizes, topk, settings)
+    scores = products if dtype == torch.float32 else ref.scaled(products, 0.1, dtype)
+    expected, expected_num = expected_indices(scores, topk, nonempty)
+    assert torch.equal(idx.cpu(), expected)
+    assert torch.equal(num.cpu(), expected_num)
+    takes_part = nonempty | ~nonempty.any()
+    ref.assert_probabilities(p.cpu(), ref.probabilities(products, takes_part, 0.1, dtype), dtype)
+
+    module.softmax(again := products.to(device, copy=True), sizes, None, settings)
+    assert torch.equal(again, p)
+
+
+@pytest.mark.parametrize("columns", [1, 37, 600])
+def test_softmax_backward(backend, columns):
+    module, device = backend
+    scale = 0.3
+    products = torch.randn(2, 3, columns, dtype=torch.float64, requires_grad=True)
+    p = (products * scale).softmax(-1)
+    dp = torch.randn(p.shape).to(device)
+    (expected,) = torch.autograd.grad(p, products, dp.cpu().double())
+    module.softmax_backward(p.detach().float().to(device), dp, None, scale)
+    torch.testing.assert_close(dp.cpu().double(), expected, rtol=1e-5, atol=1e-7)
+
+
 @pytest.mark.parametrize("columns", [1, 5, 64, 100])
 def test_compact(backend, columns):
     module, device = backend
@@ -168,7 +205,7 @@ def test_selection_in_parts_is_the_same(monkeypatch):
 
     dtypes = (torch.float32, torch.bfloat16)
     whole = [results(dtype) for dtype in dtypes]
-    monkeypatch.setattr("vsa_jit.ops.selection.SCORES_AT_A_TIME", 60)
+    monkeypatch.setattr("vsa_jit.backends.coarse.SCORES_AT_A_TIME", 60)
     for dtype, expected in zip(dtypes, whole, strict=True):
         torch.testing.assert_close(results(dtype), expected)
 
@@ -224,7 +261,8 @@ def test_selection_in_a_narrower_dtype(run, dtype, scale):
     sizes = torch.full((blocks,), 64)
     sizes[torch.randperm(blocks)[:3]] = 0
     means = [x.to(device) for x in (q_c, k_c, v_c)]
-    out_c, idx, num = coarse_attend(*means, sizes.to(device), [topk], False, dtype, [1, 1, 64], None, scale, backend)
+    launches = importlib.import_module(f"vsa_jit.backends.{backend}.launches")
+    out_c, idx, num = launches.coarse_attend(Coarse(None, scale, dtype), *means, sizes.to(device), [topk], False)
     expected, expected_num = expected_indices(rounded_scores(q_c, k_c, scale, dtype), topk, sizes > 0)
     assert torch.equal(idx.cpu(), expected)
     assert torch.equal(num.cpu(), expected_num)
@@ -308,12 +346,9 @@ def test_derivatives_are_those_at_the_rounded_values(dtype):
     sizes = torch.full((blocks,), 64)
     sizes[4] = 0
 
-    def coarse(*means):
-        return coarse_attend(*means, sizes, [3], False, dtype, [1, 1, 64], None, scale, "torch")[0]
-
-    leaves = [x.clone().requires_grad_() for x in means]
-    grads = torch.autograd.grad(coarse(*leaves), leaves, dout)
-    _, tangent = torch.func.jvp(coarse, tuple(means), tuple(along))
+    coarse = Coarse(None, scale, dtype)
+    grads = torch_backend.coarse_attend_backward(coarse, *means, sizes, dout)
+    tangent = torch_backend.coarse_attend_tangent(coarse, *means, *along, sizes)
 
     group = heads // kv_heads
     scores = rounded_scores(q_c, rounded[1].repeat_interleave(group, 1), scale, dtype).float()

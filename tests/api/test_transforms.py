@@ -1,5 +1,7 @@
 """Calls under PyTorch's function transforms and in traced programs: the same as call by call, derivatives too."""
 
+import importlib
+
 import pytest
 import torch
 import torch.autograd.forward_ad as fwAD
@@ -9,7 +11,6 @@ from torch.fx.experimental.proxy_tensor import make_fx
 from torch.utils.checkpoint import checkpoint
 
 import vsa_jit
-from vsa_jit.ops import attention
 
 CALLS = 3
 GATES = [None, 0.5, 0.0, "full"]
@@ -240,22 +241,31 @@ def test_gradients_through_an_outer_call(run):
     calls.check(torch.autograd.grad(out, leaf, calls.dout[0]), [calls.apart[0][1]])
 
 
-def test_inference_keeps_nothing(run, monkeypatch):
-    """The output of the fine branch is kept where the backward needs it, and nowhere else."""
-    kept = []
-    attend = attention._attend
-
-    def spy(problem, backend, operands, keep_out_s):
+def spy_on(attend, kept):
+    def spy(problem, operands, keep_out_s, *others):
         kept.append(keep_out_s)
-        return attend(problem, backend, operands, keep_out_s)
+        return attend(problem, operands, keep_out_s, *others)
 
-    monkeypatch.setattr(attention, "_attend", spy)
-    calls = Calls(run, 0.5)
+    return spy
+
+
+def test_inference_keeps_nothing(run, monkeypatch):
+    """The output of the fine branch is kept where the backward needs it, and nowhere else: not where the gate is a
+    number."""
+    kept = []
+    # On Hopper past the dispatcher, and else.
+    names = ["sm90.whole.launch_attend", "sm90.launches.attend"] if run[0] == "sm90" else [f"{run[0]}.launches.attend"]
+    for module, function in (name.rsplit(".", 1) for name in names):
+        launches = importlib.import_module(f"vsa_jit.backends.{module}")
+        monkeypatch.setattr(launches, function, spy_on(getattr(launches, function), kept))
+    calls = Calls(run, "full")
     kept.clear()
     calls.call(*calls.of_one)
     make_fx(calls.function)(*calls.of_one)(*calls.of_one)
     with torch.no_grad():
         calls.call(*[x.requires_grad_() for x in calls.of_one])
+    Calls(run, 0.5)
+    assert len(kept) == 3 + 1 + CALLS
     assert not any(kept)
     calls.call(*calls.of_one)
     assert kept[-1]

@@ -90,9 +90,9 @@ def test_hopper_runs_sm90(hopper, monkeypatch, dtype, head_dim):
     assert (choice.backend, choice.engine) == ("sm90", "nvrtc")
     assert choice.reasons == {"triton": "slower than sm90", "torch": "slower than sm90"}
     by_sm90 = {operator for operator, runner in choice.runners.items() if runner == "sm90"}
-    assert by_sm90 == {"block_means", "attend", "attend_backward"}
+    assert by_sm90 == {"block_means", "coarse_attend", "coarse_attend_backward", "attend", "attend_backward"}
     assert set(OPERATORS) - set(choice.runners) == {"attend_tangent"}
-    assert str(choice).splitlines()[0] == "runs: sm90 (engine: nvrtc); selection: triton"
+    assert str(choice).splitlines()[0] == "runs: sm90 (engine: nvrtc); single steps: triton"
 
     loaded = []
     monkeypatch.setattr(support.module, "load", lambda kernels, device, engine: loaded.append((device, engine)))
@@ -102,7 +102,16 @@ def test_hopper_runs_sm90(hopper, monkeypatch, dtype, head_dim):
     functions = {"sm90": sm90_launches, "triton": triton_launches}
     assert run == {operator: functions[runner] for operator, runner in choice.runners.items()}
     for name in ("auto", "sm90", "triton"):
-        assert chooser.selection_backend_for("coarse_attend", name, CUDA) is triton_launches
+        assert chooser.selection_backend_for("select", name, CUDA) is triton_launches
+
+
+@pytest.mark.parametrize(("num_blocks", "runner"), [(16_384, "sm90"), (16_385, "triton")])
+def test_who_runs_the_coarse_branch_of_many_blocks(hopper, num_blocks, runner):
+    of_many = problem(head_dim=64)
+    of_many = of_many._replace(keys=of_many.keys._replace(length=64 * num_blocks))
+    choice = choose(of_many, "auto", CUDA, torch.bfloat16)
+    assert choice.backend == choice.runners["attend"] == "sm90"
+    assert choice.runners["coarse_attend"] == choice.runners["coarse_attend_backward"] == runner
 
 
 @pytest.mark.parametrize(

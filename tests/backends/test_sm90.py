@@ -18,7 +18,7 @@ from torch import Tensor
 
 import vsa_jit
 from vsa_jit.backends import choose as chooser
-from vsa_jit.backends.sm90 import launches, specialise
+from vsa_jit.backends.sm90 import forward, launches, specialise
 from vsa_jit.backends.triton import launches as triton
 from vsa_jit.jit import engines, module
 from vsa_jit.jit.driver import encode_tensor_map, fill
@@ -52,6 +52,13 @@ CASES = [
 ]
 
 
+# So many blocks that each thread block takes several, one after the other, on a GPU of up to 500 multiprocessors.
+MANY = [
+    Case("many blocks", q_len=6_390, heads=16, batch=2),
+    Case("many blocks of several boxes", grid=(17, 30, 52), layout="bshd", block_size=(4, 8, 8), heads=16),
+]
+
+
 def load(kernels: Sequence[Kernel], device: int) -> None:
     module.load(kernels, device, engines.choose(kernels, specialise.ARCH).name)
 
@@ -69,7 +76,7 @@ def case_of(case: Case, head_dim: int) -> Case:
     return replace(case, head_dim=head_dim)
 
 
-@pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
+@pytest.mark.parametrize("case", [*CASES, *MANY], ids=lambda case: case.name)
 @pytest.mark.parametrize("dtype", HALF)
 @pytest.mark.parametrize("head_dim", HEAD_DIMS)
 def test_block_means(case, dtype, head_dim):
@@ -111,8 +118,9 @@ def test_means_of_strided_views(strides):
         torch.testing.assert_close(result.double(), expected, rtol=1e-5, atol=1e-6)
 
 
-def test_means_are_the_same_bits_every_time_and_whatever_was_there():
-    inputs = Inputs(case_of(CASES[7], 128), "cuda", torch.bfloat16)
+@pytest.mark.parametrize("case", [CASES[7], *MANY], ids=lambda case: case.name)
+def test_means_are_the_same_bits_every_time_and_whatever_was_there(case):
+    inputs = Inputs(case_of(case, 128), "cuda", torch.bfloat16)
     problem = problem_of(inputs)
     first = run_means(problem, inputs)
     for _ in range(20):
@@ -128,10 +136,10 @@ def fresh(monkeypatch):
     monkeypatch.setattr(module, "_loaded", {})
     for name, empty in (("_failed", {}), ("_chosen", {}), ("_logged", set())):
         monkeypatch.setattr(chooser, name, empty)
-    for remembered in (launches._block_means_launch, encode_tensor_map):
+    for remembered in (forward._block_means_launch, encode_tensor_map):
         remembered.cache_clear()
     yield
-    launches._block_means_launch.cache_clear()
+    forward._block_means_launch.cache_clear()
 
 
 def call(inputs: Inputs, name: str = "auto") -> Tensor:
@@ -150,7 +158,7 @@ def test_engines_give_the_same_bits(fresh, inputs):
     results = []
     for engine in ("nvrtc", "nvcc"):
         module._loaded.clear()
-        launches._block_means_launch.cache_clear()
+        forward._block_means_launch.cache_clear()
         module.load(specialise.kernels_of(inputs.dtype, 64), 0, engine)
         results.append(run_means(problem, inputs))
     for one, other in zip(*results, strict=True):
@@ -323,5 +331,5 @@ def test_the_second_process_compiles_nothing(tmp_path, engine):
         run = subprocess.run([sys.executable, "-c", CALL], env=environment, capture_output=True, text=True)
         assert run.returncode == 0, run.stderr
         logs.append(run.stderr)
-    assert "compiling 6 kernels (block means bf16 D=64, forward bf16 D=64, backward" in logs[0]
+    assert "compiling 9 kernels (block means bf16 D=64, forward bf16 D=64, backward" in logs[0]
     assert "compiling" not in logs[1]

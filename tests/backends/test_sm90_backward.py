@@ -5,7 +5,8 @@ from dataclasses import replace
 import pytest
 import torch
 from support import reference as ref
-from support.hopper import check_gradients, dense_gradients
+from support.added import MeanGradients, outputs_of_few_bits
+from support.hopper import check_gradients, dense_gradients, operands_of, problem_of
 from support.problems import ON_HOPPER, Case, Inputs, steep
 from torch import Tensor
 
@@ -70,6 +71,31 @@ def test_two_passes_of_larger_blocks(case: Case, head_dim: int, dtype: torch.dty
     inputs = Inputs(replace(case, heads=8, head_dim=head_dim), "cuda", dtype)
     idx, num, block_map = inputs.uneven_indices()
     check(inputs, gradients(inputs, idx, num, deterministic=True), block_map)
+
+
+@HALF
+@HEAD_DIMS
+@pytest.mark.parametrize(
+    ("case", "deterministic"),
+    [*((case, False) for case in CASES), *((case, True) for case in CASES[6:])],
+    ids=lambda x: x.name if isinstance(x, Case) else str(x),
+)
+def test_gradients_of_block_means_are_added(
+    monkeypatch: pytest.MonkeyPatch, case: Case, deterministic: bool, head_dim: int, dtype: torch.dtype
+):
+    """To gradients that are the same whether the coarse output is part of the output or not."""
+    monkeypatch.setattr(torch, "are_deterministic_algorithms_enabled", lambda: deterministic)
+    inputs = Inputs(replace(case, heads=8, head_dim=head_dim), "cuda", dtype)
+    idx, num, _ = inputs.uneven_indices()
+    problem = problem_of(inputs)
+    operands, out_s, out = outputs_of_few_bits(problem, operands_of(inputs, idx, num)._replace(q_sizes=inputs.q_sizes))
+    backend = backend_for("attend_backward", problem, "sm90", inputs.q, inputs.k, inputs.v)
+    _, lse, _ = backend.attend(problem, operands, False)
+    rest = lse, inputs.dout, inputs.dlse, True, True
+    without = backend.attend_backward(problem, operands, out_s, *rest)
+    of_means = MeanGradients(problem, "cuda")
+    found = backend.attend_backward(problem, operands, out, *rest, True, of_means)
+    of_means.check(operands, found, without)
 
 
 @HALF

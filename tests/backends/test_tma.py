@@ -10,7 +10,7 @@ import torch
 from support.hopper import starts_of
 from torch import Tensor
 
-from vsa_jit.backends.sm90 import launches, schedule, tma
+from vsa_jit.backends.sm90 import forward, schedule, tma
 from vsa_jit.backends.sm90.layout import box_of, divisor, token_layout, view_of
 from vsa_jit.backends.sm90.structs import BOX_TOKENS, structures
 from vsa_jit.backends.sm90.tma import tensor_ref, why_not_tma
@@ -50,10 +50,10 @@ def launched(monkeypatch, problem: Problem, x: Tensor, processors: int = 132):
         return TensorMap()
 
     monkeypatch.setattr(tma, "encode_tensor_map", encode_tensor_map)
-    monkeypatch.setattr(launches.module, "launcher", lambda kernel, device: None)
+    monkeypatch.setattr(forward.module, "launcher", lambda kernel, device: None)
     properties = SimpleNamespace(multi_processor_count=processors)
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: properties)
-    launch = launches._block_means_launch.__wrapped__(problem, x.dtype, 0, *[tensor_ref(x)] * 3, None, None)
+    launch = forward._block_means_launch.__wrapped__(problem, x.dtype, 0, *[tensor_ref(x)] * 3, None, None)
     return launch, maps
 
 

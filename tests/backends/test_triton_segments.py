@@ -5,17 +5,19 @@ from dataclasses import dataclass
 import pytest
 import torch
 from support import reference as ref
+from support.added import MeanGradients, outputs_of_few_bits
 from support.problems import INTERPRETED
 from torch import Tensor
 
 import vsa_jit
+from vsa_jit.backends.coarse import Softmax
 from vsa_jit.backends.torch import launches as plain
 from vsa_jit.backends.triton import launches
 from vsa_jit.backends.triton.blocks import block_table
 from vsa_jit.checks import check_block_size
 from vsa_jit.grid import block_tokens
 from vsa_jit.ops.attention import attend
-from vsa_jit.problem import Side
+from vsa_jit.problem import Operands, Problem, Side
 from vsa_jit.segments import Segments, selection_rows, selection_width
 
 DEVICES = [*[device for _, device in INTERPRETED], pytest.param("cuda", marks=pytest.mark.gpu)]
@@ -123,7 +125,7 @@ def attend_rows(call: Call, q: Tensor, k: Tensor, v: Tensor, idx: Tensor, num: T
     """The operator itself: users cannot name runs of blocks."""
     segments = segments_of(call.segments, call.block_size)
     static = list(segments.tile), list(segments.numbers), "bhsd", q.shape[3] ** -0.5, backend
-    return attend(q, k, v, idx, num, None, None, None, None, 0.0, False, *static)[:2]
+    return attend(q, k, v, idx, num, None, None, *static)
 
 
 def run_indices(call: Call, tensors, idx, num, dout, dlse, backend) -> list[Tensor]:
@@ -148,6 +150,25 @@ def test_rows_of_runs_and_of_entries(device):
     dout, dlse = random(call, 1, device), random(call, 1, device, width=1)[..., 0].float()
     arguments = (call, tensors, idx, num, dout, dlse)
     assert_all_close(run_indices(*arguments, "triton"), run_indices(*arguments, "torch"), call.dtype)
+
+
+@on_devices
+def test_gradients_of_block_means_are_added(device):
+    call = Call("", [20, (5, 3, 7)], dtype=torch.float32)
+    segments = segments_of(call.segments)
+    side = _side(segments)
+    problem = Problem(1, 32, side._replace(heads=2), side, 0.2)
+    q, k, v, dout = (random(call, heads, device) for heads in (2, 1, 1, 2))
+    idx = torch.randint(5, (1, 2, 5, 2), dtype=torch.int32, device=device)
+    num = torch.tensor([[-5, 2, 1, 0, 2], [-5, 1, 2, 2, 0]], dtype=torch.int32, device=device)[None]
+    idx[:, :, 0, 0] = 0
+    operands = Operands(q, k, v, idx, num, None, None, None, None, 0.0)
+    operands, out_s, out = outputs_of_few_bits(problem, operands)
+    _, lse, _ = plain.attend(problem, operands, False)
+    without = plain.attend_backward(problem, operands, out_s, lse, dout, None, True, True)
+    of_means = MeanGradients(problem, device)
+    found = launches.attend_backward(problem, operands, out, lse, dout, None, True, True, True, of_means)
+    of_means.check(operands, found, without)
 
 
 @on_devices
@@ -211,10 +232,13 @@ def test_matmul_in_samples(over_blocks, device):
     b[:, samples[0]] = float("nan")
     b = b if over_blocks else b.mT
     out, expected = (
-        run.matmul_over_samples(a, b, segments) if over_blocks else run.matmul_of_samples(a, b, segments, float("-inf"))
+        run.matmul_over_samples(a, b, segments) if over_blocks else run.matmul_of_samples(a, b, segments)
         for run in (launches, plain)
     )
-    torch.testing.assert_close(out, expected, rtol=1e-5, atol=1e-4, equal_nan=True)
+    for own in samples:
+        columns = slice(None) if over_blocks else own
+        found = (x[:, own, columns] for x in (out, expected))
+        torch.testing.assert_close(*found, rtol=1e-5, atol=1e-4, equal_nan=True)
 
 
 @on_devices
@@ -231,6 +255,40 @@ def test_select_in_samples(compete, device):
     expected_idx, expected_num = plain.select_in_samples(scores, rows, width)
     assert torch.equal(idx, expected_idx)
     assert torch.equal(num, expected_num)
+
+
+@on_devices
+@pytest.mark.parametrize("backend", [launches, plain], ids=["triton", "torch"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_probabilities_in_samples(dtype, backend, device):
+    """And their gradient. What is between samples may be anything; rows of context have probabilities as others do."""
+    segments = segments_of([[100, (5, 9, 9), 30], [(4, 8, 9)], [200]])
+    topk, n, scale = (3, 2, 0), segments.num_blocks, 0.1
+    rows, width = selection_rows(segments, topk, False), selection_width(segments, topk)
+    same_sample = torch.zeros(n, n, dtype=torch.bool)
+    for sample in segments.samples:
+        own = slice(sample.first_block, sample.first_block + sample.num_blocks)
+        same_sample[own, own] = True
+    products, dp = torch.randn(1, 2, n, n) * 30, torch.randn(1, 2, n, n)
+    expected = ref.probabilities(products, same_sample, scale, dtype)
+    poisoned, dp_poisoned = (x.masked_fill(~same_sample, float("nan")).flatten(1, 2).to(device) for x in (products, dp))
+
+    p = poisoned.clone()
+    selected = backend.select_in_samples(p, rows.to(device), width, Softmax(scale, dtype))
+    scores = products if dtype == torch.float32 else ref.scaled(products, scale, dtype)
+    for found, wanted in zip(selected, plain.select_in_samples(scores.flatten(1, 2), rows, width), strict=True):
+        assert torch.equal(found.cpu(), wanted)
+    p_of_blocks = p.cpu().unflatten(1, (2, n))
+    ref.assert_probabilities(p_of_blocks, expected, dtype)
+    assert (p_of_blocks[..., ~same_sample] == 0).all()
+    backend.softmax(poisoned, None, rows.to(device), Softmax(scale, dtype))
+    assert torch.equal(poisoned, p)
+
+    backend.softmax_backward(p, dp_poisoned, rows.to(device), scale)
+    p_of_blocks = p_of_blocks.double()
+    ds = p_of_blocks * (dp - (p_of_blocks * dp).sum(-1, keepdim=True)) * scale
+    found = dp_poisoned.cpu().unflatten(1, (2, n))[..., same_sample]
+    torch.testing.assert_close(found.double(), ds[..., same_sample], rtol=1e-5, atol=1e-7)
 
 
 @on_devices

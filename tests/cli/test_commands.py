@@ -62,7 +62,7 @@ def command(*arguments: str) -> int:
 def test_warmup_without_a_gpu(no_gpu, capsys, folder):
     assert command("warmup", "--arch", "9.0a", "--dtype", "bf16", "--head-dim", "128", "--block-size", "4x4x4") == 0
     *paths, count = capsys.readouterr().out.splitlines()
-    assert count == "12 kernels are ready"
+    assert count == "15 kernels are ready"
     assert {Path(path).parent for path in paths} == {folder / "sm_90a"}
     before = [os.stat(path).st_mtime_ns for path in paths]
     found = vsa_jit.warmup("9.0a", dtype=torch.bfloat16, head_dim=128, block_size=64)
@@ -171,8 +171,10 @@ def test_warmup_loads_on_the_gpu_that_is_here(monkeypatch):
     backward = ["backward's preparation", "backward of q", "backward of k and v"]
     assert labels[1:5] == [f"{name} fp16 D=64" for name in ("forward", *backward)]
     assert labels[5] == "order of an inverse's rows"
+    coarse = ["coarse attention", "coarse backward of q", "coarse backward of k and v"]
+    assert labels[6:9] == [f"{name} D=64" for name in coarse]
     # Blocks of 128 tokens need two more.
-    assert labels[6:] == ["backward in one pass fp16 D=64", "store of dq fp16 D=64"]
+    assert labels[9:] == ["backward in one pass fp16 D=64", "store of dq fp16 D=64"]
     assert (device, engine) == (3, "nvrtc")
 
 

@@ -5,6 +5,7 @@ from dataclasses import replace
 import pytest
 import torch
 from support import emulate
+from support.added import MeanGradients, outputs_of_few_bits
 from support.hopper import check_gradients, dense_gradients, operands_of, problem_of
 from support.problems import Case, Inputs, steep
 
@@ -61,10 +62,12 @@ class Call:
         out_s, lse = self.exact[:2]
         self.out_s, self.lse = inputs.bhsd(out_s.to(inputs.dtype)), lse.float()
 
-    def run(self, need_dq: bool = True, need_dkv: bool = True, **others) -> Gradients:
+    def run(
+        self, need_dq: bool = True, need_dkv: bool = True, mean_gradients: MeanGradients | None = None, **others
+    ) -> Gradients:
         operands = self.operands._replace(**others)
         call = (self.problem, operands, self.out_s, self.lse, self.inputs.dout, self.dlse)
-        return launches.attend_backward(*call, need_dq, need_dkv)
+        return launches.attend_backward(*call, need_dq, need_dkv, mean_gradients=mean_gradients)
 
     def check(self, gradients: Gradients) -> None:
         check_gradients(self.inputs, self.block_map, gradients[:3], self.exact[2:], self.plain[2:])
@@ -133,7 +136,8 @@ def test_every_value_of_dq_has_a_place_of_its_own(monkeypatch, case):
     size, guard = inputs.q.numel(), 1 << 16
     memory = torch.zeros(guard + size + guard)
     sums = memory[guard : guard + size].view(inputs.q.shape)
-    backward._store_dq(problem_of(inputs), inputs.sizes, sums, torch.empty(sums.shape[:3]), torch.empty_like(inputs.q))
+    dq = torch.empty_like(inputs.q)
+    backward._store_dq(problem_of(inputs), inputs.sizes, sums, torch.empty(sums.shape[:3]), dq, None)
     assert torch.equal(sums, torch.ones_like(sums))
     assert memory.sum() == size
 
@@ -153,13 +157,14 @@ def test_only_what_is_needed(monkeypatch, block):
     monkeypatch.setattr(torch, "are_deterministic_algorithms_enabled", lambda: True)
     inputs = Inputs(Case("needed", q_len=500, head_dim=64, block_size=block), "cpu", torch.float16)
     call = Call(inputs, with_dlse=False)
-    gradients = call.run()
-    call.check(gradients)
-    alone = call.run(need_dkv=False)
+    call.check(call.run())
+    of_means = MeanGradients(call.problem)
+    gradients = call.run(mean_gradients=of_means)
+    alone = call.run(need_dkv=False, mean_gradients=of_means)
     assert alone.dk is None
     assert alone.dv is None
     assert torch.equal(alone.dq, gradients.dq)
-    alone = call.run(need_dq=False)
+    alone = call.run(need_dq=False, mean_gradients=of_means)
     assert alone.dq is None
     assert torch.equal(alone.dk, gradients.dk)
     assert torch.equal(alone.dv, gradients.dv)
@@ -227,6 +232,32 @@ def test_gradients_of_the_coarse_output(monkeypatch, case, dtype, head_dim, gate
         torch.testing.assert_close(inputs.bhsd(gradients.dgate).double(), expected, rtol=rtol, atol=1e-6)
 
 
+@pytest.mark.parametrize(
+    ("case", "dtype", "head_dim", "deterministic"),
+    [
+        (Case("64, raster", grid=(5, 3, 7), block_size=(4, 4, 4)), torch.bfloat16, 128, False),
+        (Case("64, sizes, bshd", q_len=640, sizes=(64, 1, 0, 33, 64) * 2, layout="bshd"), torch.float16, 64, False),
+        (CASES[4], torch.bfloat16, 128, False),
+        (CASES[5], torch.float16, 64, False),
+        (Case("128, raster", grid=(3, 9, 11), block_size=(2, 8, 8)), torch.float16, 64, False),
+        (Case("128, raster", grid=(3, 9, 11), block_size=(2, 8, 8)), torch.float16, 128, True),
+        (GROUPED[1], torch.bfloat16, 128, False),
+    ],
+    ids=lambda x: x.name if isinstance(x, Case) else str(x),
+)
+def test_gradients_of_block_means_are_added(monkeypatch, case, dtype, head_dim, deterministic):
+    """To gradients that are the same whether the coarse output is part of the output or not."""
+    emulate.emulate(monkeypatch, 2)
+    monkeypatch.setattr(torch, "are_deterministic_algorithms_enabled", lambda: deterministic)
+    call = Call(Inputs(replace(case, head_dim=head_dim), "cpu", dtype))
+    operands, out_s, out = outputs_of_few_bits(call.problem, call.operands)
+    rest = call.lse, call.inputs.dout, call.dlse, True, True
+    without = launches.attend_backward(call.problem, operands, out_s, *rest)
+    of_means = MeanGradients(call.problem)
+    found = launches.attend_backward(call.problem, operands, out, *rest, True, of_means)
+    of_means.check(operands, found, without)
+
+
 @pytest.mark.parametrize("group", [1, 3])
 def test_inverse(monkeypatch, group):
     emulate.emulate(monkeypatch, 4)
@@ -271,7 +302,7 @@ def test_a_key_block_that_does_not_exist_spoils_its_rows(monkeypatch, block):
     spoiled[0, 0, 3] = spoiled[0, 1, 7] = True
     rows = spoiled.repeat_interleave(block, -1)
     call.lse = call.lse.masked_fill(rows, torch.nan)
-    gradients = call.run(q2k_idx=idx, q2k_num=num)
+    gradients = call.run(mean_gradients=MeanGradients(call.problem), q2k_idx=idx, q2k_num=num)
     assert gradients.dq[rows].isnan().all()
     assert not gradients.dq[~rows].isnan().any()
     # A query that names other blocks, too, spoils theirs.

@@ -4,6 +4,7 @@ import pytest
 import torch
 from support import emulate
 from support import reference as ref
+from support.added import MeanGradients, outputs_of_few_bits
 from torch import Tensor
 
 from vsa_jit.backends.sm90 import launches, segments
@@ -109,6 +110,23 @@ def test_output_and_gradients(monkeypatch, name, dtype, head_dim, processors):
     assert ref.error(lse, exact_lse) <= 1e-5
     for field in ("dq", "dk", "dv"):
         compare(field, getattr(gradients, field), getattr(exact, field), dtype)
+
+
+@pytest.mark.parametrize(
+    ("name", "dtype", "head_dim"),
+    [("several, bshd", torch.bfloat16, 128), ("packed, 128", torch.float16, 64)],
+    ids=str,
+)
+def test_gradients_of_block_means_are_added(monkeypatch, name, dtype, head_dim):
+    emulate.emulate(monkeypatch, 2)
+    call = Call(name, dtype, head_dim)
+    _, lse, _ = plain.attend(call.problem, call.operands, False)
+    operands, out_s, out = outputs_of_few_bits(call.problem, call.operands)
+    rest = lse, call.dout, None, True, True
+    without = launches.attend_backward(call.problem, operands, out_s, *rest)
+    of_means = MeanGradients(call.problem)
+    found = launches.attend_backward(call.problem, operands, out, *rest, True, of_means)
+    of_means.check(operands, found, without)
 
 
 @pytest.mark.parametrize("block_size", [64, 128])

@@ -207,7 +207,7 @@ def test_lists_of_an_inverse(monkeypatch, case):
     inputs = Inputs(replace(case, head_dim=64), "cpu", torch.bfloat16)
     idx, num, block_map = inputs.uneven_indices()
     problem, operands = problem_of(inputs), operands_of(inputs, idx, num)
-    bits, order = launches.transpose_index(problem, operands)
+    workspace = backward.invert_map(problem, operands)
     listed = {}
 
     def launcher(kernel, device):
@@ -218,7 +218,7 @@ def test_lists_of_an_inverse(monkeypatch, case):
             length, params.lists.length = params.lists.length, 2 * params.lists.length
             rows = torch.zeros(params.schedule.num_work_tiles, 6, dtype=torch.int32)
             tiles = torch.zeros(len(rows), params.lists.length, 2, dtype=torch.int32)
-            params.dk, params.lists.tiles, params.schedule.taken = rows.data_ptr(), tiles.data_ptr(), None
+            params.dk.data, params.lists.tiles, params.schedule.taken = rows.data_ptr(), tiles.data_ptr(), None
             run(1, params)
             for (batch, head, q_head, block, box, num_tiles), of_row in zip(rows.tolist(), tiles, strict=True):
                 assert num_tiles <= length
@@ -228,8 +228,7 @@ def test_lists_of_an_inverse(monkeypatch, case):
         return launch
 
     monkeypatch.setattr(module, "launcher", launcher)
-    prepared = backward.Prepared(torch.zeros(1), torch.zeros(2, dtype=torch.int32), None, None)
-    backward.backward_kv(problem, operands, inputs.dout, prepared, bits, order)
+    backward.backward_kv(problem, operands, inputs.dout, workspace)
     boxes, heads = problem.block // BOX_TOKENS, problem.keys.heads
     rows = itertools.product(range(problem.batch), range(heads), range(problem.keys.num_blocks), range(boxes))
     expected = {}

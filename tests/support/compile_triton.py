@@ -34,6 +34,7 @@ from vsa_jit.backends.triton.means import block_mean_backward_kernel, block_mean
 from vsa_jit.backends.triton.product import matmul_kernel
 from vsa_jit.backends.triton.runs import find_runs_kernel
 from vsa_jit.backends.triton.select import map_to_indices_kernel, select_kernel, transpose_index_kernel
+from vsa_jit.backends.triton.softmax import softmax_backward_kernel, softmax_kernel
 
 # Shared memory that a thread block may use, in bytes, from NVIDIA's table of compute capabilities.
 ARCHITECTURES = {
@@ -53,7 +54,8 @@ MAKE_LLIR = CUDABackend.make_llir
 # The last pass that allocates memory for a kernel without clusters.
 ADD_ALLOCATION = nvidia.passes.ttnvgpuir.add_allocate_tensor_memory
 TYPE_NAMES = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32"}
-FP32 = {"Lse", "DLse", "OutC", "DOutC", "Shift", "Delta", "QMean", "KMean", "VMean", "DMean", "Scores", "A", "B"}
+MEANS = {"QMean", "KMean", "VMean", "DMean", "DQMean", "DKMean", "DVMean", "OutC", "DOutC"}
+FP32 = {"Lse", "DLse", "Shift", "Delta", "Scores", "Probs", "DProbs", "A", "B"} | MEANS
 INT32 = {"Q2kIdx", "Q2kNum", "K2qIdx", "QSizes", "KSizes", "Sizes", "Blocks", "Ranges", "NumRanges", "Rows", "Tiles"}
 BOOL = {"BlockMap"}
 INT64 = {"K2qEnd", "Counts"}
@@ -114,11 +116,13 @@ USUAL_ROWS = (
     (64, 128, torch.float16, RASTER, True),
 )
 USUAL_ROWS_OF_REFERENCE = (*USUAL_ROWS, (64, 128, torch.bfloat16, SEGMENTS, True))
+# What the backward does without where there is nothing to add to its gradients.
+NO_MEANS = {"DQMean": None, "DKMean": None, "DVMean": None}
 # What the kernels do without where the tokens are not segments.
 NO_SEGMENTS = {"Blocks": None, "Ranges": None, "NumRanges": None}
 # Columns and warps.
 USUAL_SELECTION = ((1024, 1),)
-EVERY_SELECTION = ((64, 1), *USUAL_SELECTION, (4096, 2))
+EVERY_SELECTION = (*USUAL_SELECTION, (4096, 2))
 
 
 def constants_of(block: int, head_dim: int, dtype: torch.dtype, order: str, masked: bool) -> dict:
@@ -127,6 +131,7 @@ def constants_of(block: int, head_dim: int, dtype: torch.dtype, order: str, mask
     has_sizes = masked and order == PLAIN
     return {
         **({} if order == SEGMENTS else NO_SEGMENTS),
+        **(NO_MEANS if dtype == torch.float16 else {}),
         "GROUP": 2,
         "D": head_dim,
         "D_PAD": triton.next_power_of_2(head_dim),
@@ -143,7 +148,9 @@ def constants_of(block: int, head_dim: int, dtype: torch.dtype, order: str, mask
         "MASK_K": masked,
         "HAS_DLSE": True,
         "COMBINE": True,
-        "HAS_GATE": True,
+        # A weight that is a number is compiled with fp16.
+        "HAS_GATE": dtype != torch.float16,
+        "IS_COMBINED": dtype == torch.float16,
         "KEEP_OUT_S": True,
         "ALIKE": True,
         "OFFSET": tl.int32,
@@ -172,14 +179,19 @@ def row_kernels(*variant):
         yield block_means_kernel, common | {"V": None, "ROWS": 32, "num_warps": 1}
 
 
-def selection_kernels(shapes):
-    for columns, warps in shapes:
+def selection_kernels(is_reference: bool):
+    for columns, warps in EVERY_SELECTION if is_reference else USUAL_SELECTION:
         shape = {"COLUMNS": columns, "WIDTH_PAD": 64, "num_warps": warps}
-        yield select_kernel, shape | {"HAS_SIZES": True, "Rows": None}
-        yield select_kernel, shape | {"HAS_SIZES": False, "Sizes": None}
+        samples = {"HAS_SIZES": False, "Sizes": None}
+        yield select_kernel, shape | samples | {"DTYPE": tl.float32}
+        yield softmax_kernel, shape | {"HAS_SIZES": True, "Rows": None, "DTYPE": tl.bfloat16}
+        yield softmax_backward_kernel, shape
         yield map_to_indices_kernel, shape
-        for place in (False, True):
-            yield transpose_index_kernel, shape | {"PLACE": place}
+        yield transpose_index_kernel, shape | {"PLACE": True}
+        if is_reference:
+            # Less of the same code.
+            yield select_kernel, shape | {"HAS_SIZES": True, "Rows": None, "DTYPE": tl.float16}
+            yield transpose_index_kernel, shape | {"PLACE": False}
 
 
 def product_kernels():
@@ -264,7 +276,7 @@ def main(capability: int) -> None:
         report_all(kernels, variant, capability, variant in (USUAL_OF_REFERENCE if is_reference else USUAL))
     for variant in EVERY_ROWS if is_reference else USUAL_ROWS:
         report_all(row_kernels(*variant), variant, capability, variant in USUAL_ROWS_OF_REFERENCE)
-    for kernel, constants in selection_kernels(EVERY_SELECTION if is_reference else USUAL_SELECTION):
+    for kernel, constants in selection_kernels(is_reference):
         report(kernel, constants, torch.float32, capability, f"{constants['COLUMNS']} columns", whole=True)
     report(find_runs_kernel, {"ROWS": 512, "num_warps": 4}, torch.float32, capability, "512 rows", whole=True)
     for kernel, constants in () if capability in LIKE_REFERENCE else product_kernels():

@@ -19,7 +19,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from vsa_jit.backends.sm90 import backward, launches, tma
+from vsa_jit.backends.sm90 import backward, coarse, forward, tma, whole
 from vsa_jit.jit import driver, module
 from vsa_jit.jit.driver import SWIZZLE_128B, TensorMap
 from vsa_jit.jit.kernel import Kernel
@@ -135,12 +135,16 @@ def emulate(monkeypatch: pytest.MonkeyPatch, processors: int, sources: Path | No
     """Lets the ``sm90`` backend's launches run on this machine, as on a GPU with so many multiprocessors; with other
     sources than the package's, and the number of the planted error to activate."""
     # What is kept of earlier launches knows their launcher.
-    launches._attend_launch.cache_clear()
-    launches._block_means_launch.cache_clear()
+    whole.whole.cache_clear()
+    forward._attend_launch.cache_clear()
+    forward._block_means_launch.cache_clear()
     backward._prepare_launch.cache_clear()
+    backward._order_rows_launch.cache_clear()
     backward._backward_q_launch.cache_clear()
     backward._backward_kv_launch.cache_clear()
     backward._store_dq_launch.cache_clear()
+    coarse._attend_launch.cache_clear()
+    coarse._backward_launches.cache_clear()
     monkeypatch.setattr(module, "launcher", functools.partial(launcher, sources=sources, mistake=mistake))
     monkeypatch.setattr(driver, "fill", fill)
     monkeypatch.setattr(tma, "encode_tensor_map", encode_tensor_map)

@@ -78,3 +78,29 @@ def assert_close(name: str, x: Tensor, reference: Tensor, plain: Tensor, floor: 
     assert x.shape == reference.shape, f"{name}: shape {tuple(x.shape)}, expected {tuple(reference.shape)}"
     bound = 2 * error(plain, reference) + floor
     assert error(x, reference) <= bound, f"{name}: error {error(x, reference):.3g}, bound {bound:.3g}"
+
+
+def scaled(products: Tensor, scale: float, dtype: torch.dtype) -> Tensor:
+    """Scores in a dtype, rounded before they are scaled and after."""
+    return (products.to(dtype).float() * scale).to(dtype).float()
+
+
+def probabilities(products: Tensor, takes_part: Tensor, scale: float, dtype: torch.dtype) -> Tensor:
+    """Softmax over the last dimension in fp64, of scores in a dtype; 0 for what takes no part."""
+    scores = products.double() * scale if dtype == torch.float32 else scaled(products, scale, dtype).double()
+    scores = scores.masked_fill(~takes_part, float("-inf"))
+    weights = (scores - scores.amax(-1, keepdim=True)).exp()
+    return weights / weights.sum(-1, keepdim=True)
+
+
+def assert_probabilities(p: Tensor, expected: Tensor, dtype: torch.dtype) -> None:
+    """That fp32 probabilities are those of ``probabilities``, or in a narrower dtype what these round to, closely."""
+    assert torch.equal(p, p.to(dtype).float())
+    if dtype == torch.float32:
+        assert error(p, expected) < 1e-6
+        torch.testing.assert_close(p.double(), expected, rtol=5e-6, atol=1e-12)
+    else:
+        info = torch.finfo(dtype)
+        torch.testing.assert_close(
+            p.double(), expected, rtol=0.51 * info.eps, atol=0.51 * info.smallest_normal * info.eps
+        )
