@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeAlias
 
 import torch
 from torch import Tensor
@@ -28,6 +28,9 @@ from vsa_jit.ops import video
 from vsa_jit.ops.attention import attend
 from vsa_jit.ops.selection import map_to_indices
 from vsa_jit.problem import BackendName, Context, Layout, Problem, SegmentList
+
+# Settings of a call that say how its tokens lie, by the names of ``_check``.
+_Order: TypeAlias = dict[str, Any]
 
 _known_calls: CallCache[_Call] = CallCache()
 
@@ -99,57 +102,35 @@ def video_sparse_attn(
         RuntimeError: the backend asked for cannot run this call.
     """
     gate = compress_attn_weight if isinstance(compress_attn_weight, Tensor) else None
-    settings = (
-        "video_sparse_attn",
-        topk,
-        block_size,
-        compress_attn_weight if gate is None else "tensor",
-        sparsity,
-        grid,
-        segments,
-        context,
-        layout,
-        softmax_scale,
-        # A dtype is no plain value. Its name in quotes, which would be wrong, is told apart.
-        None if selection_dtype is None else repr(selection_dtype),
-        backend,
-        variable_block_sizes is None,
-        q_variable_block_sizes is None,
-        q_variable_block_sizes is variable_block_sizes,
-    )
-    tensors = _given(variable_block_sizes, q_variable_block_sizes, q, k, v, gate)
-    call = _known_call(settings, tensors)
+    sizes = variable_block_sizes, q_variable_block_sizes
+    order: _Order = {
+        "block_size": block_size,
+        "grid": grid,
+        "segments": segments,
+        "layout": layout,
+        "softmax_scale": softmax_scale,
+        "backend": backend,
+    }
+    # A dtype is no plain value. Its name in quotes, which would be wrong, is told apart.
+    dtype_name = None if selection_dtype is None else repr(selection_dtype)
+    weight = compress_attn_weight if gate is None else "tensor"
+    key = _key_of("video_sparse_attn", (topk, sparsity, weight, context, dtype_name), order, sizes, q, k, v, gate)
+    call = _known_call(key)
     if call is None:
-        problem = _check(
-            q,
-            k,
-            v,
-            variable_block_sizes,
-            q_variable_block_sizes,
-            block_size=block_size,
-            grid=grid,
-            segments=segments,
-            layout=layout,
-            softmax_scale=softmax_scale,
-            backend=backend,
-        )
+        problem = _check(q, k, v, *sizes, **order)
         of_samples = check_topk_of_samples(topk, sparsity, segments, problem.keys)
         compete = check_context(context, segments)
-        weight = check_gate(compress_attn_weight, q)
-        gate, gate_value = (weight, 0.0) if isinstance(weight, Tensor) else (None, weight)
+        checked = check_gate(compress_attn_weight, q)
+        gate, gate_value = (checked, 0.0) if isinstance(checked, Tensor) else (None, checked)
         dtype = check_selection_dtype(selection_dtype)
-        call = _Call(video.video_sparse_attn, problem, (gate_value, of_samples, compete, dtype, False))
-        call = _remember(settings, tensors, call)
+        call = _remember(key, _Call(video.video_sparse_attn, problem, (gate_value, of_samples, compete, dtype, False)))
     elif gate is not None and gate.shape != q.shape:
         gate = gate.expand(q.shape)
-    kv_sizes, q_sizes = _contiguous(variable_block_sizes), _contiguous(q_variable_block_sizes)
-    # Only here are the lengths compared: an exported program is bound to the result.
-    if q_sizes is None and kv_sizes is not None and call.problem.queries.length == call.problem.keys.length:
-        q_sizes = kv_sizes
-    tensors_or_none = q, k, v, gate, q_sizes, kv_sizes
+    kv_sizes, q_sizes = map(_contiguous, sizes)
+    tensors = q, k, v, gate, _sizes_of_queries(call.problem, q_sizes, kv_sizes), kv_sizes
     if call.is_direct:
-        return video.run_directly(call.problem, backend, call.numbers, call.is_recorded, *tensors_or_none)
-    return call.run(backend, *tensors_or_none)[0]
+        return video.run_directly(call.problem, backend, call.numbers, call.is_recorded, *tensors)
+    return call.run(backend, *tensors)[0]
 
 
 def block_sparse_attn(
@@ -180,38 +161,23 @@ def block_sparse_attn(
         ``(out, lse)``: out of q's shape and dtype; lse fp32 [B, H, S_q], the natural-log log-sum-exp of the scaled
         scores. A query without keys gets 0 and -inf.
     """
-    settings = (
-        "block_sparse_attn",
-        block_size,
-        grid,
-        segments,
-        layout,
-        softmax_scale,
-        backend,
-        variable_block_sizes is None,
-        q_variable_block_sizes is None,
-        q_variable_block_sizes is variable_block_sizes,
-    )
-    tensors = _given(variable_block_sizes, q_variable_block_sizes, q, k, v, block_map)
-    call = _known_call(settings, tensors)
+    sizes = variable_block_sizes, q_variable_block_sizes
+    order: _Order = {
+        "block_size": block_size,
+        "grid": grid,
+        "segments": segments,
+        "layout": layout,
+        "softmax_scale": softmax_scale,
+        "backend": backend,
+    }
+    key = _key_of("block_sparse_attn", (), order, sizes, q, k, v, block_map)
+    call = _known_call(key)
     if call is None:
-        problem = _check(
-            q,
-            k,
-            v,
-            variable_block_sizes,
-            q_variable_block_sizes,
-            block_size=block_size,
-            grid=grid,
-            segments=segments,
-            layout=layout,
-            softmax_scale=softmax_scale,
-            backend=backend,
-        )
+        problem = _check(q, k, v, *sizes, **order)
         check_block_map(block_map, problem, q.device)
-        call = _remember(settings, tensors, _Call(attend, problem))
+        call = _remember(key, _Call(attend, problem))
     q2k_idx, q2k_num = map_to_indices(block_map.expand(call.problem.map_shape), backend)
-    q_sizes, kv_sizes = _contiguous(q_variable_block_sizes), _contiguous(variable_block_sizes)
+    kv_sizes, q_sizes = map(_contiguous, sizes)
     return call.run(backend, q, k, v, q2k_idx, q2k_num, q_sizes, kv_sizes)
 
 
@@ -244,40 +210,25 @@ def block_sparse_attn_from_indices(
     Returns:
         ``(out, lse)``, as ``block_sparse_attn``.
     """
-    settings = (
-        "block_sparse_attn_from_indices",
-        block_size,
-        grid,
-        segments,
-        layout,
-        softmax_scale,
-        backend,
-        variable_block_sizes is None,
-        q_variable_block_sizes is None,
-        q_variable_block_sizes is variable_block_sizes,
-    )
-    tensors = _given(variable_block_sizes, q_variable_block_sizes, q, k, v, q2k_idx, q2k_num)
-    call = _known_call(settings, tensors)
+    sizes = variable_block_sizes, q_variable_block_sizes
+    order: _Order = {
+        "block_size": block_size,
+        "grid": grid,
+        "segments": segments,
+        "layout": layout,
+        "softmax_scale": softmax_scale,
+        "backend": backend,
+    }
+    key = _key_of("block_sparse_attn_from_indices", (), order, sizes, q, k, v, q2k_idx, q2k_num)
+    call = _known_call(key)
     if call is None:
-        problem = _check(
-            q,
-            k,
-            v,
-            variable_block_sizes,
-            q_variable_block_sizes,
-            block_size=block_size,
-            grid=grid,
-            segments=segments,
-            layout=layout,
-            softmax_scale=softmax_scale,
-            backend=backend,
-        )
+        problem = _check(q, k, v, *sizes, **order)
         idx, num = check_indices(q2k_idx, q2k_num, problem, q.device)
         call = _Call(attend, problem)
         if idx is q2k_idx and num is q2k_num:
-            call = _remember(settings, tensors, call)
+            call = _remember(key, call)
         q2k_idx, q2k_num = idx, num
-    q_sizes, kv_sizes = _contiguous(q_variable_block_sizes), _contiguous(variable_block_sizes)
+    kv_sizes, q_sizes = map(_contiguous, sizes)
     return call.run(backend, q, k, v, q2k_idx, q2k_num, q_sizes, kv_sizes)
 
 
@@ -336,8 +287,7 @@ def recall(
     counts = check_several_topk(topk, sparsity, segments, problem.keys)
     compete = check_context(context, segments)
     kv_sizes, q_sizes = _contiguous(variable_block_sizes), _contiguous(q_variable_block_sizes)
-    if q_sizes is None and problem.queries.length == problem.keys.length:
-        q_sizes = kv_sizes
+    q_sizes = _sizes_of_queries(problem, q_sizes, kv_sizes)
 
     def log_sum_exp(topk: list[int]) -> Tensor:
         numbers = topk, compete, selection_dtype
@@ -480,9 +430,12 @@ def _contiguous(x: Tensor | None) -> Tensor | None:
     return None if x is None else x.contiguous()
 
 
-def _given(kv_sizes: Tensor | None, q_sizes: Tensor | None, *tensors: Tensor | None) -> list[Tensor]:
-    """The tensors of a call, each once."""
-    return [x for x in (*tensors, kv_sizes, None if q_sizes is kv_sizes else q_sizes) if x is not None]
+def _sizes_of_queries(problem: Problem, q_sizes: Tensor | None, kv_sizes: Tensor | None) -> Tensor | None:
+    """The sizes of query blocks where block means select: in self-attention those of the keys, if none were given."""
+    if q_sizes is not None or kv_sizes is None:
+        return q_sizes
+    # Only here are the lengths compared: an exported program is bound to the result.
+    return kv_sizes if problem.queries.length == problem.keys.length else None
 
 
 class _Call(NamedTuple):
@@ -503,18 +456,37 @@ class _Call(NamedTuple):
         return self.operator.call_directly(self.is_recorded, *args) if self.is_direct else self.operator(*args)
 
 
-def _known_call(settings: tuple, tensors: list[Tensor]) -> _Call | None:
+def _key_of(
+    name: str,
+    numbers: tuple,
+    order: _Order,
+    sizes: tuple[Tensor | None, Tensor | None],
+    *tensors: Tensor | None,
+) -> tuple[tuple, list[Tensor]]:
+    """What calls that look alike have in common: settings, and tensors, each once.
+
+    Args:
+        sizes: of key blocks, and of query blocks.
+    """
+    kv_sizes, q_sizes = sizes
+    which = kv_sizes is None, q_sizes is None, q_sizes is kv_sizes
+    given = [x for x in (*tensors, kv_sizes, None if q_sizes is kv_sizes else q_sizes) if x is not None]
+    return (name, *numbers, *order.values(), *which), given
+
+
+def _known_call(key: tuple[tuple, list[Tensor]]) -> _Call | None:
     """What is known of a call that looks like an earlier one, whose checks would take longer than its launches."""
-    return _known_calls.find(settings, tensors) if can_bypass_dispatcher() else None
+    return _known_calls.find(*key) if can_bypass_dispatcher() else None
 
 
-def _remember(settings: tuple, tensors: list[Tensor], call: _Call) -> _Call:
+def _remember(key: tuple[tuple, list[Tensor]], call: _Call) -> _Call:
     """Keeps a call for all that look like it; not where somebody else has to see it, or it computes nothing.
 
     The first one takes the same way as the others: activation checkpointing counts what each of them saves.
     """
+    _, tensors = key
     if not can_bypass_dispatcher() or call.problem.batch == 0 or not are_plain(tensors):
         return call
     call = call._replace(is_direct=True, is_recorded=needs_gradient(tensors))
-    _known_calls.keep(settings, tensors, call)
+    _known_calls.keep(*key, call)
     return call
