@@ -15,7 +15,7 @@ from torch import Tensor
 
 from vsa_jit.fastpath import PLAIN_TYPES, dispatch_modes, num_dispatch_modes
 from vsa_jit.grid import block_tokens
-from vsa_jit.problem import Problem
+from vsa_jit.problem import Problem, has_coarse_output
 from vsa_jit.segments import Segments, order_of
 
 # Products: scores and output; in a backward scores and their gradient, then dq, then dk and dv.
@@ -77,7 +77,7 @@ def video_sparse_attn(
 ) -> int:
     static, (q2k_idx, q2k_num) = args[4:], out_val[2:4]
     problem = Problem.of(q, k, *static[:-1])
-    coarse_products = PRODUCTS_FORWARD if gate is not None or gate_value != 0.0 else 1
+    coarse_products = PRODUCTS_FORWARD if has_coarse_output(gate, gate_value) else 1
     fine = _product(q, k, (q2k_idx, q2k_num, q_sizes, kv_sizes), static)
     return PRODUCTS_FORWARD * fine + coarse_products * _product_of_blocks(problem)
 

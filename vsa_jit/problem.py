@@ -193,6 +193,11 @@ class Gradients(NamedTuple):
 MeanGradients: TypeAlias = Callable[[Tensor | None], tuple[Tensor, Tensor, Tensor | None]]
 
 
+def has_coarse_output(gate: Tensor | None, gate_value: float) -> bool:
+    """Whether a coarse output is added: not where its weight is the number 0."""
+    return gate is not None or gate_value != 0.0
+
+
 # Of a coarse output that weighs no more, the one before it was added follows from the output; the error of the coarse
 # one's rounding would be multiplied by a larger weight.
 LARGEST_RECOVERED_WEIGHT = 1.0

@@ -124,6 +124,14 @@ def selection_width(segments: Segments, topk: Sequence[int]) -> int:
     return functools.reduce(torch.sym_max, widths)
 
 
+def width_of_selection(segments: Segments | None, topk: Sequence[int], num_kv_blocks: int) -> int:
+    """Room for so many key blocks has each row of what is selected. Numbers may be symbolic."""
+    if segments is not None:
+        return selection_width(segments, topk)
+    width = topk[0]
+    return min(width, num_kv_blocks) if isinstance(width, int) and isinstance(num_kv_blocks, int) else width
+
+
 def listed_width(segments: Segments, topk: Sequence[int]) -> int:
     """The most key blocks that a query block attends: of context, all of its sample."""
     widths = [sample.num_blocks for sample in segments.samples if sample.num_context_blocks > 0]

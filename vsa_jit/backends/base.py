@@ -80,6 +80,10 @@ class Whole(Protocol):
         """
         ...
 
+    def can_read(self, *tensors: Tensor) -> bool:
+        """Whether tensors like those of the forward, and the memory, lie where kernels can read them."""
+        ...
+
     def tensors(self, memory: Tensor) -> list[Tensor | None]:
         """Views of what is in the memory: lse, q2k_idx, q2k_num, out_c, q_c, k_c and v_c; None for what is not."""
         ...

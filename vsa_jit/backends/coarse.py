@@ -80,7 +80,7 @@ def coarse_attend(
     has_softmax = v_c is not None or dtype != torch.float32
     softmax = Softmax(coarse.softmax_scale, dtype) if has_softmax else None
     outs, indices, numbers = [], [], []
-    for q_rows, k_rows, v_rows in _scored_at_a_time(products, *_rounded_means(dtype, q_c, k_c, v_c)):
+    for q_rows, k_rows, v_rows in _scored_at_a_time(products, *rounded_means(dtype, q_c, k_c, v_c)):
         # Scores, which become probabilities.
         p = products.of_blocks(q_rows, k_rows.mT)
         idx, num = select(run, coarse.segments, p, kv_sizes, topk, compete, softmax)
@@ -106,7 +106,7 @@ def coarse_attend_backward(
     products = Products(run, coarse.segments)
     softmax = Softmax(coarse.softmax_scale, coarse.selection_dtype)
     dq_c, dk_c, dv_c = [], [], []
-    means = _rounded_means(softmax.dtype, q_c, k_c, v_c)
+    means = rounded_means(softmax.dtype, q_c, k_c, v_c)
     for q_rows, k_rows, v_rows, dout_rows in _scored_at_a_time(products, *means, dout_c.contiguous()):
         p = products.probabilities(q_rows, k_rows.mT, kv_sizes, softmax)
         dv_c.append(products.over_blocks(p.mT, dout_rows))
@@ -132,7 +132,7 @@ def coarse_attend_tangent(
     products = Products(run, coarse.segments)
     softmax = Softmax(coarse.softmax_scale, coarse.selection_dtype)
     out_t = []
-    means = _rounded_means(softmax.dtype, q_c, k_c, v_c)
+    means = rounded_means(softmax.dtype, q_c, k_c, v_c)
     for q_rows, k_rows, v_rows, q_t, k_t, v_t in _scored_at_a_time(products, *means, q_c_t, k_c_t, v_c_t):
         p = products.probabilities(q_rows, k_rows.mT, kv_sizes, softmax)
         products_t = products.of_blocks(q_t, k_rows.mT).add_(products.of_blocks(q_rows, k_t.mT))
@@ -182,7 +182,7 @@ class Products(NamedTuple):
         """Where the sample of each block begins and ends, if there are several samples."""
         several = self.several_samples
         # How many blocks are selected is in the table, too, and does not matter.
-        return None if several is None else _selection_rows(several, [0] * len(several.samples), False, device)
+        return None if several is None else selection_table(several, [0] * len(several.samples), False, device)
 
 
 def select(
@@ -201,7 +201,7 @@ def select(
     """
     if segments is None:
         return run.select(scores, kv_sizes, topk[0], softmax)
-    rows = _selection_rows(segments, topk, compete, scores.device)
+    rows = selection_table(segments, topk, compete, scores.device)
     return run.select_in_samples(scores, rows, selection_width(segments, topk), softmax)
 
 
@@ -246,10 +246,12 @@ def _round_to(dtype: torch.dtype, x: Tensor) -> Tensor:
     return x if dtype == x.dtype else x.copy_(x.to(dtype))
 
 
-def _rounded_means(dtype: torch.dtype, *means: Tensor | None) -> list[Any]:
+def rounded_means(dtype: torch.dtype, *means: Tensor | None) -> list[Any]:
+    """fp32 means with the values of a dtype; those that are None as they are."""
     return [x if x is None else x.to(dtype).float() for x in means]
 
 
-def _selection_rows(segments: Segments, topk: Sequence[int], compete: bool, device: torch.device) -> Tensor:
+def selection_table(segments: Segments, topk: Sequence[int], compete: bool, device: torch.device) -> Tensor:
+    """``selection_rows`` on a device, where it is kept."""
     key = "selection", segments, tuple(topk), compete
     return on_device(key, device, lambda: selection_rows(segments, topk, compete))

@@ -10,15 +10,7 @@ from vsa_jit.backends.choose import selection_backend_for
 from vsa_jit.backends.coarse import select
 from vsa_jit.operators import Operator
 from vsa_jit.problem import Coarse, contiguous_like
-from vsa_jit.segments import Segments, listed_width, order_of, selection_width
-
-
-def width_of_selection(segments: Segments | None, topk: Sequence[int], num_kv_blocks: int) -> int:
-    """Room for so many key blocks has each row of what is selected. Numbers may be symbolic."""
-    if segments is not None:
-        return selection_width(segments, topk)
-    width = topk[0]
-    return min(width, num_kv_blocks) if isinstance(width, int) and isinstance(num_kv_blocks, int) else width
+from vsa_jit.segments import Segments, listed_width, order_of
 
 
 def _segments_of(tile: Sequence[int], numbers: Sequence[int] | None) -> Segments | None:

@@ -14,16 +14,24 @@ from vsa_jit.fastpath import are_plain, can_bypass_dispatcher
 from vsa_jit.operators import Operator, save_tensors, tangent_or_zeros
 from vsa_jit.ops.attention import attend_tangent, warn_in_compiled_program, weight_of
 from vsa_jit.ops.pooling import block_means
-from vsa_jit.ops.selection import coarse_attend_tangent, width_of_selection
-from vsa_jit.problem import Coarse, MeanGradients, Operands, Problem, contiguous_like, empty_like, keeps_out_s
+from vsa_jit.ops.selection import coarse_attend_tangent
+from vsa_jit.problem import (
+    Coarse,
+    MeanGradients,
+    Operands,
+    Problem,
+    contiguous_like,
+    empty_like,
+    has_coarse_output,
+    keeps_out_s,
+)
+from vsa_jit.segments import width_of_selection
 
 # Arguments of the operator that are tensors, or None: q, k, v, the gate, and the sizes of query and key blocks.
 TENSORS = 6
 GATE = 3
 # Those that are numbers before the arguments that all operators on tokens end with.
 NUMBERS = 5
-# Of what a backend reads past the dispatcher.
-ALIGNMENT_BYTES = 16
 
 
 class CoarseResults(NamedTuple):
@@ -148,11 +156,11 @@ def video_sparse_attn(
     run = backends_for(problem, backend, q, k, v)
     with_out_s = for_backward and keeps_out_s(gate, gate_value)
     gate, gate_value = weight_of(gate, gate_value)
-    has_coarse_output = gate is not None or gate_value != 0.0
+    with_coarse = has_coarse_output(gate, gate_value)
     q_c, k_c, v_c, out_c, q2k_idx, q2k_num = coarse_branch(
-        run, problem, q, k, v if has_coarse_output else None, q_sizes, kv_sizes, topk, compete, selection_dtype
+        run, problem, q, k, v if with_coarse else None, q_sizes, kv_sizes, topk, compete, selection_dtype
     )
-    means = (q_c, k_c, v_c, out_c) if for_backward and has_coarse_output else (None,) * 4
+    means = (q_c, k_c, v_c, out_c) if for_backward and with_coarse else (None,) * 4
     # Without a backward their memory is free again before the output needs some.
     del q_c, k_c, v_c
     operands = Operands(q, k, v, q2k_idx, q2k_num, q_sizes, kv_sizes, out_c, gate, gate_value)
@@ -169,7 +177,7 @@ def _(q, k, v, gate, q_sizes, kv_sizes, gate_value, topk, compete, selection_dty
     of_keys = (batch, keys.heads, keys.num_blocks, problem.head_dim)
     of_queries = (*rows, problem.head_dim)
     means = [q.new_empty(0) for _ in range(4)]
-    if for_backward and (gate is not None or gate_value != 0.0):
+    if for_backward and has_coarse_output(gate, gate_value):
         means = [q.new_empty(shape, dtype=torch.float32) for shape in (of_queries, of_keys, of_keys, of_queries)]
     return (
         empty_like(q),
@@ -271,6 +279,8 @@ def run_directly(
 
 
 class _Whole(torch.autograd.Function):
+    """Calls of a backend's ``Whole`` whose gradients are recorded."""
+
     @staticmethod
     def forward(ctx: Any, whole: Whole, call: tuple, *tensors: Any) -> Tensor:
         out, out_s, memory = whole.forward(*tensors)
@@ -284,12 +294,12 @@ class _Whole(torch.autograd.Function):
         _, _, *needs = ctx.needs_input_grad[: 2 + GATE + 1]
         need_dq, need_dkv = needs[0], needs[1] or needs[2]
         # Who packs and unpacks saved tensors may have put them where kernels cannot read them.
-        is_aligned = all([x.data_ptr() % ALIGNMENT_BYTES == 0 for x in (*tensors[:3], memory)])
-        if is_aligned and can_bypass_dispatcher() and not torch.is_grad_enabled() and are_plain(grads):
+        can_read = ctx.whole.can_read(*tensors[:3], memory)
+        if can_read and can_bypass_dispatcher() and not torch.is_grad_enabled() and are_plain(grads):
             gradients = ctx.whole.backward(tensors, out, memory, *grads, need_dq, need_dkv)
         else:
             (gate_value, _, _, selection_dtype, _), problem, backend = ctx.call
-            lse, q2k_idx, q2k_num, out_c, *means = ctx.whole.tensors(memory if is_aligned else memory.clone())
+            lse, q2k_idx, q2k_num, out_c, *means = ctx.whole.tensors(memory if can_read else memory.clone())
             outs = (None, out) if keeps_out_s(tensors[GATE], gate_value) else (out, None)
             kept = outs[0], lse, q2k_idx, q2k_num, *means, out_c, outs[1]
             numbers = gate_value, selection_dtype, need_dq, need_dkv, *problem.static, backend
@@ -310,7 +320,7 @@ def _setup(ctx: Any, inputs: tuple, output: Sequence[Tensor]) -> None:
     # Through PyTorch's dispatcher a result that there is not came as an empty one.
     if keeps_out_s(gate, ctx.gate_value):
         kept = kept._replace(out=None)
-    elif ctx.gate_value != 0.0:
+    elif has_coarse_output(gate, ctx.gate_value):
         kept = kept._replace(out_s=None)
     else:
         kept = kept._replace(q_c=None, k_c=None, v_c=None, out_c=None, out_s=None)

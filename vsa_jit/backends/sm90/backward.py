@@ -12,7 +12,6 @@ some of the gradients are needed, see ``takes_one_pass`` for the rest.
 from __future__ import annotations
 
 import functools
-import math
 from typing import Any, NamedTuple
 
 import torch
@@ -153,11 +152,8 @@ def prepare(
     params = launch.new_params()
     launch.set_segments(tables_of(problem, q), q, [params.queries])
     params.dout, params.out_s = dout.data_ptr(), out_s.data_ptr()
-    params.lse, params.statistics, params.counters = (
-        lse.data_ptr(),
-        workspace.statistics.address,
-        workspace.counters.address,
-    )
+    params.lse, params.statistics = lse.data_ptr(), workspace.statistics.address
+    params.counters = workspace.counters.address
     params.dout_strides[:] = token_strides(dout.stride(), queries)
     params.out_s_strides[:] = token_strides(out_s.stride(), queries)
     if dlse is not None:
@@ -235,13 +231,8 @@ def transpose_index(problem: Problem, operands: Operands) -> tuple[Tensor, Tenso
         ``(bits, order)``: int32 [B, H, words, n_k], bit i of word w for query block 32 w + i; int32 [B, H_kv, n_k].
     """
     workspace = invert_map(problem, operands)
-
-    def tensor(part: Part) -> Tensor:
-        start = part.address - workspace.memory.data_ptr()
-        of_part = workspace.memory[start : start + math.prod(part.shape) * WORD_BYTES]
-        return of_part.view(torch.int32).view(part.shape)
-
-    return tensor(workspace.bits), tensor(workspace.order)
+    memory = workspace.memory
+    return workspace.bits.tensor(memory, torch.int32), workspace.order.tensor(memory, torch.int32)
 
 
 def _order_rows(problem: Problem, workspace: Workspace, device: int) -> None:

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from vsa_jit.backends.coarse import rounded_means, selection_table
 from vsa_jit.backends.sm90 import specialise
 from vsa_jit.backends.sm90.launch import Launch, persistent_blocks
 from vsa_jit.backends.sm90.structs import (
@@ -22,7 +23,7 @@ from vsa_jit.backends.sm90.structs import (
 from vsa_jit.jit import module
 from vsa_jit.jit.kernel import Kernel
 from vsa_jit.problem import Coarse
-from vsa_jit.segments import Segments, selection_rows, selection_width
+from vsa_jit.segments import Segments, width_of_selection
 from vsa_jit.tables import on_device
 
 # Scores that the backward has at a time, twice over. It has not allocated the gradients of q, k and v by then.
@@ -56,7 +57,7 @@ def coarse_attend(
 def clamped(coarse: Coarse, topk: Sequence[int], num_kv_blocks: int) -> tuple[tuple[int, ...], int]:
     """The key blocks to select of each sample, and room for those of a row."""
     topk = tuple([min(count, num_kv_blocks) for count in topk])
-    return topk, topk[0] if coarse.segments is None else selection_width(coarse.segments, topk)
+    return topk, width_of_selection(coarse.segments, topk, num_kv_blocks)
 
 
 def num_scores(coarse: Coarse, q_shape: Sequence[int], k_shape: Sequence[int], device: int, width: int) -> int:
@@ -88,8 +89,7 @@ def launch_attend(
     segments = coarse.segments
     _set_columns(params.problem, kv_sizes, segments, device)
     if segments is not None:
-        key = "selection", segments, topk, compete
-        params.choices = on_device(key, device, lambda: selection_rows(segments, topk, compete)).data_ptr()
+        params.choices = selection_table(segments, topk, compete, device).data_ptr()
     launch.run(params)
 
 
@@ -171,9 +171,7 @@ def _launch_of(params: Any, kernel: Kernel, device: int) -> Launch:
 
 def _means(dtype: torch.dtype, *means: Tensor | None) -> list[Any]:
     """Means as the kernels read them, rounded to a dtype."""
-    if dtype != torch.float32:
-        means = tuple([x if x is None else x.to(dtype).float() for x in means])
-    return [x if x is None else x.contiguous() for x in means]
+    return [x if x is None else x.contiguous() for x in rounded_means(dtype, *means)]
 
 
 def _problem_of(coarse: Coarse, q_shape: tuple[int, ...], k_shape: tuple[int, ...], device: int) -> CoarseProblem:

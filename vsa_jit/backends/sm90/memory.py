@@ -7,6 +7,9 @@ import math
 from collections.abc import Sequence
 from typing import NamedTuple
 
+import torch
+from torch import Tensor
+
 # Each part starts at a multiple of so many bytes.
 ALIGNMENT = 256
 WORD_BYTES = 4
@@ -18,9 +21,10 @@ class Part(NamedTuple):
     address: int
     shape: tuple[int, ...]
 
-    @property
-    def num_bytes(self) -> int:
-        return math.prod(self.shape) * WORD_BYTES
+    def tensor(self, memory: Tensor, dtype: torch.dtype) -> Tensor:
+        """The part as a view of the allocation, uint8, that it is of; ``dtype`` has 32 bits."""
+        start = self.address - memory.data_ptr()
+        return memory[start : start + math.prod(self.shape) * WORD_BYTES].view(dtype).view(self.shape)
 
     def data_ptr(self) -> int:
         return self.address

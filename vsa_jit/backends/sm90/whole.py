@@ -14,6 +14,7 @@ from vsa_jit.backends.sm90.backward import attend_backward
 from vsa_jit.backends.sm90.forward import launch_attend, launch_block_means, means_shapes
 from vsa_jit.backends.sm90.memory import Part, Parts
 from vsa_jit.backends.sm90.structs import MAX_COARSE_COLS
+from vsa_jit.backends.sm90.tma import ALIGNMENT_BYTES
 from vsa_jit.problem import Coarse, Gradients, Operands, Problem, keeps_out_s
 
 
@@ -104,14 +105,15 @@ class Whole(NamedTuple):
         q, k, v, gate, q_sizes, kv_sizes = tensors
         return Operands(q, k, v, kept.q2k_idx, kept.q2k_num, q_sizes, kv_sizes, kept.out_c, gate, self.gate_value)
 
+    def can_read(self, *tensors: Tensor) -> bool:
+        """Their strides are those of the forward."""
+        return all([x.data_ptr() % ALIGNMENT_BYTES == 0 for x in tensors])
+
     def tensors(self, memory: Tensor) -> list[Tensor | None]:
         """``Kept`` as tensors, which share the memory."""
-        kept = Kept(*self.kept.at(0))
+        kept = Kept(*self.kept.at(memory.data_ptr()))
         dtypes = torch.float32, torch.int32, torch.int32, *(torch.float32,) * 4
-        return [
-            None if part is None else memory[part.address :][: part.num_bytes].view(dtype).view(part.shape)
-            for part, dtype in zip(kept, dtypes, strict=True)
-        ]
+        return [part and part.tensor(memory, dtype) for part, dtype in zip(kept, dtypes, strict=True)]
 
 
 @functools.lru_cache(maxsize=1024)
