@@ -103,7 +103,7 @@ __device__ __forceinline__ void exp2_scaled(rt_fl<16, cols>& tile, float scale, 
 }
 
 // Of 32 columns a lane holds two of every eight. The four lanes of a row exchange them, so that each has eight consecutive
-// columns to store at once.
+// columns to store at once; and the other way round.
 __device__ __forceinline__ uint4 exchange_columns(const uint32_t (&words)[4]) {
     const bool is_odd = laneid() & 1, is_upper = laneid() & 2;
     uint32_t half[2][2];  // two times eight columns, from the lower and from the upper two lanes
@@ -134,6 +134,32 @@ __device__ __forceinline__ void store_rows(T* const (&destination)[2], const boo
             const uint32_t* words = source.data + first / 4 + row;
             const uint4 columns = exchange_columns({words[0], words[2], words[4], words[6]});
             if (is_there[row]) reinterpret_cast<uint4*>(destination[row])[first / 8 + laneid() % 4] = columns;
+        }
+    }
+}
+
+// Loads a lane's two rows from memory, zeros for one that is not there: addresses are multiples of 16 bytes.
+template <typename T, int cols>
+__device__ __forceinline__ void load_rows(rt<T, 16, cols>& destination, const T* const (&source)[2],
+                                          const bool (&is_there)[2]) {
+    // All loads before any of them is waited for.
+    uint4 columns[cols / 32][2];
+#pragma unroll
+    for (int i = 0; i < cols / 32; ++i) {
+#pragma unroll
+        for (int row = 0; row < 2; ++row) {
+            columns[i][row] = {};
+            if (is_there[row]) columns[i][row] = reinterpret_cast<const uint4*>(source[row])[i * 4 + laneid() % 4];
+        }
+    }
+#pragma unroll
+    for (int i = 0; i < cols / 32; ++i) {
+#pragma unroll
+        for (int row = 0; row < 2; ++row) {
+            const uint4& own = columns[i][row];
+            const uint4 words = exchange_columns({own.x, own.y, own.z, own.w});
+            uint32_t* to = destination.data + i * 8 + row;
+            to[0] = words.x, to[2] = words.y, to[4] = words.z, to[6] = words.w;
         }
     }
 }

@@ -54,32 +54,26 @@ __device__ __forceinline__ float load_gate(const CoarseOutput& coarse, int64_t o
     return to_float(static_cast<const T*>(coarse.gate) + offset);
 }
 
-// Adds `weight(row, channel)` times the coarse output of the query block to its valid rows.
-template <int head_dim, typename Weight>
-__device__ __forceinline__ void add_weighted(const float* out_c, const OutputRows& rows, kittens::rt_fl<16, head_dim>& out,
-                                             Weight weight) {
-#pragma unroll
-    for (int i = 0; i < head_dim / 2; i += 2) {
-        const int row = kittens::row_of(i), channel = i / 4 * 8 + kittens::laneid() % 4 * 2;
-        if (!rows.valid[row]) continue;
-        const float2 pair = *reinterpret_cast<const float2*>(out_c + channel);
-        out.data[i] += weight(row, channel) * pair.x;
-        out.data[i + 1] += weight(row, channel + 1) * pair.y;
-    }
+// Whether there is a gate of 16-bit elements whose rows can be read 16 bytes at a time.
+__device__ __forceinline__ bool has_gate_vectors(const CoarseOutput& coarse) {
+    const auto& strides = coarse.gate_strides;
+    const int64_t bytes = (strides[0] | strides[1] | strides[2]) * 2 | reinterpret_cast<int64_t>(coarse.gate);
+    return coarse.gate != nullptr && !coarse.gate_is_fp32 && strides[3] == 1 && bytes % 16 == 0;
 }
 
-// The same with a gate of type G for weights.
-template <typename G, int head_dim>
-__device__ __forceinline__ void add_gated(const CoarseOutput& coarse, const float* out_c, const OutputRows& rows,
-                                          kittens::rt_fl<16, head_dim>& out) {
-    const auto& strides = coarse.gate_strides;
-    const G* gate[2];
+// Adds the coarse output of the query block to a lane's valid rows, times `weights(i)` for the i-th value and the next.
+template <int head_dim, typename Weights>
+__device__ __forceinline__ void add_weighted(const float* out_c, const OutputRows& rows, kittens::rt_fl<16, head_dim>& out,
+                                             Weights weights) {
+    out_c += kittens::laneid() % 4 * 2;
 #pragma unroll
-    for (int i = 0; i < 2; ++i) {
-        gate[i] =
-            static_cast<const G*>(coarse.gate) + rows.batch * strides[0] + rows.head * strides[1] + rows.token[i] * strides[2];
+    for (int i = 0; i < head_dim / 2; i += 2) {
+        const float2 pair = *reinterpret_cast<const float2*>(out_c + i / 4 * 8);
+        if (!rows.valid[kittens::row_of(i)]) continue;
+        const float2 weight = weights(i);
+        out.data[i] += weight.x * pair.x;
+        out.data[i + 1] += weight.y * pair.y;
     }
-    add_weighted(out_c, rows, out, [&](int row, int channel) { return to_float(gate[row] + channel * strides[3]); });
 }
 
 // Adds the coarse output of the query block to its valid rows.
@@ -88,11 +82,31 @@ __device__ __forceinline__ void add_coarse_output(const CoarseOutput& coarse, in
                                                   kittens::rt_fl<16, head_dim>& out) {
     const float* out_c = coarse.out_c + (rows.bh * num_q_blocks + rows.block) * head_dim;
     if (coarse.gate == nullptr) {
-        add_weighted(out_c, rows, out, [&](int, int) { return coarse.gate_value; });
-    } else if (coarse.gate_is_fp32) {
-        add_gated<float>(coarse, out_c, rows, out);
+        add_weighted(out_c, rows, out, [&](int) -> float2 { return {coarse.gate_value, coarse.gate_value}; });
+        return;
+    }
+    const auto& strides = coarse.gate_strides;
+    const auto row_of_gate = [&](const auto* data, int row) {
+        return data + rows.batch * strides[0] + rows.head * strides[1] + rows.token[row] * strides[2];
+    };
+    if (has_gate_vectors(coarse)) {
+        const T* data = static_cast<const T*>(coarse.gate);
+        kittens::rt<T, 16, head_dim> gate;
+        load_rows(gate, {row_of_gate(data, 0), row_of_gate(data, 1)}, rows.valid);
+        add_weighted(out_c, rows, out, [&](int i) { return kittens::unpack<T>(gate.data[i / 2]); });
+        return;
+    }
+    const auto add_one_by_one = [&](const auto* data) {
+        data += kittens::laneid() % 4 * 2 * strides[3];
+        add_weighted(out_c, rows, out, [&](int i) -> float2 {
+            const auto* pair = row_of_gate(data, kittens::row_of(i)) + i / 4 * 8 * strides[3];
+            return {to_float(pair), to_float(pair + strides[3])};
+        });
+    };
+    if (coarse.gate_is_fp32) {
+        add_one_by_one(static_cast<const float*>(coarse.gate));
     } else {
-        add_gated<T>(coarse, out_c, rows, out);
+        add_one_by_one(static_cast<const T*>(coarse.gate));
     }
 }
 

@@ -130,6 +130,7 @@ extern "C" __global__ void __launch_bounds__(kWarps* kWarpThreads) prepare_backw
     const auto offset_of = [&](const int64_t (&strides)[3], int token) {
         return batch * strides[0] + head * strides[1] + token * strides[2] + channel;
     };
+    const bool gate_vectors = has_gate_vectors(params.coarse);
     if (index == 0 && threadIdx.x < 2) params.counters[threadIdx.x] = 0;
     const bool has_coarse = params.coarse.out_c != nullptr;
     Row out_c = {}, dout_c = {};
@@ -193,11 +194,19 @@ extern "C" __global__ void __launch_bounds__(kWarps* kWarpThreads) prepare_backw
                 continue;
             }
             if (query.valid) {
+                Row gate;
                 const auto& strides = params.coarse.gate_strides;
-                const int64_t gate = batch * strides[0] + head * strides[1] + query.token * strides[2] + channel * strides[3];
+                const int64_t offset = batch * strides[0] + head * strides[1] + query.token * strides[2] + channel * strides[3];
+                if (gate_vectors) {
+                    gate = PackedRow(static_cast<const element*>(params.coarse.gate) + offset).unpack();
+                } else {
 #pragma unroll
-                for (int i = 0; i < kChannels; ++i)
-                    dout_c.data[i] += load_gate<element>(params.coarse, gate + i * strides[3]) * dout.data[i];
+                    for (int i = 0; i < kChannels; ++i) {
+                        gate.data[i] = load_gate<element>(params.coarse, offset + i * strides[3]);
+                    }
+                }
+#pragma unroll
+                for (int i = 0; i < kChannels; ++i) dout_c.data[i] += gate.data[i] * dout.data[i];
             }
             if (query.exists) {
                 Row dgate;
