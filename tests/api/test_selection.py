@@ -8,6 +8,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+from support import hopper
 from support import reference as ref
 from support.problems import BACKENDS as RUNS
 from support.problems import HALF, INTERPRETED, Case, Inputs
@@ -262,6 +263,8 @@ def test_selection_in_a_narrower_dtype(run, dtype, scale):
     sizes[torch.randperm(blocks)[:3]] = 0
     means = [x.to(device) for x in (q_c, k_c, v_c)]
     launches = importlib.import_module(f"vsa_jit.backends.{backend}.launches")
+    if backend == "sm90":
+        hopper.load_kernels()
     out_c, idx, num = launches.coarse_attend(Coarse(None, scale, dtype), *means, sizes.to(device), [topk], False)
     expected, expected_num = expected_indices(rounded_scores(q_c, k_c, scale, dtype), topk, sizes > 0)
     assert torch.equal(idx.cpu(), expected)

@@ -5,21 +5,18 @@ from itertools import product
 import pytest
 import torch
 from support.coarse import PACKED, TEXT_AND_VIDEO, Case
+from support.hopper import load_kernels
 from support.problems import ON_HOPPER
 
-from vsa_jit.backends.sm90 import coarse, specialise, structs
+from vsa_jit.backends.sm90 import coarse, structs
 from vsa_jit.backends.triton import launches as triton_backend
-from vsa_jit.jit import engines, module
 
 pytestmark = ON_HOPPER
 
 
 @pytest.fixture(autouse=True)
 def loaded():
-    kernels = [
-        kernel for head_dim in specialise.HEAD_DIMS for kernel in specialise.kernels_of(torch.bfloat16, head_dim)
-    ]
-    module.load(kernels, torch.cuda.current_device(), engines.choose(kernels, specialise.ARCH).name)
+    load_kernels()
 
 
 LENGTHS = (5, 100, 624, 1440, 2500)

@@ -7,9 +7,19 @@ from torch import Tensor
 
 from support import reference as ref
 from support.problems import Inputs
+from vsa_jit.backends.sm90 import specialise
 from vsa_jit.checks import check_problem
 from vsa_jit.grid import block_tokens
+from vsa_jit.jit import engines, module
 from vsa_jit.problem import Operands, Problem, Side, bhsd
+
+
+def load_kernels() -> None:
+    """For tests that launch without a call that does it."""
+    kernels = [
+        kernel for head_dim in specialise.HEAD_DIMS for kernel in specialise.kernels_of(torch.bfloat16, head_dim)
+    ]
+    module.load(kernels, torch.cuda.current_device(), engines.choose(kernels, specialise.ARCH).name)
 
 
 def problem_of(inputs: Inputs, **others) -> Problem:
