@@ -5,7 +5,7 @@ from dataclasses import replace
 import pytest
 import torch
 from support import emulate
-from support.hopper import check_means, operands_of, problem_of
+from support.hopper import check_means, operands_of, problem_of, rearranged
 from support.problems import Case, Inputs, steep
 
 from vsa_jit.backends.sm90 import launches
@@ -62,17 +62,20 @@ def test_scores_that_differ_by_hundreds(monkeypatch, order, dtype):
     inputs.check_forward(inputs.bhsd(out), lse, block_map)
 
 
-@pytest.mark.parametrize("gate", ["full", "per channel", 0.5])
+@pytest.mark.parametrize(
+    "gate", ["full", "per channel", "full, fp32", "full, every second channel", "full, not aligned", 0.5]
+)
 @pytest.mark.parametrize("layout", ["bhsd", "bshd"])
 def test_the_coarse_output_is_added(monkeypatch, layout, gate):
     emulate.emulate(monkeypatch, 200)
+    gate, kind = [*gate.split(", "), ""][:2] if isinstance(gate, str) else (gate, "")
     case = Case("gate", grid=(5, 6, 7), block_size=(4, 4, 4), head_dim=64, layout=layout, gate=gate)
     inputs = Inputs(case, "cpu", torch.bfloat16)
     idx, num, _ = inputs.uneven_indices()
     problem, operands = problem_of(inputs), operands_of(inputs, idx, num)
     alone, _, _ = launches.attend(problem, operands, False)
     out_c = torch.randn(1, case.heads, problem.queries.num_blocks, 64)
-    weight = inputs.gate.detach().expand(inputs.q.shape) if isinstance(gate, str) else gate
+    weight = rearranged(inputs.gate.detach().expand(inputs.q.shape), kind) if isinstance(gate, str) else gate
     with_coarse = operands._replace(
         out_c=out_c,
         gate=weight if isinstance(gate, str) else None,

@@ -6,7 +6,7 @@ import pytest
 import torch
 from support import emulate
 from support.added import MeanGradients, outputs_of_few_bits
-from support.hopper import check_gradients, dense_gradients, operands_of, problem_of
+from support.hopper import check_gradients, dense_gradients, operands_of, problem_of, rearranged
 from support.problems import Case, Inputs, steep
 
 from vsa_jit.backends.sm90 import backward, launches
@@ -200,7 +200,9 @@ def test_queries_whose_keys_are_not_valid_have_no_gradient(monkeypatch, block):
     assert gradients.dk[:, :, : 3 * block].any()
 
 
-@pytest.mark.parametrize("gate", ["full", "full, fp32", "per channel", 0.5])
+@pytest.mark.parametrize(
+    "gate", ["full", "full, fp32", "full, every second channel", "full, not aligned", "per channel", 0.5]
+)
 @pytest.mark.parametrize(
     ("case", "dtype", "head_dim"),
     [(CASES[1], torch.float16, 64), (CASES[3], torch.bfloat16, 128), (CASES[6], torch.float16, 64)],
@@ -208,14 +210,12 @@ def test_queries_whose_keys_are_not_valid_have_no_gradient(monkeypatch, block):
 )
 def test_gradients_of_the_coarse_output(monkeypatch, case, dtype, head_dim, gate):
     emulate.emulate(monkeypatch, 200)
-    kind, in_fp32 = ("full", True) if gate == "full, fp32" else (gate, False)
-    inputs = Inputs(replace(case, head_dim=head_dim, gate=kind), "cpu", dtype)
+    gate, kind = [*gate.split(", "), ""][:2] if isinstance(gate, str) else (gate, "")
+    inputs = Inputs(replace(case, head_dim=head_dim, gate=gate), "cpu", dtype)
     call = Call(inputs)
     queries = call.problem.queries
     out_c = torch.randn(call.problem.batch, queries.heads, queries.num_blocks, head_dim)
-    weight = inputs.gate.detach().expand(inputs.q.shape) if isinstance(gate, str) else None
-    if in_fp32:
-        weight = weight.float()
+    weight = rearranged(inputs.gate.detach().expand(inputs.q.shape), kind) if isinstance(gate, str) else None
     value = 0.0 if isinstance(gate, str) else gate
     gradients = call.run(out_c=out_c, gate=weight, gate_value=value)
     call.check(gradients)

@@ -39,6 +39,17 @@ def operands_of(inputs: Inputs, idx: Tensor, num: Tensor) -> Operands:
     return Operands(q, k, v, idx, num, q_sizes, inputs.sizes, None, None, 0.0)
 
 
+def rearranged(gate: Tensor, kind: str) -> Tensor:
+    """The same gate as kernels read it in other ways."""
+    if kind == "fp32":
+        return gate.float()
+    if kind == "every second channel":
+        return torch.stack([gate, gate], -1).flatten(-2)[..., ::2]
+    if kind == "not aligned":
+        return torch.nn.functional.pad(gate, (1, 0))[..., 1:]
+    return gate
+
+
 def check_means(problem: Problem, inputs: Inputs, results) -> None:
     q_sizes = inputs.given_q_sizes if inputs.given_q_sizes is not None else inputs.sizes
     sides = (problem.queries, q_sizes), (problem.keys, inputs.sizes), (problem.keys, inputs.sizes)
