@@ -609,5 +609,4 @@ def test_profile_of_a_backward_in_passes(tmp_path, backend):
         names = [stage["name"] for stage in row["stages"]]
         assert names == ["preparation", "inversion", "dq", "dk, dv", "coarse attention", "means (fused)", "rest"]
         by_name = {stage["name"]: stage["ms"] for stage in row["stages"]}
-        assert by_name["dq"] > 0.0
-        assert by_name["dk, dv"] > 0.0
+        assert 0.0 < by_name["dq"] < by_name["dk, dv"] < row["ms"]
