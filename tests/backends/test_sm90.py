@@ -4,14 +4,13 @@ import logging
 import os
 import subprocess
 import sys
-from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
-from support.hopper import check_means, problem_of, reference_means
+from support.hopper import check_means, load, problem_of, reference_means
 from support.problems import ON_HOPPER, Case, Inputs
 from support.toys import toy
 from torch import Tensor
@@ -23,7 +22,6 @@ from vsa_jit.backends.triton import launches as triton
 from vsa_jit.jit import engines, module
 from vsa_jit.jit.driver import encode_tensor_map, fill
 from vsa_jit.jit.errors import NotWarmError
-from vsa_jit.jit.kernel import Kernel
 from vsa_jit.problem import Problem, Side
 
 pytestmark = ON_HOPPER
@@ -57,10 +55,6 @@ MANY = [
     Case("many blocks", q_len=6_390, heads=16, batch=2),
     Case("many blocks of several boxes", grid=(17, 30, 52), layout="bshd", block_size=(4, 8, 8), heads=16),
 ]
-
-
-def load(kernels: Sequence[Kernel], device: int) -> None:
-    module.load(kernels, device, engines.choose(kernels, specialise.ARCH).name)
 
 
 def run_means(problem: Problem, inputs: Inputs, *, with_v: bool = True) -> tuple[Tensor, Tensor, Tensor | None]:

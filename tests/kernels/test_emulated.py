@@ -5,7 +5,7 @@ from dataclasses import replace
 import pytest
 import torch
 from support import emulate
-from support.hopper import check_means, operands_of, problem_of, rearranged
+from support.hopper import GATES, check_means, operands_of, problem_of, weight_of
 from support.problems import Case, Inputs, steep
 
 from vsa_jit.backends.sm90 import launches
@@ -62,29 +62,22 @@ def test_scores_that_differ_by_hundreds(monkeypatch, order, dtype):
     inputs.check_forward(inputs.bhsd(out), lse, block_map)
 
 
-@pytest.mark.parametrize(
-    "gate", ["full", "per channel", "full, fp32", "full, every second channel", "full, not aligned", 0.5]
-)
+@pytest.mark.parametrize(("gate", "order"), GATES)
 @pytest.mark.parametrize("layout", ["bhsd", "bshd"])
-def test_the_coarse_output_is_added(monkeypatch, layout, gate):
+def test_the_coarse_output_is_added(monkeypatch, layout, gate, order):
     emulate.emulate(monkeypatch, 200)
-    gate, kind = [*gate.split(", "), ""][:2] if isinstance(gate, str) else (gate, "")
     case = Case("gate", grid=(5, 6, 7), block_size=(4, 4, 4), head_dim=64, layout=layout, gate=gate)
     inputs = Inputs(case, "cpu", torch.bfloat16)
     idx, num, _ = inputs.uneven_indices()
     problem, operands = problem_of(inputs), operands_of(inputs, idx, num)
     alone, _, _ = launches.attend(problem, operands, False)
     out_c = torch.randn(1, case.heads, problem.queries.num_blocks, 64)
-    weight = rearranged(inputs.gate.detach().expand(inputs.q.shape), kind) if isinstance(gate, str) else gate
-    with_coarse = operands._replace(
-        out_c=out_c,
-        gate=weight if isinstance(gate, str) else None,
-        gate_value=0.0 if isinstance(gate, str) else gate,
-    )
+    weight = weight_of(inputs, order)
+    with_coarse = operands._replace(out_c=out_c, gate=weight, gate_value=gate if weight is None else 0.0)
     out, _, out_s = launches.attend(problem, with_coarse, True)
     assert torch.equal(out_s, alone)
     coarse = out_c[:, :, inputs.q_block]
-    added = inputs.bhsd(weight).float() * coarse if isinstance(gate, str) else weight * coarse
+    added = coarse * (gate if weight is None else inputs.bhsd(weight).float())
     exact = inputs.bhsd(out_s).float() + added
     # `out_s` was rounded once before, `out` is rounded once.
     bound = 2.0**-8 * (inputs.bhsd(out_s).float().abs() + exact.abs()) + 1e-6

@@ -6,7 +6,7 @@ import pytest
 import torch
 from support import emulate
 from support.added import MeanGradients, outputs_of_few_bits
-from support.hopper import check_gradients, dense_gradients, operands_of, problem_of, rearranged
+from support.hopper import GATES, check_gradients, dense_gradients, operands_of, problem_of, weight_of
 from support.problems import Case, Inputs, steep
 
 from vsa_jit.backends.sm90 import backward, launches
@@ -200,23 +200,20 @@ def test_queries_whose_keys_are_not_valid_have_no_gradient(monkeypatch, block):
     assert gradients.dk[:, :, : 3 * block].any()
 
 
-@pytest.mark.parametrize(
-    "gate", ["full", "full, fp32", "full, every second channel", "full, not aligned", "per channel", 0.5]
-)
+@pytest.mark.parametrize(("gate", "order"), GATES)
 @pytest.mark.parametrize(
     ("case", "dtype", "head_dim"),
     [(CASES[1], torch.float16, 64), (CASES[3], torch.bfloat16, 128), (CASES[6], torch.float16, 64)],
     ids=lambda x: x.name if isinstance(x, Case) else str(x),
 )
-def test_gradients_of_the_coarse_output(monkeypatch, case, dtype, head_dim, gate):
+def test_gradients_of_the_coarse_output(monkeypatch, case, dtype, head_dim, gate, order):
     emulate.emulate(monkeypatch, 200)
-    gate, kind = [*gate.split(", "), ""][:2] if isinstance(gate, str) else (gate, "")
     inputs = Inputs(replace(case, head_dim=head_dim, gate=gate), "cpu", dtype)
     call = Call(inputs)
     queries = call.problem.queries
     out_c = torch.randn(call.problem.batch, queries.heads, queries.num_blocks, head_dim)
-    weight = rearranged(inputs.gate.detach().expand(inputs.q.shape), kind) if isinstance(gate, str) else None
-    value = 0.0 if isinstance(gate, str) else gate
+    weight = weight_of(inputs, order)
+    value = gate if weight is None else 0.0
     gradients = call.run(out_c=out_c, gate=weight, gate_value=value)
     call.check(gradients)
     dout = inputs.clean_dout(torch.float64)

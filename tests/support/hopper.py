@@ -11,15 +11,21 @@ from vsa_jit.backends.sm90 import specialise
 from vsa_jit.checks import check_problem
 from vsa_jit.grid import block_tokens
 from vsa_jit.jit import engines, module
+from vsa_jit.jit.kernel import Kernel
 from vsa_jit.problem import Operands, Problem, Side, bhsd
 
 
-def load_kernels() -> None:
+def load(kernels: Sequence[Kernel], device: int) -> None:
     """For tests that launch without a call that does it."""
-    kernels = [
-        kernel for head_dim in specialise.HEAD_DIMS for kernel in specialise.kernels_of(torch.bfloat16, head_dim)
-    ]
-    module.load(kernels, torch.cuda.current_device(), engines.choose(kernels, specialise.ARCH).name)
+    module.load(kernels, device, engines.choose(kernels, specialise.ARCH).name)
+
+
+def load_kernels() -> None:
+    """Those of blocks of any size."""
+    load(
+        [kernel for head_dim in specialise.HEAD_DIMS for kernel in specialise.kernels_of(torch.bfloat16, head_dim)],
+        torch.cuda.current_device(),
+    )
 
 
 def problem_of(inputs: Inputs, **others) -> Problem:
@@ -39,13 +45,27 @@ def operands_of(inputs: Inputs, idx: Tensor, num: Tensor) -> Operands:
     return Operands(q, k, v, idx, num, q_sizes, inputs.sizes, None, None, 0.0)
 
 
-def rearranged(gate: Tensor, kind: str) -> Tensor:
-    """The same gate as kernels read it in other ways."""
-    if kind == "fp32":
+# Gates of ``Case``, and how they lie in memory.
+GATES = [
+    ("full", "as it is"),
+    ("per channel", "as it is"),
+    ("full", "in fp32"),
+    ("full", "every second channel"),
+    ("full", "not aligned"),
+    (0.5, "as it is"),
+]
+
+
+def weight_of(inputs: Inputs, order: str) -> Tensor | None:
+    """The gate of a call as the kernels read it; None where it is a number."""
+    if not isinstance(inputs.gate, Tensor):
+        return None
+    gate = inputs.gate.detach().expand(inputs.q.shape)
+    if order == "in fp32":
         return gate.float()
-    if kind == "every second channel":
+    if order == "every second channel":
         return torch.stack([gate, gate], -1).flatten(-2)[..., ::2]
-    if kind == "not aligned":
+    if order == "not aligned":
         return torch.nn.functional.pad(gate, (1, 0))[..., 1:]
     return gate
 
