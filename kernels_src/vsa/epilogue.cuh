@@ -54,11 +54,11 @@ __device__ __forceinline__ float load_gate(const CoarseOutput& coarse, int64_t o
     return to_float(static_cast<const T*>(coarse.gate) + offset);
 }
 
-// Whether there is a gate of 16-bit elements whose rows can be read 16 bytes at a time.
+// Whether the gate has 16-bit elements, whose rows can be read 16 bytes at a time.
 __device__ __forceinline__ bool has_gate_vectors(const CoarseOutput& coarse) {
     const auto& strides = coarse.gate_strides;
     const int64_t bytes = (strides[0] | strides[1] | strides[2]) * 2 | reinterpret_cast<int64_t>(coarse.gate);
-    return coarse.gate != nullptr && !coarse.gate_is_fp32 && strides[3] == 1 && bytes % 16 == 0;
+    return !coarse.gate_is_fp32 && strides[3] == 1 && bytes % 16 == 0;
 }
 
 // Adds the coarse output of the query block to a lane's valid rows, times `weights(i)` for the i-th value and the next.
