@@ -602,7 +602,7 @@ def test_numbers_of_things(count, text):
 @pytest.mark.parametrize("backend", ["triton", pytest.param("sm90", marks=ON_HOPPER)])
 def test_profile_of_a_backward_in_passes(tmp_path, backend):
     path = tmp_path / "rows.json"
-    sizes = ("--seq-len", "8192", "--heads", "4", "--head-dim", "128", "--dtype", "bf16", "--sparsity", "0.8")
+    sizes = ("--seq-len", "16384", "--heads", "12", "--head-dim", "128", "--dtype", "bf16", "--sparsity", "0.8")
     arguments = (*sizes, "--backend", backend, "--direction", "backward", "--profile", "--json", str(path))
     assert bench(*arguments) == 0
     for row in records(path):
