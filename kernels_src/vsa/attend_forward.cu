@@ -7,6 +7,7 @@
 //
 // Specialised at compile time: VSA_DTYPE (bf16, half), VSA_HEAD_DIM (64, 128), VSA_CONSUMERS, VSA_WORK_TILES, VSA_K_STAGES and
 // VSA_V_STAGES.
+#include "kittens/grid.cuh"
 #include "vsa/epilogue.cuh"
 #include "vsa/mask.cuh"
 #include "vsa/params.cuh"
@@ -82,6 +83,7 @@ __device__ __forceinline__ void init_barriers(SharedStorage& shared) {
 
 __device__ __forceinline__ void produce(const Params& params, SharedStorage& shared) {
     const int warp = warpid() % kWarpgroupWarps;
+    wait_for_launch_before();
     acquire_maps(params.q, params.k, params.v);
     using work_tile = WorkTile<kConsumers>;
     const auto load_k = [&](const work_tile& work, const BoxOrigin& origin, int stage) {

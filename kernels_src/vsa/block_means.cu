@@ -1,10 +1,12 @@
 // Means of the valid tokens of every block of q, k and v, in one launch.
 //
 // Persistent thread blocks take a block of tokens for each of kConsumers warps at a time. One more warp loads their boxes into
-// a ring of stages, a box for each consumer in turn.
+// a ring of stages, a box for each consumer in turn. The launch after it may start beside it at once, and learns from a counter
+// when those of q and k are there.
 //
-// Specialised at compile time: VSA_DTYPE (bf16, half), VSA_HEAD_DIM (64, 128), VSA_CONSUMERS and VSA_STAGES, a multiple of
-// that.
+// Specialised at compile time: VSA_DTYPE (bf16, half), VSA_HEAD_DIM (64, 128), VSA_CONSUMERS, VSA_STAGES, a multiple of
+// that, and VSA_REGISTERS of a thread.
+#include "kittens/grid.cuh"
 #include "kittens/instructions.cuh"
 #include "vsa/params.cuh"
 #include "vsa/pipeline.cuh"
@@ -37,6 +39,7 @@ struct Operand {
 struct Params {
     Operand operands[3];
     TokenLayout layouts[2];  // of q, and of k and v
+    int* done;  // null, or counts the consumers that have stored all of their means of q and k
     int heads_first;  // consecutive items are heads of one block, not blocks of one head
 };
 
@@ -45,8 +48,9 @@ VSA_CHECK_PARAMS;
 // What a consumer is told of a box.
 struct BoxInfo {
     float* mean;  // of its block, null: there is no block
-    int count;    // its valid tokens
-    int rows;     // it has none from there on
+    int count;  // its valid tokens
+    int rows;  // it has none from there on
+    int is_last;  // the consumer has no other block of q or k after this one
 };
 
 struct SharedStorage {
@@ -83,7 +87,8 @@ __device__ __forceinline__ void load_boxes(const Params& params, SharedStorage& 
     for (int first = 0; first < num_boxes; first += kWarpThreads) {
         const int own = (first + lane) / kConsumers, consumer = (first + lane) % kConsumers;
         const int round = own / boxes, box = own % boxes;
-        const Item item(params, blockIdx.x + (round * kConsumers + consumer) * num_thread_blocks());
+        const int number = blockIdx.x + (round * kConsumers + consumer) * num_thread_blocks();
+        const Item item(params, number);
         BoxInfo info = {};
         BoxOrigin origin = {};
         if (item.which < 3) {
@@ -93,7 +98,9 @@ __device__ __forceinline__ void load_boxes(const Params& params, SharedStorage& 
             // Rows past a block's size hold anything, and those outside a video or a segment arrive as zeros.
             const BoxTokens tokens(layout, item.block, box, origin);
             const int64_t index = (int64_t(item.batch) * operand.heads + item.head) * operand.num_blocks + item.block;
-            info = {operand.mean + index * kHeadDim, tokens.count(layout), tokens.end(layout)};
+            const int of_q_and_k = params.operands[0].num_items + params.operands[1].num_items;
+            const bool is_last = item.which < 2 && number + kConsumers * num_thread_blocks() >= of_q_and_k;
+            info = {operand.mean + index * kHeadDim, tokens.count(layout), tokens.end(layout), is_last};
         }
         const int count = min(kWarpThreads, num_boxes - first);
         for (int i = 0; i < count; ++i) {
@@ -133,6 +140,7 @@ __device__ __forceinline__ void add_rows(float (&sum)[kVector], const uint4 (&bo
 #pragma unroll
         for (int token = 0; token < kBoxTokens; token += kRows) add(token + row);
     } else {
+#pragma unroll 1
         for (int token = row; token < rows; token += kRows) add(token);
     }
 }
@@ -157,7 +165,7 @@ __device__ __forceinline__ void consume(const Params& params, SharedStorage& sha
     for (int number = consumer; number < num_boxes;) {
         float sum[kVector] = {};
         float* mean = nullptr;
-        int count = 0;
+        int count = 0, is_last = 0;
         for (int box = 0; box < params.layouts[0].boxes.value; ++box, number += kConsumers) {
             const PipelineState<kStages> state(number);
             wait(shared.barriers.full[state.index], state.phase);
@@ -167,15 +175,19 @@ __device__ __forceinline__ void consume(const Params& params, SharedStorage& sha
             release(shared.barriers.empty[state.index]);
             mean = info.mean;
             count += info.count;
+            is_last = info.is_last;
         }
         if (mean != nullptr) store_mean(mean, sum, count);
+        if (is_last && params.done != nullptr) {
+            __syncwarp();
+            if (laneid() == 0) arrive_at(params.done);
+        }
     }
 }
 
 }  // namespace
 
-extern "C" __global__ void __launch_bounds__((kConsumers + 1) * kWarpThreads)
-    block_means(const __grid_constant__ Params params) {
+extern "C" __global__ void __maxnreg__(VSA_REGISTERS) block_means(const __grid_constant__ Params params) {
     extern __shared__ __align__(128) uint8_t raw[];
     SharedStorage& shared = *reinterpret_cast<SharedStorage*>(raw);
     if (threadIdx.x == 0) {
@@ -183,6 +195,7 @@ extern "C" __global__ void __launch_bounds__((kConsumers + 1) * kWarpThreads)
         fence_init_semaphores();
     }
     __syncthreads();
+    let_next_launch_start();
 
     int num_items = 0;
     for (const Operand& operand : params.operands) num_items += operand.num_items;

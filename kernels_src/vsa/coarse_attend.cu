@@ -1,11 +1,14 @@
 // Attention of block means, and the key blocks with the highest scores, in one launch.
 //
+// It starts while the launch before it, of the block means, still runs: scores need those of q and k alone.
+//
 // Persistent thread blocks take row tiles in turn: up to kTileRows query blocks of one head. Their scores go to memory of the
 // thread block's own, which stays in L2. From there each warp takes a row at a time, selects and exponentiates; several warps
 // share a long row.
 //
 // Specialised at compile time: VSA_HEAD_DIM (64, 128), and the sizes that the host knows: VSA_TILE_ROWS, VSA_SCORE_COLS,
-// VSA_MAX_COLS and VSA_STAGES.
+// VSA_MAX_COLS, VSA_STAGES and VSA_REGISTERS of a thread.
+#include "kittens/grid.cuh"
 #include "vsa/coarse_rows.cuh"
 #include "vsa/params.cuh"
 
@@ -19,8 +22,11 @@ struct Params {
     int *idx, *num;          // [heads, num_rows, width] and [heads, num_rows]
     float* scores;           // [thread blocks, tile_rows, row_floats]
     const int4* choices;     // [num_rows], see segments.selection_rows; null: all rows select `width` columns
+    // The launch before makes the means: q and k are complete when as many have arrived here, or if null when it has ended.
+    const int* means_done;
     CoarseProblem problem;
     int width;
+    int means_arrivals;
 };
 VSA_CHECK_PARAMS;
 
@@ -30,21 +36,22 @@ struct SharedStorage {
         OutRing of_out;
     };
     ColumnBits eligible;  // columns that may be selected
-    ColumnBits forced;    // those that every row takes
+    ColumnBits forced;  // those that every row takes
     TeamSlots slots;
 };
 static_assert(sizeof(SharedStorage) <= VSA_SMEM_BYTES, "the host launches with less shared memory");
 
 // The keys of a row: 0 of columns that do not count, ~0u of those that every row takes.
-struct RowKeys : RowPart<uint32_t> {
+template <int kVectors>
+struct RowKeys : RowPart<uint32_t, kVectors> {
     uint32_t least, most;  // of the whole row's scores
-    float sum, squares;    // of this lane's
+    float sum, squares;  // of this lane's
 
     // All warps of a team call this. `forced` may be null.
     __device__ __forceinline__ RowKeys(const ColumnFilter& filter, const ColumnBits* forced, Team& team, const float* of_lane)
         : least(~0u), most(0), sum(0.0f), squares(0.0f) {
-        load(team, reinterpret_cast<const uint32_t*>(of_lane));
-        for_vectors(team, [&](uint32_t (&vector)[kLaneCols], int i) {
+        this->load(team, reinterpret_cast<const uint32_t*>(of_lane));
+        this->for_vectors(team, [&](uint32_t (&vector)[kLaneCols], int i) {
 #pragma unroll
             for (uint32_t& key : vector) {
                 const float score = __uint_as_float(key);
@@ -75,7 +82,7 @@ struct RowKeys : RowPart<uint32_t> {
     // How many are at least as high, of the whole row.
     __device__ __forceinline__ int reach(Team& team, uint32_t threshold) {
         int count = 0;
-        for_each(team, [&](uint32_t key) { count_at_least(count, key, threshold); });
+        this->for_each(team, [&](uint32_t key) { count_at_least(count, key, threshold); });
         return team.sum(count);
     }
 
@@ -96,7 +103,8 @@ struct Threshold {
 };
 
 // The threshold by which `wanted` of `count` keys are selected.
-__device__ __forceinline__ Threshold find_threshold(RowKeys& keys, Team& team, int cols, int count, int wanted) {
+template <int kVectors>
+__device__ __forceinline__ Threshold find_threshold(RowKeys<kVectors>& keys, Team& team, int cols, int count, int wanted) {
     // Interpolating takes few steps where scores are spread evenly, halving the range of keys never more than 32.
     constexpr int kScoreSteps = 16, kHalving = 4;
     uint32_t low = keys.least, high = keys.most;
@@ -123,9 +131,11 @@ __device__ __forceinline__ Threshold find_threshold(RowKeys& keys, Team& team, i
 }
 
 // Writes the selected columns of a row in ascending order.
-__device__ __forceinline__ void store_selected(RowKeys& keys, Team& team, Threshold threshold, int first_col, int* idx) {
+template <int kVectors>
+__device__ __forceinline__ void store_selected(RowKeys<kVectors>& keys, Team& team, Threshold threshold, int first_col,
+                                               int* idx) {
     // Words of bits of 32 columns, each of one lane: those that are at least as high, and those that are higher.
-    constexpr int kLaneWords = (kWarpCols / kWarpThreads + kWarpThreads - 1) / kWarpThreads;
+    constexpr int kLaneWords = (kVectors * kLaneCols + kWarpThreads - 1) / kWarpThreads;
     uint32_t selected[kLaneWords] = {}, above[kLaneWords] = {};
     const auto set_words = [&](uint32_t (&words)[kLaneWords], uint32_t least) {
         keys.for_vectors(team, [&](const uint32_t (&vector)[kLaneCols], int i) {
@@ -180,6 +190,7 @@ __device__ __forceinline__ void store_selected(RowKeys& keys, Team& team, Thresh
 }
 
 // Selects the columns of a row and makes its probabilities. All warps of a team call this.
+template <int kVectors>
 __device__ __forceinline__ void attend_row(const Params& params, SharedStorage& shared, const RowTile& tile, Team& team,
                                            int row, int64_t row_of_all, int num_eligible, float* scores) {
     const CoarseProblem& problem = params.problem;
@@ -189,7 +200,7 @@ __device__ __forceinline__ void attend_row(const Params& params, SharedStorage& 
     int* idx = params.idx + row_of_all * params.width;
     const ColumnFilter filter = {shared.eligible, problem.sizes == nullptr};
     if (wanted > 0) {
-        RowKeys keys(filter, choices == nullptr ? nullptr : &shared.forced, team, scores);
+        RowKeys<kVectors> keys(filter, choices == nullptr ? nullptr : &shared.forced, team, scores);
         store_selected(keys, team, find_threshold(keys, team, tile.cols(), num_eligible, wanted), tile.col, idx);
     }
     // A row that attends all of its sample names the first column alone.
@@ -197,16 +208,32 @@ __device__ __forceinline__ void attend_row(const Params& params, SharedStorage& 
         idx[i] = num < 0 && i == 0 ? tile.col : 0;
     }
     if (team.rank == 0 && laneid() == 0) params.num[row_of_all] = num < 0 ? num : wanted;
-    if (params.v != nullptr) RowSoftmax(problem, filter, team, scores).store(team, scores);
+    if (params.v != nullptr) RowSoftmax<kVectors>(problem, filter, team, scores).store(team, scores);
+}
+
+template <int kVectors>
+__device__ __forceinline__ void attend_rows(const Params& params, SharedStorage& shared, const RowTile& tile, Team& team,
+                                            int64_t first_row, int num_eligible, float* scores) {
+    for (int row = team.first_row(); row < tile.rows(); row += team.row_step()) {
+        attend_row<kVectors>(params, shared, tile, team, row, first_row + row, num_eligible,
+                             team.of_lane(scores + int64_t(row) * params.problem.row_floats));
+    }
 }
 
 }  // namespace
 
-extern "C" __global__ void __launch_bounds__(kProductThreads, 1) coarse_attend(const __grid_constant__ Params params) {
+extern "C" __global__ void __maxnreg__(VSA_REGISTERS) coarse_attend(const __grid_constant__ Params params) {
     extern __shared__ __align__(128) uint8_t raw[];
     SharedStorage& shared = *reinterpret_cast<SharedStorage*>(raw);
     const CoarseProblem& problem = params.problem;
     const int row_floats = problem.row_floats;
+    let_next_launch_start();
+    if (params.means_done == nullptr) {
+        wait_for_launch_before();
+    } else {
+        if (threadIdx.x == 0) wait_for(params.means_done, params.means_arrivals);
+        __syncthreads();
+    }
     float* scores = params.scores + int64_t(blockIdx.x) * problem.tile_rows * row_floats;
     for (int item = blockIdx.x; item < problem.num_items; item += num_thread_blocks()) {
         const int head = item / problem.num_tiles;
@@ -224,12 +251,15 @@ extern "C" __global__ void __launch_bounds__(kProductThreads, 1) coarse_attend(c
 
         const int num_eligible = shared.eligible.count_or_all(tile);
         Team team(shared.slots, tile);
-        for (int row = team.first_row(); row < tile.rows(); row += team.row_step()) {
-            attend_row(params, shared, tile, team, row, first_row + row, num_eligible,
-                       team.of_lane(scores + int64_t(row) * row_floats));
+        if (team.has_few_vectors(tile)) {
+            attend_rows<kFewVectors>(params, shared, tile, team, first_row, num_eligible, scores);
+        } else {
+            attend_rows<kWarpVectors>(params, shared, tile, team, first_row, num_eligible, scores);
         }
         if (params.v == nullptr) continue;
 
+        // Now v is complete, too.
+        wait_for_launch_before();
         weigh_means(shared.of_out, tile, scores, row_floats, params.v + first_col * kHeadDim, params.out + first_row * kHeadDim,
                     [&](float x) { return rounded(x, problem.rounding); });
     }

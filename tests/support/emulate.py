@@ -109,9 +109,9 @@ def launcher(kernel: Kernel, device: int, sources: Path | None = None, mistake: 
     return launch
 
 
-def fill(device: int, address: int, value: int) -> None:
+def fill(device: int, address: int, value: int, words: int = 1) -> None:
     """Instead of the driver's."""
-    ctypes.c_uint32.from_address(address).value = value
+    (ctypes.c_uint32 * words).from_address(address)[:] = [value] * words
 
 
 def encode_tensor_map(

@@ -9,22 +9,53 @@ from collections.abc import Callable, Sequence
 import torch
 
 from vsa_jit import fastpath
+from vsa_jit.jit.kernel import Kernel
 from vsa_jit.jit.toolchain import libcuda
 
 # Numbers of the driver's enumerations.
 _ELEMENT_TYPES = {torch.float16: 6, torch.bfloat16: 9}
-_MAX_DYNAMIC_SHARED_SIZE_BYTES = 8
+_MAX_DYNAMIC_SHARED_SIZE_BYTES, _PREFERRED_SHARED_MEMORY_CARVEOUT = 8, 9
+_PROGRAMMATIC_STREAM_SERIALIZATION = 6
 _ERROR_INVALID_CONTEXT = 201
 _L2_PROMOTION_256B = 3
 SWIZZLE_NONE, SWIZZLE_128B = 0, 3
 _TENSOR_MAP_BYTES = 128
 _TENSOR_MAP_ALIGNMENT = 64
+# Dynamic shared memory that a function has without asking.
+_DEFAULT_SHARED_BYTES = 48 * 1024
 _OnePointer = ctypes.c_void_p * 1
 
 
 class TensorMap(ctypes.Array[ctypes.c_uint64]):
     _type_ = ctypes.c_uint64
     _length_ = _TENSOR_MAP_BYTES // 8
+
+
+class _LaunchAttribute(ctypes.Structure):
+    """``CUlaunchAttribute``, whose value is a number."""
+
+    _fields_ = (("id", ctypes.c_int), ("padding", ctypes.c_int), ("value", ctypes.c_int), ("rest", ctypes.c_uint8 * 60))
+
+
+class _LaunchConfig(ctypes.Structure):
+    """``CUlaunchConfig``."""
+
+    _fields_ = (
+        ("blocks", ctypes.c_uint),
+        ("blocks_y", ctypes.c_uint),
+        ("blocks_z", ctypes.c_uint),
+        ("threads", ctypes.c_uint),
+        ("threads_y", ctypes.c_uint),
+        ("threads_z", ctypes.c_uint),
+        ("smem_bytes", ctypes.c_uint),
+        ("stream", ctypes.c_void_p),
+        ("attributes", ctypes.c_void_p),
+        ("num_attributes", ctypes.c_uint),
+    )
+
+
+# A kernel with it may start while the launch before it in the stream still runs.
+_STARTS_EARLY = _LaunchAttribute(id=_PROGRAMMATIC_STREAM_SERIALIZATION, value=1)
 
 
 def check(status: int, what: str) -> None:
@@ -98,20 +129,25 @@ def encode_tensor_map(
     return encoded
 
 
-def fill(device: int, address: int, value: int) -> None:
-    """Sets 32 bits on PyTorch's current stream of a device, and returns at once."""
+def fill(device: int, address: int, value: int, words: int = 1) -> None:
+    """Sets words of 32 bits on PyTorch's current stream of a device, and returns at once."""
     if fastpath.current_device() != device:
         with torch.cuda.device(device):
-            return fill(device, address, value)
+            return fill(device, address, value, words)
     stream = ctypes.c_void_p(fastpath.current_raw_stream(device))
     memset = libcuda().cuMemsetD32Async
-    call(device, "a fill of 32 bits", memset, ctypes.c_void_p(address), value, ctypes.c_size_t(1), stream)
+    call(device, "a fill of memory", memset, ctypes.c_void_p(address), value, ctypes.c_size_t(words), stream)
 
 
 def allow_shared_memory(function: int, smem_bytes: int) -> None:
     """Lets a function be launched with this much dynamic shared memory."""
-    status = libcuda().cuFuncSetAttribute(ctypes.c_void_p(function), _MAX_DYNAMIC_SHARED_SIZE_BYTES, smem_bytes)
-    check(status, f"{smem_bytes} bytes of shared memory")
+    attributes = {_MAX_DYNAMIC_SHARED_SIZE_BYTES: smem_bytes}
+    if smem_bytes > _DEFAULT_SHARED_BYTES:
+        # In percent. Else a multiprocessor may have just enough for this function, and none for one that starts beside.
+        attributes[_PREFERRED_SHARED_MEMORY_CARVEOUT] = 100
+    for attribute, value in attributes.items():
+        status = libcuda().cuFuncSetAttribute(ctypes.c_void_p(function), attribute, value)
+        check(status, f"{smem_bytes} bytes of shared memory")
 
 
 def make_context_current(device: int) -> None:
@@ -124,14 +160,15 @@ def make_context_current(device: int) -> None:
 class Launcher:
     """A loaded function with its launch configuration."""
 
-    def __init__(self, label: str, function: int, device: int, threads: int, smem_bytes: int) -> None:
-        self._label = label
+    def __init__(self, kernel: Kernel, function: int, device: int) -> None:
+        self._label = kernel.label
         self._device = device
         self._function = ctypes.c_void_p(function)
-        self._threads = threads
-        self._smem_bytes = smem_bytes
-        self._launch = libcuda().cuLaunchKernel
-        allow_shared_memory(function, smem_bytes)
+        self._config = _LaunchConfig(1, 1, 1, kernel.threads, 1, 1, kernel.smem_bytes)
+        self._config.attributes = ctypes.addressof(_STARTS_EARLY)
+        self._config.num_attributes = kernel.starts_early
+        self._launch = libcuda().cuLaunchKernelEx
+        allow_shared_memory(function, kernel.smem_bytes)
 
     def __call__(self, blocks: int, params: ctypes.Structure) -> None:
         """Launches on PyTorch's current stream of the device, and returns at once.
@@ -143,10 +180,8 @@ class Launcher:
         if fastpath.current_device() != self._device:
             with torch.cuda.device(self._device):
                 return self(blocks, params)
-        stream = ctypes.c_void_p(fastpath.current_raw_stream(self._device))
+        # Another thread may launch the same kernel now.
+        config = _LaunchConfig.from_buffer_copy(self._config)
+        config.blocks, config.stream = blocks, fastpath.current_raw_stream(self._device)
         pointers = _OnePointer(ctypes.addressof(params))
-        configuration = (self._function, blocks, 1, 1, self._threads, 1, 1, self._smem_bytes, stream)
-        status = self._launch(*configuration, pointers, None)
-        if status == _ERROR_INVALID_CONTEXT:
-            return call(self._device, self._label, self._launch, *configuration, pointers, None)
-        check(status, self._label)
+        call(self._device, self._label, self._launch, ctypes.byref(config), self._function, pointers, None)

@@ -20,6 +20,8 @@ class Kernel:
         params: the structure, laid out as the source's; what fills it up is called ``padding``.
         threads: of a thread block.
         smem_bytes: dynamic shared memory of a thread block.
+        starts_early: it may start while the launch before it in the stream still runs, and itself waits for what it
+            needs of that. Every thread block calls ``wait_for_launch_before`` of ``kittens/grid.cuh`` before it ends.
     """
 
     source: str
@@ -29,6 +31,7 @@ class Kernel:
     params: type[ctypes.Structure]
     threads: int
     smem_bytes: int
+    starts_early: bool = False
 
     @property
     def macros(self) -> tuple[str, ...]:

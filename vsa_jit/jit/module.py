@@ -76,7 +76,7 @@ def _load(kernels: Sequence[Kernel], device: int, engine_name: str) -> None:
             make_context_current(device)
             for kernel, entry in zip(kernels, entries, strict=True):
                 function = engine.function(entry, kernel)
-                launcher = Launcher(kernel.label, function, device, kernel.threads, kernel.smem_bytes)
+                launcher = Launcher(kernel, function, device)
                 _loaded[kernel, device] = _Loaded(launcher, engine_name)
     except JitError:
         raise

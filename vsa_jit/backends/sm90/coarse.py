@@ -77,8 +77,14 @@ def launch_attend(
     idx: Any,
     num: Any,
     scores: Any,
+    means_done: tuple[int, int] | None = None,
 ) -> None:
-    """``coarse_attend`` of means in their dtype: from tensors, or parts of an allocation, to such."""
+    """``coarse_attend`` of means in their dtype: from tensors, or parts of an allocation, to such.
+
+    Args:
+        means_done: the counter of the launch before, which makes these means, and what it counts up to. Then scores are
+            computed while that still sums those of v.
+    """
     q, k, v = means
     launch = _attend_launch(coarse, tuple(q.shape), tuple(k.shape), device.index, idx.shape[-1])
     params = launch.new_params()
@@ -86,6 +92,8 @@ def launch_attend(
     if v is not None:
         params.v, params.out = v.data_ptr(), out.data_ptr()
     params.idx, params.num, params.scores = idx.data_ptr(), num.data_ptr(), scores.data_ptr()
+    if means_done is not None:
+        params.means_done, params.means_arrivals = means_done
     segments = coarse.segments
     _set_columns(params.problem, kv_sizes, segments, device)
     if segments is not None:

@@ -51,8 +51,17 @@ def launch_block_means(
     q_sizes: Tensor | None,
     kv_sizes: Tensor | None,
     means: tuple[Any, Any, Any],
-) -> None:
-    """``block_means`` to tensors, or to parts of an allocation."""
+    counter: int | None = None,
+) -> int:
+    """``block_means`` to tensors, or to parts of an allocation.
+
+    Args:
+        counter: address of 32 bits, 0 when the kernel starts, or None. They count those that have all their means of q
+            and k.
+
+    Returns:
+        What they count up to.
+    """
     q, k, v = tensors
     launch = _block_means_launch(
         problem, q.dtype, q.get_device(), *map(tensor_ref, (q, k, v)), *map(sizes_ref, (q_sizes, kv_sizes))
@@ -60,9 +69,12 @@ def launch_block_means(
     params = launch.new_params()
     for operand, mean in zip(params.operands, means, strict=True):
         operand.mean = None if mean is None else mean.data_ptr()
+    params.done = counter
     mapped = [operand.tensor for operand in params.operands]
     _maps = launch.set_segments(tables_of(problem, q), q, params.layouts, mapped)
     launch.run(params)
+    of_q, of_k, _ = params.operands
+    return min(of_q.num_items + of_k.num_items, launch.blocks * specialise.MEANS_CONSUMERS)
 
 
 @functools.lru_cache(maxsize=256)
@@ -106,8 +118,14 @@ def attend(problem: Problem, operands: Operands, keep_out_s: bool) -> tuple[Tens
     return out, lse, out_s
 
 
-def launch_attend(problem: Problem, operands: Operands, keep_out_s: bool, lse: Any) -> tuple[Tensor, Tensor | None]:
-    """``attend`` where the map, the coarse output and the log-sum-exp may be parts of an allocation."""
+def launch_attend(
+    problem: Problem, operands: Operands, keep_out_s: bool, lse: Any, counter: int | None = None
+) -> tuple[Tensor, Tensor | None]:
+    """``attend`` where the map, the coarse output and the log-sum-exp may be parts of an allocation.
+
+    Args:
+        counter: as ``Launch.run_work_tiles`` takes it.
+    """
     q, k, v, q2k_idx, q2k_num, q_sizes, kv_sizes, *_ = operands
     out = empty_like(q)
     out_s = empty_like(q) if keep_out_s else None
@@ -132,7 +150,7 @@ def launch_attend(problem: Problem, operands: Operands, keep_out_s: bool, lse: A
     if out_s is not None:
         params.out_s = out_s.data_ptr()
     _kept = set_coarse(params.coarse, problem, operands)
-    launch.run_work_tiles(params, q)
+    launch.run_work_tiles(params, q, counter)
     return out, out_s
 
 

@@ -19,7 +19,7 @@ from vsa_jit.problem import Operands, Problem, Side, axes
 LOG2E = math.log2(math.e)
 # What TMA writes with a swizzle of 128 bytes: channels at a time.
 PANEL_CHANNELS = 64
-# The counter of work tiles lies behind the lists.
+# The counter of work tiles lies behind the lists where a call has no other.
 COUNTER_BYTES = 4
 
 

@@ -38,16 +38,21 @@ ONE_PASS_BLOCK = 128
 # Key blocks whose inverse a thread block makes at a time.
 INVERSE_SLICE = 8192
 FLOAT_BYTES = 4
-# Of the block means: warps that sum, and shared memory beside the boxes: barriers, and what is said of the boxes.
-MEANS_CONSUMERS = 6
-MEANS_SMEM_BESIDE_BOXES = 1024
 
 # Of the coarse branch: threads; stages, each with 32 channels of the means whose scores are computed, in rows that are
 # padded by 8; and shared memory beside them.
 COARSE_THREADS = 512
 COARSE_STAGES = 4
 COARSE_STAGE_BYTES = (structs.COARSE_TILE_ROWS + structs.COARSE_SCORE_COLS) * (32 + 8) * FLOAT_BYTES
-COARSE_SMEM_BESIDE_STAGES = 5 * 1024
+COARSE_SMEM = COARSE_STAGES * COARSE_STAGE_BYTES + 5 * 1024
+
+# Of the block means: warps that sum, and shared memory beside the boxes: barriers, and what is said of the boxes. The
+# coarse attention starts while those of v are summed: a multiprocessor has shared memory for a thread block of both,
+# and each of its four parts has registers, 16,384, for four warps of the one and two of the other.
+MEANS_CONSUMERS = 6
+MEANS_SMEM_BESIDE_BOXES = 1024
+MAX_MEANS_SMEM = PROCESSOR_SHARED_MEMORY - COARSE_SMEM - 2 * RESERVED_SHARED_MEMORY
+MEANS_REGISTERS, COARSE_REGISTERS = 32, 112
 
 
 def kernels_of(dtype: torch.dtype, head_dim: int, block: int | None = None, segments: bool = False) -> list[Kernel]:
@@ -83,12 +88,19 @@ def _box_bytes(dtype: torch.dtype, columns: int) -> int:
 @functools.cache
 def block_means(dtype: torch.dtype, head_dim: int, segments: bool = False) -> Kernel:
     box_bytes = _box_bytes(dtype, head_dim)
-    stages = (MAX_SHARED_MEMORY - MEANS_SMEM_BESIDE_BOXES) // box_bytes // MEANS_CONSUMERS * MEANS_CONSUMERS
+    stages = (MAX_MEANS_SMEM - MEANS_SMEM_BESIDE_BOXES) // box_bytes // MEANS_CONSUMERS * MEANS_CONSUMERS
     return Kernel(
         source="vsa/block_means.cu",
         entry="block_means",
         label=_label("block means", dtype, head_dim, segments),
-        defines=_defines(dtype, head_dim, segments, VSA_CONSUMERS=MEANS_CONSUMERS, VSA_STAGES=stages),
+        defines=_defines(
+            dtype,
+            head_dim,
+            segments,
+            VSA_CONSUMERS=MEANS_CONSUMERS,
+            VSA_STAGES=stages,
+            VSA_REGISTERS=MEANS_REGISTERS,
+        ),
         params=structs.structures(segments).BlockMeansParams,
         threads=(MEANS_CONSUMERS + 1) * WARP_THREADS,
         smem_bytes=stages * box_bytes + MEANS_SMEM_BESIDE_BOXES,
@@ -118,6 +130,7 @@ def attend_forward(dtype: torch.dtype, head_dim: int, segments: bool = False) ->
         params=structs.structures(segments).AttendForwardParams,
         threads=(structs.CONSUMERS + 1) * WARPGROUP_THREADS,
         smem_bytes=(stages + structs.CONSUMERS) * box_bytes + FORWARD_SMEM_BESIDE_TILES,
+        starts_early=True,
     )
 
 
@@ -263,7 +276,8 @@ def store_dq(dtype: torch.dtype, head_dim: int, segments: bool = False) -> Kerne
 
 @functools.cache
 def coarse_attend(head_dim: int) -> Kernel:
-    return _of_coarse("coarse_attend", "coarse attention", head_dim, structs.CoarseAttendParams)
+    name, params = "coarse_attend", structs.CoarseAttendParams
+    return _of_coarse(name, "coarse attention", head_dim, params, starts_early=True, VSA_REGISTERS=COARSE_REGISTERS)
 
 
 @functools.cache
@@ -276,7 +290,14 @@ def coarse_backward_kv(head_dim: int) -> Kernel:
     return _of_coarse("coarse_backward_kv", "coarse backward of k and v", head_dim, structs.CoarseBackwardKvParams)
 
 
-def _of_coarse(entry: str, label: str, head_dim: int, params: type[ctypes.Structure]) -> Kernel:
+def _of_coarse(
+    entry: str,
+    label: str,
+    head_dim: int,
+    params: type[ctypes.Structure],
+    starts_early: bool = False,
+    **others: int,
+) -> Kernel:
     """A kernel of the coarse branch, which is computed in fp32 whatever the dtype of q, k and v."""
     numbers = {
         "VSA_HEAD_DIM": head_dim,
@@ -284,6 +305,7 @@ def _of_coarse(entry: str, label: str, head_dim: int, params: type[ctypes.Struct
         "VSA_SCORE_COLS": structs.COARSE_SCORE_COLS,
         "VSA_MAX_COLS": structs.MAX_COARSE_COLS,
         "VSA_STAGES": COARSE_STAGES,
+        **others,
     }
     return Kernel(
         source=f"vsa/{entry}.cu",
@@ -292,7 +314,8 @@ def _of_coarse(entry: str, label: str, head_dim: int, params: type[ctypes.Struct
         defines=tuple((name, str(number)) for name, number in numbers.items()),
         params=params,
         threads=COARSE_THREADS,
-        smem_bytes=COARSE_STAGES * COARSE_STAGE_BYTES + COARSE_SMEM_BESIDE_STAGES,
+        smem_bytes=COARSE_SMEM,
+        starts_early=starts_early,
     )
 
 

@@ -120,9 +120,10 @@ class CoarseAttendParams(ctypes.Structure):
         ("num", ctypes.c_void_p),
         ("scores", ctypes.c_void_p),
         ("choices", ctypes.c_void_p),
+        ("means_done", ctypes.c_void_p),
         ("problem", CoarseProblem),
         ("width", ctypes.c_int),
-        ("padding", ctypes.c_uint8 * 4),
+        ("means_arrivals", ctypes.c_int),
     )
 
 
@@ -358,8 +359,9 @@ def _structures(segments: bool) -> Structures:
         _fields_ = (
             ("operands", BlockMeansOperand * 3),
             ("layouts", TokenLayout * 2),
+            ("done", ctypes.c_void_p),
             ("heads_first", ctypes.c_int),
-            *padding(12),
+            *padding(4),
         )
 
     class AttendBackwardQParams(ctypes.Structure):

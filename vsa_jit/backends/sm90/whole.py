@@ -12,9 +12,10 @@ from torch import Tensor
 from vsa_jit.backends.sm90 import coarse as coarse_launches
 from vsa_jit.backends.sm90.backward import attend_backward
 from vsa_jit.backends.sm90.forward import launch_attend, launch_block_means, means_shapes
-from vsa_jit.backends.sm90.memory import Part, Parts
+from vsa_jit.backends.sm90.memory import WORD_BYTES, Part, Parts
 from vsa_jit.backends.sm90.structs import MAX_COARSE_COLS
 from vsa_jit.backends.sm90.tma import ALIGNMENT_BYTES
+from vsa_jit.jit import driver
 from vsa_jit.problem import Coarse, Gradients, Operands, Problem, keeps_out_s
 
 
@@ -35,7 +36,7 @@ class Whole(NamedTuple):
 
     Attributes:
         scratch: of scores, and before them of the block means that are not kept.
-        kept: of ``Kept``.
+        kept: of ``Kept``, behind two counters: of the block means, and of the work tiles.
         gradients: of those in block means.
     """
 
@@ -55,18 +56,24 @@ class Whole(NamedTuple):
         """The output, that before the coarse one was added where the backward needs it, and the memory of ``kept``."""
         memory = q.new_empty(self.kept.num_bytes, dtype=torch.uint8)
         scratch = q.new_empty(self.scratch.num_bytes, dtype=torch.uint8)
-        kept = Kept(*self.kept.at(memory.data_ptr()))
+        counters, kept = self._kept_at(memory.data_ptr())
         *means, scores = self.scratch.at(scratch.data_ptr())
         q_c, k_c, v_c = kept[-3:] if kept.q_c is not None else (*means, None)[:3]
-        launch_block_means(self.problem, (q, k, None if v_c is None else v), q_sizes, kv_sizes, (q_c, k_c, v_c))
+        of_means, of_work_tiles = range(counters.address, counters.address + 2 * WORD_BYTES, WORD_BYTES)
+        driver.fill(q.get_device(), counters.address, 0, 2)
+        arrivals = launch_block_means(
+            self.problem, (q, k, None if v_c is None else v), q_sizes, kv_sizes, (q_c, k_c, v_c), of_means
+        )
+        # Without means of v there is nothing to wait for any longer.
+        means_done = None if v_c is None else (of_means, arrivals)
         selected = kept.out_c, kept.q2k_idx, kept.q2k_num
         coarse_launches.launch_attend(
-            self.coarse, q.device, (q_c, k_c, v_c), kv_sizes, self.topk, self.compete, *selected, scores
+            self.coarse, q.device, (q_c, k_c, v_c), kv_sizes, self.topk, self.compete, *selected, scores, means_done
         )
         # Its memory is free again before the output needs some.
         del scratch
         operands = self._operands(kept, q, k, v, gate, q_sizes, kv_sizes)
-        out, out_s = launch_attend(self.problem, operands, self.with_out_s, kept.lse)
+        out, out_s = launch_attend(self.problem, operands, self.with_out_s, kept.lse, of_work_tiles)
         return out, out_s, memory
 
     def backward(
@@ -79,7 +86,7 @@ class Whole(NamedTuple):
             out: with ``with_out_s`` the output before the coarse one was added.
             memory: of ``kept``.
         """
-        kept, kv_sizes = Kept(*self.kept.at(memory.data_ptr())), tensors[5]
+        (_, kept), kv_sizes = self._kept_at(memory.data_ptr()), tensors[5]
         gradients = dout.new_empty(self.gradients.num_bytes, dtype=torch.uint8)
         of_means: Any = self.gradients.at(gradients.data_ptr())
 
@@ -101,6 +108,11 @@ class Whole(NamedTuple):
             mean_gradients if has_coarse_output else None,
         )
 
+    def _kept_at(self, address: int) -> tuple[Part, Kept]:
+        """The two counters, and what follows them."""
+        counters, *kept = self.kept.at(address)
+        return counters, Kept(*kept)
+
     def _operands(self, kept: Any, *tensors: Any) -> Operands:
         q, k, v, gate, q_sizes, kv_sizes = tensors
         return Operands(q, k, v, kept.q2k_idx, kept.q2k_num, q_sizes, kv_sizes, kept.out_c, gate, self.gate_value)
@@ -111,7 +123,7 @@ class Whole(NamedTuple):
 
     def tensors(self, memory: Tensor) -> list[Tensor | None]:
         """``Kept`` as tensors, which share the memory."""
-        kept = Kept(*self.kept.at(memory.data_ptr()))
+        _, kept = self._kept_at(memory.data_ptr())
         dtypes = torch.float32, torch.int32, torch.int32, *(torch.float32,) * 4
         return [part and part.tensor(memory, dtype) for part, dtype in zip(kept, dtypes, strict=True)]
 
@@ -152,6 +164,6 @@ def whole(
         gate_value,
         is_recorded and (has_gate or keeps_out_s(None, gate_value)),
         Parts.of(*([] if keeps_means else means), scores),
-        Parts.of(*kept, *(means if keeps_means else [])),
+        Parts.of((2,), *kept, *(means if keeps_means else [])),
         Parts.of(*(means if keeps_means else [])),
     )
