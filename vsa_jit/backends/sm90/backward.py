@@ -33,7 +33,7 @@ from vsa_jit.backends.sm90.memory import WORD_BYTES, Part, Parts
 from vsa_jit.backends.sm90.schedule import inverse_schedule_of, max_list_length, schedule_of, words_of
 from vsa_jit.backends.sm90.segments import SegmentMaps
 from vsa_jit.backends.sm90.structs import BOX_TOKENS, GradientTensor, IndexBits, OrderRowsParams, TileLists, structures
-from vsa_jit.backends.sm90.tma import TensorRef, largest_grid, why_not_tma
+from vsa_jit.backends.sm90.tma import ALIGNMENT_BYTES, TensorRef, largest_grid, why_not_tma
 from vsa_jit.jit import module
 from vsa_jit.problem import Gradients, MeanGradients, Operands, Problem, bhsd, contiguous_like, empty_like
 
@@ -57,11 +57,9 @@ def attend_backward(
 ) -> Gradients:
     q = operands.q
     operands = operands._replace(q2k_idx=operands.q2k_idx.contiguous(), q2k_num=operands.q2k_num.contiguous())
-    if (
-        dout.stride(-1) != 1
-        or why_not_tma(bhsd(dout, problem.queries.layout), largest_grid(problem.queries)) is not None
-    ):
+    if not _can_tma_read(problem, q, dout):
         dout = dout.contiguous()
+    refs = _Refs.of(operands, dout)
     in_one_pass = need_dq and need_dkv and takes_one_pass(problem)
     prepared = prepare(problem, operands, out_s, lse, dout, dlse, in_one_pass, need_dkv, is_combined)
     workspace = prepared.workspace
@@ -70,14 +68,22 @@ def attend_backward(
         of_q, of_k, of_v = mean_gradients(prepared.dout_c)
     dq = dk = dv = None
     if need_dq and not in_one_pass:
-        dq = backward_q(problem, operands, dout, workspace, of_q)
+        dq = backward_q(problem, operands, refs, workspace, of_q)
     if need_dkv:
         _order_rows(problem, workspace, q.get_device())
         if in_one_pass:
-            dq, dk, dv = backward_qkv(problem, operands, lse, dout, workspace, of_q, of_k, of_v)
+            dq, dk, dv = backward_qkv(problem, operands, lse, refs, workspace, of_q, of_k, of_v)
         else:
-            dk, dv = backward_kv(problem, operands, dout, workspace, of_k, of_v)
+            dk, dv = backward_kv(problem, operands, refs, workspace, of_k, of_v)
     return Gradients(dq, dk, dv, prepared.dgate, prepared.dout_c)
+
+
+def _can_tma_read(problem: Problem, q: Tensor, dout: Tensor) -> bool:
+    if dout.stride() == q.stride() and dout.data_ptr() % ALIGNMENT_BYTES == 0:
+        # It lies as q does, which TMA reads.
+        return True
+    side = problem.queries
+    return dout.stride(-1) == 1 and why_not_tma(bhsd(dout, side.layout), largest_grid(side)) is None
 
 
 def takes_one_pass(problem: Problem) -> bool:
@@ -172,7 +178,7 @@ def prepare(
     if with_inversion:
         _set_inversion(problem, params.inversion, operands, workspace)
     launch.launcher(launch.blocks + params.inversion_blocks, params)
-    if dgate is not None and operands.gate is not None:
+    if dgate is not None and operands.gate is not None and dgate.dtype != operands.gate.dtype:
         dgate = dgate.to(operands.gate.dtype)
     return Prepared(workspace, dgate, dout_c)
 
@@ -267,18 +273,18 @@ class _Refs(NamedTuple):
     @classmethod
     def of(cls, operands: Operands, dout: Tensor) -> _Refs:
         q, k, v, _, _, q_sizes, kv_sizes, *_ = operands
-        q_ref, k_ref, v_ref, dout_ref = ((x.data_ptr(), x.stride()) for x in (q, k, v, dout))
+        q_ref, k_ref, v_ref, dout_ref = [(x.data_ptr(), x.stride()) for x in (q, k, v, dout)]
         sizes = sizes_ref(q_sizes), sizes_ref(kv_sizes)
         return cls(q.dtype, q.get_device(), q_ref, k_ref, v_ref, dout_ref, *sizes)
 
 
 def backward_q(
-    problem: Problem, operands: Operands, dout: Tensor, workspace: Workspace, of_means: Tensor | None = None
+    problem: Problem, operands: Operands, refs: _Refs, workspace: Workspace, of_means: Tensor | None = None
 ) -> Tensor:
     """dq; to it that of the block means is added, if there is one."""
     q2k_idx, q2k_num = operands.q2k_idx, operands.q2k_num
     dq = empty_like(operands.q)
-    launch = _backward_q_launch(problem, _Refs.of(operands, dout), q2k_idx.shape[-1], dq.stride())
+    launch = _backward_q_launch(problem, refs, q2k_idx.shape[-1], dq.stride())
     params = launch.new_params()
     tables = tables_of(problem, dq)
     set_map(tables, params.schedule.rows, q2k_idx, q2k_num)
@@ -314,7 +320,7 @@ def _backward_q_launch(problem: Problem, refs: _Refs, width: int, dq_strides: tu
 def backward_kv(
     problem: Problem,
     operands: Operands,
-    dout: Tensor,
+    refs: _Refs,
     workspace: Workspace,
     of_k_means: Tensor | None = None,
     of_v_means: Tensor | None = None,
@@ -323,7 +329,7 @@ def backward_kv(
     """dk and dv, to which those of the block means are added, if there are any; where ``sums`` is given, the pass for
     all three, which adds dq to it."""
     dk, dv = empty_like(operands.k), empty_like(operands.v)
-    launch = _backward_kv_launch(problem, _Refs.of(operands, dout), dk.stride(), dv.stride(), sums is not None)
+    launch = _backward_kv_launch(problem, refs, dk.stride(), dv.stride(), sums is not None)
     params = launch.new_params()
     tensors = params.q, params.k, params.v, params.dout
     _maps = launch.set_segments(tables_of(problem, dk), dk, (params.queries, params.keys), tensors)
@@ -368,7 +374,7 @@ def backward_qkv(
     problem: Problem,
     operands: Operands,
     lse: Tensor,
-    dout: Tensor,
+    refs: _Refs,
     workspace: Workspace,
     of_q_means: Tensor | None,
     of_k_means: Tensor | None,
@@ -377,7 +383,7 @@ def backward_qkv(
     q, queries = operands.q, problem.queries
     # What is summed up of dq, see ``DqSums`` of ``backward.cuh``.
     sums = q.new_zeros((problem.batch, queries.heads, queries.length, problem.head_dim), dtype=torch.float32)
-    dk, dv = backward_kv(problem, operands, dout, workspace, of_k_means, of_v_means, sums)
+    dk, dv = backward_kv(problem, operands, refs, workspace, of_k_means, of_v_means, sums)
     dq = empty_like(q)
     _store_dq(problem, operands.q_sizes, sums, lse.contiguous(), dq, of_q_means)
     return dq, dk, dv
