@@ -598,15 +598,31 @@ def test_numbers_of_things(count, text):
     assert file.getvalue().splitlines()[0] == f"device: cpu, x86, {text}"
 
 
+LONG = ("--seq-len", "16384", "--heads", "12", "--head-dim", "128", "--dtype", "bf16", "--sparsity", "0.8")
+
+
 @pytest.mark.gpu
 @pytest.mark.parametrize("backend", ["triton", pytest.param("sm90", marks=ON_HOPPER)])
 def test_profile_of_a_backward_in_passes(tmp_path, backend):
     path = tmp_path / "rows.json"
-    sizes = ("--seq-len", "16384", "--heads", "12", "--head-dim", "128", "--dtype", "bf16", "--sparsity", "0.8")
-    arguments = (*sizes, "--backend", backend, "--direction", "backward", "--profile", "--json", str(path))
+    arguments = (*LONG, "--backend", backend, "--direction", "backward", "--profile", "--json", str(path))
     assert bench(*arguments) == 0
     for row in records(path):
         names = [stage["name"] for stage in row["stages"]]
         assert names == ["preparation", "inversion", "dq", "dk, dv", "coarse attention", "means (fused)", "rest"]
         by_name = {stage["name"]: stage["ms"] for stage in row["stages"]}
         assert 0.0 < by_name["dq"] < by_name["dk, dv"] < row["ms"]
+
+
+@pytest.mark.parametrize("block", [pytest.param("128", marks=ON_HOPPER), pytest.param("256", marks=ON_HOPPER)])
+def test_profile_of_a_backward_in_one_pass(tmp_path, block):
+    """The stages add up to the whole call."""
+    path = tmp_path / "rows.json"
+    arguments = (*LONG, "--block-size", block, "--backend", "sm90", "--direction", "backward", "--profile")
+    assert bench(*arguments, "--json", str(path)) == 0
+    (row,) = records(path)
+    names = [stage["name"] for stage in row["stages"]]
+    assert names == ["preparation", "inversion", "dq, dk, dv", "coarse attention", "means (fused)", "rest"]
+    by_name = {stage["name"]: stage["ms"] or 0.0 for stage in row["stages"]}
+    assert by_name["dq, dk, dv"] > 0.5 * row["ms"]
+    assert sum(by_name.values()) == pytest.approx(row["ms"], rel=0.1)

@@ -288,6 +288,12 @@ class Backend(Protocol):
     @property
     def transpose_index(self) -> Callable[[Problem, Operands], object] | None:
         """The query blocks of each key block, which ``attend_backward`` makes for dk and dv, in a form of the backend's
-        own; None where it takes all gradients in one pass over the map. A name of the module ``launches`` like the
-        functions above. The benchmark times it by itself."""
+        own; None where it needs no such thing. A name of the module ``launches`` like the functions above. The
+        benchmark times it by itself."""
+        ...
+
+    @property
+    def takes_one_pass(self) -> Callable[[Problem], bool] | None:
+        """Of a backend with ``transpose_index``, whether ``attend_backward`` computes all three gradients in one pass
+        over the keys where they are all needed, for the benchmark; None: it never does. A name of the same module."""
         ...

@@ -180,7 +180,7 @@ class _Stages:
         both = fine(True, True)
         transpose_index = run.transpose_index
         if transpose_index is None:
-            # Such a backend computes all gradients in one pass over the map.
+            # Such a backend has nothing to prepare.
             yield _Part("fine attention", both, share=1.0)
         else:
             preparation = fine(False, False)
@@ -190,10 +190,13 @@ class _Stages:
                 return transpose_index(problem, operands)
 
             yield _Part("inversion", inversion)
-            # By itself dq takes three of a backward's five matrix products, dk with dv four: both need the scores. The
-            # inversion counts by itself, though a backend may make it beside the preparation.
-            yield _Part("dq", fine(True, False), (preparation,), 3 / 5)
-            yield _Part("dk, dv", fine(False, True), (preparation, inversion), 4 / 5)
+            # The inversion counts by itself, though a backend may make it beside the preparation.
+            if run.takes_one_pass is not None and run.takes_one_pass(problem):
+                yield _Part("dq, dk, dv", both, (preparation, inversion), 1.0)
+            else:
+                # By itself dq takes three of a backward's five matrix products, dk with dv four: both need the scores.
+                yield _Part("dq", fine(True, False), (preparation,), 3 / 5)
+                yield _Part("dk, dv", fine(False, True), (preparation, inversion), 4 / 5)
         if out_c is None:
             return
 

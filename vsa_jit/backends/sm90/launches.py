@@ -1,6 +1,6 @@
 """The functions of the backend, each from the file of its kernels."""
 
-from vsa_jit.backends.sm90.backward import attend_backward, transpose_index
+from vsa_jit.backends.sm90.backward import attend_backward, takes_one_pass, transpose_index
 from vsa_jit.backends.sm90.coarse import coarse_attend, coarse_attend_backward
 from vsa_jit.backends.sm90.forward import attend, block_means
 from vsa_jit.backends.sm90.whole import whole
@@ -11,6 +11,7 @@ __all__ = [
     "block_means",
     "coarse_attend",
     "coarse_attend_backward",
+    "takes_one_pass",
     "transpose_index",
     "whole",
 ]

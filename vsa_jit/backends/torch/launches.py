@@ -19,7 +19,7 @@ from vsa_jit.problem import Gradients, MeanGradients, Operands, Problem, Side, b
 from vsa_jit.segments import Segments
 
 # One pass over the map gives all gradients, and each operator's results are tensors.
-transpose_index = whole = None
+transpose_index = takes_one_pass = whole = None
 
 
 def matmul(a: Tensor, b: Tensor) -> Tensor:

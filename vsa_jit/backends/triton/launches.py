@@ -34,7 +34,7 @@ from vsa_jit.problem import Gradients, MeanGradients, Operands, Problem, Side, a
 from vsa_jit.segments import Segments
 
 # Each operator's results are tensors.
-whole = None
+takes_one_pass = whole = None
 LOG2E = math.log2(math.e)
 TRITON_DTYPES = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
 INT32_MAX = 2**31 - 1
