@@ -11,12 +11,13 @@ __device__ __forceinline__ void let_next_launch_start() { asm volatile("griddepc
 // Returns when the launch before has ended: all that it wrote is visible then.
 __device__ __forceinline__ void wait_for_launch_before() { asm volatile("griddepcontrol.wait;" ::: "memory"); }
 
-// Arrives at a counter in memory: who sees it so high sees all that this thread, and those that it has met, wrote before.
+// Arrives at a counter in memory: who sees that it has arrived sees all that this thread, and those that it has met, wrote
+// before.
 __device__ __forceinline__ void arrive_at(int* counter) {
     asm volatile("red.release.gpu.global.add.s32 [%0], 1;" ::"l"(counter) : "memory");
 }
 
-// Waits until a counter in memory is as high.
+// Waits until so many arrivals have come to a counter in memory.
 __device__ __forceinline__ void wait_for(const int* counter, int arrivals) {
     int count;
     do {

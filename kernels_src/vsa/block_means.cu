@@ -50,7 +50,7 @@ struct BoxInfo {
     float* mean;  // of its block, null: there is no block
     int count;  // its valid tokens
     int rows;  // it has none from there on
-    int is_last;  // the consumer has no other block of q or k after this one
+    int is_last;  // this is the last block of q or k that the consumer takes
 };
 
 struct SharedStorage {

@@ -7,7 +7,7 @@
 constexpr int kWarpVectors = 12;
 constexpr int kWarpCols = kWarpVectors * kVectorCols;
 static_assert(kWarpCols * kProductWarps >= kMaxCoarseCols);
-// Rows of as few vectors have code of their own, which steps over fewer that they do not have.
+// Where a warp takes so many at most, it runs code of its own, which steps over fewer vectors that are not there.
 constexpr int kFewVectors = kWarpVectors / 2;
 
 // What the warps that share a row tell each other.
@@ -32,7 +32,7 @@ struct Team {
         num_vectors = kittens::uniform(max(0, min(of_each, tile.vectors() - first_vector)));
     }
 
-    // No warp takes more vectors.
+    // Whether each warp takes kFewVectors at most.
     __device__ __forceinline__ bool has_few_vectors(const RowTile& tile) const { return tile.vectors() <= kFewVectors * warps; }
 
     __device__ __forceinline__ int first_row() const { return number; }

@@ -616,7 +616,7 @@ def test_profile_of_a_backward_in_passes(tmp_path, backend):
 
 @pytest.mark.parametrize("block", [pytest.param("128", marks=ON_HOPPER), pytest.param("256", marks=ON_HOPPER)])
 def test_profile_of_a_backward_in_one_pass(tmp_path, block):
-    """The stages add up to the whole call."""
+    """No work counts twice: the stages and the rest are no more than the whole call."""
     path = tmp_path / "rows.json"
     arguments = (*LONG, "--block-size", block, "--backend", "sm90", "--direction", "backward", "--profile")
     assert bench(*arguments, "--json", str(path)) == 0

@@ -13,6 +13,7 @@ import pytest
 import torch
 import triton
 
+from vsa_jit.backends.sm90 import specialise
 from vsa_jit.backends.sm90.specialise import ARCH, DTYPES, HEAD_DIMS, kernels_of
 from vsa_jit.jit import toolchain
 from vsa_jit.jit.compile import run_worker
@@ -50,7 +51,10 @@ def check_resources(log: str, kernel) -> None:
     assert of_block <= MOST_SHARED_MEMORY, log
     if kernel.entry in SHARING:
         assert 2 * (of_block + RESERVED_SHARED_MEMORY) <= MOST_SHARED_MEMORY + RESERVED_SHARED_MEMORY, log
-    assert re.search(r"Used \d+ registers", log), log
+    registers = re.search(r"Used (\d+) registers", log)
+    assert registers, log
+    if kernel.entry in BESIDE:
+        assert int(registers[1]) <= BESIDE[kernel.entry], log
     assert "warning" not in log, log
     # What ptxas says where it takes products one at a time.
     assert "Potential Performance Loss" not in log, log
@@ -58,8 +62,22 @@ def check_resources(log: str, kernel) -> None:
 
 # Of this two thread blocks share a multiprocessor.
 SHARING = ("attend_backward_kv_64",)
+# A thread block of each fits on a multiprocessor, whose four parts have 16,384 registers each.
+BESIDE = {"block_means": specialise.MEANS_REGISTERS, "coarse_attend": specialise.COARSE_REGISTERS}
 # They hold left operands in registers while a loop multiplies by them.
 HOLDING = ("attend_forward", "attend_backward_q", "attend_backward_kv", "attend_backward_kv_64")
+
+
+@pytest.mark.parametrize("segments", [False, True], ids=["video", "segments"])
+@pytest.mark.parametrize("head_dim", specialise.HEAD_DIMS)
+@pytest.mark.parametrize("dtype", specialise.DTYPES)
+def test_scores_run_beside_block_means(dtype, head_dim, segments):
+    means, coarse = specialise.block_means(dtype, head_dim, segments), specialise.coarse_attend(head_dim)
+    of_both = means.smem_bytes + coarse.smem_bytes + 2 * RESERVED_SHARED_MEMORY
+    assert of_both <= MOST_SHARED_MEMORY + RESERVED_SHARED_MEMORY
+    # Warps go to the parts of a multiprocessor in turn.
+    warps = [-(-kernel.threads // 32 // 4) for kernel in (means, coarse)]
+    assert sum(32 * n * BESIDE[kernel.entry] for n, kernel in zip(warps, (means, coarse), strict=True)) <= 16384
 
 
 def check_operands_stay(sass: str) -> None:

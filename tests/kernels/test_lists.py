@@ -228,7 +228,7 @@ def test_lists_of_an_inverse(monkeypatch, case):
         return launch
 
     monkeypatch.setattr(module, "launcher", launcher)
-    backward.backward_kv(problem, operands, inputs.dout, workspace)
+    backward.backward_kv(problem, operands, backward._Refs.of(operands, inputs.dout), workspace)
     boxes, heads = problem.block // BOX_TOKENS, problem.keys.heads
     rows = itertools.product(range(problem.batch), range(heads), range(problem.keys.num_blocks), range(boxes))
     expected = {}

@@ -105,6 +105,9 @@ def launcher(kernel: Kernel, device: int, sources: Path | None = None, mistake: 
         if hasattr(params, "schedule") and params.schedule.taken:
             # Every thread block has a work tile at first, and takes others until there are no more.
             assert ctypes.c_int.from_address(params.schedule.taken).value == params.schedule.num_work_tiles
+        if getattr(params, "means_done", None):
+            # Neither too few, for which a GPU would wait for ever, nor more than it waits for.
+            assert ctypes.c_int.from_address(params.means_done).value == params.means_arrivals
 
     return launch
 

@@ -67,7 +67,7 @@ def breakdown(
 
     What a kernel does beside its main work is timed by difference: the combine in the forward kernel's epilogue, and
     the parts of the backward. The last stage is what the whole call took beyond the others: autograd, launches,
-    allocation.
+    allocation; less what it saved where launches overlap that are timed one by one, so that it may be within noise.
 
     Args:
         flops: of the direction's work on the selected keys.

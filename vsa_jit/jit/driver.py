@@ -147,7 +147,7 @@ def allow_shared_memory(function: int, smem_bytes: int) -> None:
         attributes[_PREFERRED_SHARED_MEMORY_CARVEOUT] = 100
     for attribute, value in attributes.items():
         status = libcuda().cuFuncSetAttribute(ctypes.c_void_p(function), attribute, value)
-        check(status, f"{smem_bytes} bytes of shared memory")
+        check(status, f"attribute {attribute} for {smem_bytes} bytes of shared memory")
 
 
 def make_context_current(device: int) -> None:

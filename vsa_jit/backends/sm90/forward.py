@@ -56,11 +56,11 @@ def launch_block_means(
     """``block_means`` to tensors, or to parts of an allocation.
 
     Args:
-        counter: address of 32 bits, 0 when the kernel starts, or None. They count those that have all their means of q
-            and k.
+        counter: address of 32 bits that are 0 when the kernel starts, or None. Each warp that sums adds 1 when all its
+            means of q and k are stored.
 
     Returns:
-        What they count up to.
+        What the counter comes to: how many warps have means of q or k.
     """
     q, k, v = tensors
     launch = _block_means_launch(

@@ -57,18 +57,18 @@ class Whole(NamedTuple):
         memory = q.new_empty(self.kept.num_bytes, dtype=torch.uint8)
         scratch = q.new_empty(self.scratch.num_bytes, dtype=torch.uint8)
         counters, kept = self._kept_at(memory.data_ptr())
-        *means, scores = self.scratch.at(scratch.data_ptr())
-        q_c, k_c, v_c = kept[-3:] if kept.q_c is not None else (*means, None)[:3]
+        *others, scores = self.scratch.at(scratch.data_ptr())
+        q_c, k_c, v_c = kept[-3:] if kept.q_c is not None else (*others, None)[:3]
         of_means, of_work_tiles = range(counters.address, counters.address + 2 * WORD_BYTES, WORD_BYTES)
         driver.fill(q.get_device(), counters.address, 0, 2)
+        means = q_c, k_c, v_c
         arrivals = launch_block_means(
-            self.problem, (q, k, None if v_c is None else v), q_sizes, kv_sizes, (q_c, k_c, v_c), of_means
+            self.problem, (q, k, None if v_c is None else v), q_sizes, kv_sizes, means, of_means
         )
-        # Without means of v there is nothing to wait for any longer.
-        means_done = None if v_c is None else (of_means, arrivals)
         selected = kept.out_c, kept.q2k_idx, kept.q2k_num
+        settings = self.topk, self.compete
         coarse_launches.launch_attend(
-            self.coarse, q.device, (q_c, k_c, v_c), kv_sizes, self.topk, self.compete, *selected, scores, means_done
+            self.coarse, q.device, means, kv_sizes, *settings, *selected, scores, means_done=(of_means, arrivals)
         )
         # Its memory is free again before the output needs some.
         del scratch
