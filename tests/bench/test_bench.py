@@ -602,11 +602,13 @@ LONG = ("--seq-len", "16384", "--heads", "12", "--head-dim", "128", "--dtype", "
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("backend", ["triton", pytest.param("sm90", marks=ON_HOPPER)])
-def test_profile_of_a_backward_in_passes(tmp_path, backend):
+@pytest.mark.parametrize(
+    ("backend", "blocks"), [("triton", ["64", "4x8x8"]), pytest.param("sm90", ["64"], marks=ON_HOPPER)]
+)
+def test_profile_of_a_backward_in_passes(tmp_path, backend, blocks):
     path = tmp_path / "rows.json"
-    arguments = (*LONG, "--backend", backend, "--direction", "backward", "--profile", "--json", str(path))
-    assert bench(*arguments) == 0
+    arguments = (*LONG, "--block-size", *blocks, "--backend", backend, "--direction", "backward", "--profile")
+    assert bench(*arguments, "--json", str(path)) == 0
     for row in records(path):
         names = [stage["name"] for stage in row["stages"]]
         assert names == ["preparation", "inversion", "dq", "dk, dv", "coarse attention", "means (fused)", "rest"]
