@@ -28,10 +28,9 @@ struct SharedStorage {
 static_assert(sizeof(SharedStorage) <= VSA_SMEM_BYTES, "the host launches with less shared memory");
 
 // Makes probabilities of a row of scores, and gradients of scores of those of probabilities. All warps of a team call this.
-template <int kVectors>
 __device__ __forceinline__ void differentiate_row(const CoarseProblem& problem, SharedStorage& shared, Team& team,
                                                   float* scores, float* dp) {
-    RowSoftmax<kVectors> p(problem, {shared.eligible, problem.sizes == nullptr}, team, scores);
+    RowSoftmax<kWarpVectors> p(problem, {shared.eligible, problem.sizes == nullptr}, team, scores);
     p.store(team, scores);
     float sum = 0.0f;
     p.for_vectors(team, [&](const float (&of_p)[kLaneCols], int i) {
@@ -44,15 +43,6 @@ __device__ __forceinline__ void differentiate_row(const CoarseProblem& problem, 
         for (int j = 0; j < kLaneCols; ++j) of_p[j] *= (dp[i * kVectorCols + j * kWarpThreads] - sum) * problem.scale;
     });
     p.store(team, dp);
-}
-
-template <int kVectors>
-__device__ __forceinline__ void differentiate_rows(const CoarseProblem& problem, SharedStorage& shared, const RowTile& tile,
-                                                   Team& team, float* scores, float* dp) {
-    for (int row = team.first_row(); row < tile.rows(); row += team.row_step()) {
-        const int64_t place = int64_t(row) * problem.row_floats;
-        differentiate_row<kVectors>(problem, shared, team, team.of_lane(scores + place), team.of_lane(dp + place));
-    }
 }
 
 }  // namespace
@@ -79,10 +69,9 @@ extern "C" __global__ void __launch_bounds__(kProductThreads, 1) coarse_backward
 
         shared.eligible.count_or_all(tile);
         Team team(shared.slots, tile);
-        if (team.has_few_vectors(tile)) {
-            differentiate_rows<kFewVectors>(problem, shared, tile, team, p, ds);
-        } else {
-            differentiate_rows<kWarpVectors>(problem, shared, tile, team, p, ds);
+        for (int row = team.first_row(); row < tile.rows(); row += team.row_step()) {
+            differentiate_row(problem, shared, team, team.of_lane(p + int64_t(row) * row_floats),
+                              team.of_lane(ds + int64_t(row) * row_floats));
         }
         weigh_means(shared.of_out, tile, ds, row_floats, k, params.dq + first_row * kHeadDim, as_it_is);
     }
