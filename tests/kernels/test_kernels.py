@@ -69,8 +69,8 @@ HOLDING = ("attend_forward", "attend_backward_q", "attend_backward_kv", "attend_
 
 
 @pytest.mark.parametrize("segments", [False, True], ids=["video", "segments"])
-@pytest.mark.parametrize("head_dim", specialise.HEAD_DIMS)
-@pytest.mark.parametrize("dtype", specialise.DTYPES)
+@pytest.mark.parametrize("head_dim", HEAD_DIMS)
+@pytest.mark.parametrize("dtype", DTYPES)
 def test_scores_run_beside_block_means(dtype, head_dim, segments):
     means, coarse = specialise.block_means(dtype, head_dim, segments), specialise.coarse_attend(head_dim)
     of_both = means.smem_bytes + coarse.smem_bytes + 2 * RESERVED_SHARED_MEMORY

@@ -59,8 +59,8 @@ class Whole(NamedTuple):
         counters, kept = self._kept_at(memory.data_ptr())
         *others, scores = self.scratch.at(scratch.data_ptr())
         q_c, k_c, v_c = kept[-3:] if kept.q_c is not None else (*others, None)[:3]
-        of_means, of_work_tiles = range(counters.address, counters.address + 2 * WORD_BYTES, WORD_BYTES)
-        driver.fill(q.get_device(), counters.address, 0, 2)
+        of_means, of_work_tiles = counters.address, counters.address + WORD_BYTES
+        driver.fill(q.get_device(), counters.address, 0, words=2)
         means = q_c, k_c, v_c
         arrivals = launch_block_means(
             self.problem, (q, k, None if v_c is None else v), q_sizes, kv_sizes, means, of_means

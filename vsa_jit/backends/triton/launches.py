@@ -33,7 +33,7 @@ from vsa_jit.backends.triton.softmax import softmax_backward_kernel, softmax_ker
 from vsa_jit.problem import Gradients, MeanGradients, Operands, Problem, Side, axes, contiguous_like, empty_like
 from vsa_jit.segments import Segments
 
-# Each operator's results are tensors.
+# The backward always takes two passes, and each operator's results are tensors.
 takes_one_pass = whole = None
 LOG2E = math.log2(math.e)
 TRITON_DTYPES = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
