@@ -42,16 +42,15 @@ struct SharedStorage {
 static_assert(sizeof(SharedStorage) <= VSA_SMEM_BYTES, "the host launches with less shared memory");
 
 // The keys of a row: 0 of columns that do not count, ~0u of those that every row takes.
-template <int kVectors>
-struct RowKeys : RowPart<uint32_t, kVectors> {
+struct RowKeys : RowPart<uint32_t> {
     uint32_t least, most;  // of the whole row's scores
     float sum, squares;  // of this lane's
 
     // All warps of a team call this. `forced` may be null.
     __device__ __forceinline__ RowKeys(const ColumnFilter& filter, const ColumnBits* forced, Team& team, const float* of_lane)
         : least(~0u), most(0), sum(0.0f), squares(0.0f) {
-        this->load(team, reinterpret_cast<const uint32_t*>(of_lane));
-        this->for_vectors(team, [&](uint32_t (&vector)[kLaneCols], int i) {
+        load(team, reinterpret_cast<const uint32_t*>(of_lane));
+        for_vectors(team, [&](uint32_t (&vector)[kLaneCols], int i) {
 #pragma unroll
             for (uint32_t& key : vector) {
                 const float score = __uint_as_float(key);
@@ -82,7 +81,7 @@ struct RowKeys : RowPart<uint32_t, kVectors> {
     // How many are at least as high, of the whole row.
     __device__ __forceinline__ int reach(Team& team, uint32_t threshold) {
         int count = 0;
-        this->for_each(team, [&](uint32_t key) { count_at_least(count, key, threshold); });
+        for_each(team, [&](uint32_t key) { count_at_least(count, key, threshold); });
         return team.sum(count);
     }
 
@@ -103,8 +102,7 @@ struct Threshold {
 };
 
 // The threshold by which `wanted` of `count` keys are selected.
-template <int kVectors>
-__device__ __forceinline__ Threshold find_threshold(RowKeys<kVectors>& keys, Team& team, int cols, int count, int wanted) {
+__device__ __forceinline__ Threshold find_threshold(RowKeys& keys, Team& team, int cols, int count, int wanted) {
     // Interpolating takes few steps where scores are spread evenly, halving the range of keys never more than 32.
     constexpr int kScoreSteps = 16, kHalving = 4;
     uint32_t low = keys.least, high = keys.most;
@@ -131,66 +129,42 @@ __device__ __forceinline__ Threshold find_threshold(RowKeys<kVectors>& keys, Tea
 }
 
 // Writes the selected columns of a row in ascending order.
-template <int kVectors>
-__device__ __forceinline__ void store_selected(RowKeys<kVectors>& keys, Team& team, Threshold threshold, int first_col,
-                                               int* idx) {
-    // Words of bits of 32 columns, each of one lane: those that are at least as high, and those that are higher.
-    constexpr int kLaneWords = (kVectors * kLaneCols + kWarpThreads - 1) / kWarpThreads;
-    uint32_t selected[kLaneWords] = {}, above[kLaneWords] = {};
-    const auto set_words = [&](uint32_t (&words)[kLaneWords], uint32_t least) {
+__device__ __forceinline__ void store_selected(RowKeys& keys, Team& team, Threshold threshold, int first_col, int* idx) {
+    // A lane has the bits of 32 columns.
+    static_assert(kWarpVectors * kLaneCols == kWarpThreads);
+    const auto bits_of = [&](uint32_t least) {
+        uint32_t own = 0;
         keys.for_vectors(team, [&](const uint32_t (&vector)[kLaneCols], int i) {
 #pragma unroll
             for (int j = 0; j < kLaneCols; ++j) {
-                const int word = i * kLaneCols + j;
                 const uint32_t bits = __ballot_sync(kAllLanes, vector[j] >= least);
-                if (word % kWarpThreads == laneid()) words[word / kWarpThreads] = bits;
+                if (laneid() == i * kLaneCols + j) own = bits;
             }
         });
+        return own;
     };
-    set_words(selected, threshold.key);
-    // How many bits the lanes before have, and words before; `all` becomes how many the warp has.
-    uint32_t before[kLaneWords];
-    int all;
-    const auto count_before = [&](const auto& word) {
-        uint32_t own[kLaneWords];
-#pragma unroll
-        for (int i = 0; i < kLaneWords; ++i) before[i] = own[i] = __popc(word(i));
-        prefix_sums(before);
-        all = 0;
-#pragma unroll
-        for (int i = 0; i < kLaneWords; ++i) {
-            const int of_words = __shfl_sync(kAllLanes, before[i], kWarpThreads - 1);
-            before[i] += all - own[i];
-            all += of_words;
-        }
+    // How many bits the lanes before have, those of the warps before included.
+    const auto bits_before = [&](uint32_t own) -> int {
+        uint32_t up_to_own[1] = {uint32_t(__popc(own))};
+        prefix_sums(up_to_own);
+        return up_to_own[0] - __popc(own) + team.before(__shfl_sync(kAllLanes, up_to_own[0], kWarpThreads - 1));
     };
+    uint32_t selected = bits_of(threshold.key);
     if (threshold.ties < kMaxCoarseCols) {
-        if (threshold.key < ~0u) set_words(above, threshold.key + 1);
-        count_before([&](int i) { return selected[i] & ~above[i]; });
-        const int ties = threshold.ties - team.before(all);
-#pragma unroll
-        for (int i = 0; i < kLaneWords; ++i) {
-            uint32_t equal = selected[i] & ~above[i];
-            const int taken = ties - int(before[i]);
-            while (equal != 0 && __popc(equal) > taken) equal ^= 0x80000000u >> __clz(equal);
-            selected[i] = above[i] | equal;
-        }
+        const uint32_t above = threshold.key < ~0u ? bits_of(threshold.key + 1) : 0;
+        uint32_t equal = selected & ~above;
+        const int taken = threshold.ties - bits_before(equal);
+        while (equal != 0 && __popc(equal) > taken) equal ^= 0x80000000u >> __clz(equal);
+        selected = above | equal;
         __syncwarp();
     }
-    count_before([&](int i) { return selected[i]; });
-    idx += team.before(all);
+    int place = bits_before(selected);
     first_col += team.first_vector * kVectorCols + laneid() * kWarpThreads;
-#pragma unroll
-    for (int i = 0; i < kLaneWords; ++i) {
-        const int col = first_col + i * kWarpThreads * kWarpThreads;
-        int place = before[i];
-        for (uint32_t bits = selected[i]; bits != 0; bits &= bits - 1) idx[place++] = col + __ffs(bits) - 1;
-    }
+    for (; selected != 0; selected &= selected - 1) idx[place++] = first_col + __ffs(selected) - 1;
     __syncwarp();
 }
 
 // Selects the columns of a row and makes its probabilities. All warps of a team call this.
-template <int kVectors>
 __device__ __forceinline__ void attend_row(const Params& params, SharedStorage& shared, const RowTile& tile, Team& team,
                                            int row, int row_of_all, int num_eligible, float* scores) {
     const CoarseProblem& problem = params.problem;
@@ -200,7 +174,7 @@ __device__ __forceinline__ void attend_row(const Params& params, SharedStorage& 
     int* idx = params.idx + int64_t(row_of_all) * params.width;
     const ColumnFilter filter = {shared.eligible, problem.sizes == nullptr};
     if (wanted > 0) {
-        RowKeys<kVectors> keys(filter, choices == nullptr ? nullptr : &shared.forced, team, scores);
+        RowKeys keys(filter, choices == nullptr ? nullptr : &shared.forced, team, scores);
         store_selected(keys, team, find_threshold(keys, team, tile.cols(), num_eligible, wanted), tile.col, idx);
     }
     // A row that attends all of its sample names the first column alone.
@@ -208,16 +182,7 @@ __device__ __forceinline__ void attend_row(const Params& params, SharedStorage& 
         idx[i] = num < 0 && i == 0 ? tile.col : 0;
     }
     if (team.rank == 0 && laneid() == 0) params.num[row_of_all] = num < 0 ? num : wanted;
-    if (params.v != nullptr) RowSoftmax<kVectors>(problem, filter, team, scores).store(team, scores);
-}
-
-template <int kVectors>
-__device__ __forceinline__ void attend_rows(const Params& params, SharedStorage& shared, const RowTile& tile, Team& team,
-                                            int first_row, int num_eligible, float* scores) {
-    for (int row = team.first_row(); row < tile.rows(); row += team.row_step()) {
-        attend_row<kVectors>(params, shared, tile, team, row, first_row + row, num_eligible,
-                             team.of_lane(scores + int64_t(row) * params.problem.row_floats));
-    }
+    if (params.v != nullptr) RowSoftmax(problem, filter, team, scores).store(team, scores);
 }
 
 }  // namespace
@@ -252,10 +217,9 @@ extern "C" __global__ void __maxnreg__(VSA_REGISTERS) coarse_attend(const __grid
 
         const int num_eligible = shared.eligible.count_or_all(tile);
         Team team(shared.slots, tile);
-        if (team.has_few_vectors(tile)) {
-            attend_rows<kFewVectors>(params, shared, tile, team, first_row, num_eligible, scores());
-        } else {
-            attend_rows<kWarpVectors>(params, shared, tile, team, first_row, num_eligible, scores());
+        for (int row = team.first_row(); row < tile.rows(); row += team.row_step()) {
+            attend_row(params, shared, tile, team, row, first_row + row, num_eligible,
+                       team.of_lane(scores() + int64_t(row) * row_floats));
         }
         // Now v is complete, too.
         wait_for_launch_before();

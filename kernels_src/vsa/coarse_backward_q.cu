@@ -30,7 +30,7 @@ static_assert(sizeof(SharedStorage) <= VSA_SMEM_BYTES, "the host launches with l
 // Makes probabilities of a row of scores, and gradients of scores of those of probabilities. All warps of a team call this.
 __device__ __forceinline__ void differentiate_row(const CoarseProblem& problem, SharedStorage& shared, Team& team,
                                                   float* scores, float* dp) {
-    RowSoftmax<kWarpVectors> p(problem, {shared.eligible, problem.sizes == nullptr}, team, scores);
+    RowSoftmax p(problem, {shared.eligible, problem.sizes == nullptr}, team, scores);
     p.store(team, scores);
     float sum = 0.0f;
     p.for_vectors(team, [&](const float (&of_p)[kLaneCols], int i) {

@@ -4,11 +4,9 @@
 #include "vsa/coarse.cuh"
 
 // Of the columns that a warp takes.
-constexpr int kWarpVectors = 12;
+constexpr int kWarpVectors = 8;
 constexpr int kWarpCols = kWarpVectors * kVectorCols;
 static_assert(kWarpCols * kProductWarps >= kMaxCoarseCols);
-// Where a warp takes so many at most, it runs code of its own, which steps over fewer vectors that are not there.
-constexpr int kFewVectors = kWarpVectors / 2;
 
 // What the warps that share a row tell each other.
 struct TeamSlots {
@@ -31,9 +29,6 @@ struct Team {
         first_vector = rank * of_each;
         num_vectors = kittens::uniform(max(0, min(of_each, tile.vectors() - first_vector)));
     }
-
-    // Whether each warp takes kFewVectors at most.
-    __device__ __forceinline__ bool has_few_vectors(const RowTile& tile) const { return tile.vectors() <= kFewVectors * warps; }
 
     __device__ __forceinline__ int first_row() const { return number; }
     __device__ __forceinline__ int row_step() const { return kProductWarps / warps; }
@@ -94,17 +89,17 @@ __device__ __forceinline__ float score_of(uint32_t key) {
     return __uint_as_float(key ^ (~uint32_t(int(key) >> 31) | 0x80000000u));
 }
 
-// The part of a row that a warp has, of so many vectors at most.
-template <typename T, int kVectors>
+// The part of a row that a warp has.
+template <typename T>
 struct RowPart {
     // Zeros at first: where loads depend on a condition, registers would keep what they had in the row before.
-    T values[kVectors][kLaneCols] = {};
+    T values[kWarpVectors][kLaneCols] = {};
 
     // Calls f with each vector of the part and its number.
     template <typename F>
     __device__ __forceinline__ void for_vectors(const Team& team, const F& f) {
 #pragma unroll
-        for (int i = 0; i < kVectors; ++i) {
+        for (int i = 0; i < kWarpVectors; ++i) {
             if (i < team.num_vectors) f(values[i], i);
         }
     }
@@ -147,16 +142,15 @@ struct ColumnFilter {
 };
 
 // The softmax of a row of scores times a factor. All warps of a team call this.
-template <int kVectors>
-struct RowSoftmax : RowPart<float, kVectors> {
+struct RowSoftmax : RowPart<float> {
     __device__ __forceinline__ RowSoftmax(const CoarseProblem& problem, const ColumnFilter& filter, Team& team,
                                           const float* of_lane) {
         constexpr float kLog2e = 1.4426950408889634f;
         // Scores that were rounded have been scaled before.
         const float factor = (problem.rounding == int(Rounding::kNone) ? problem.scale : 1.0f) * kLog2e;
-        this->load(team, of_lane);
+        load(team, of_lane);
         float most = -kittens::infinity(), sum = 0.0f;
-        this->for_vectors(team, [&](float (&vector)[kLaneCols], int i) {
+        for_vectors(team, [&](float (&vector)[kLaneCols], int i) {
 #pragma unroll
             for (float& value : vector) value *= factor;
             filter.leave_out(team, i, [&](int j) { vector[j] = -kittens::infinity(); });
@@ -164,13 +158,13 @@ struct RowSoftmax : RowPart<float, kVectors> {
             for (float value : vector) most = max(most, value);
         });
         most = score_of(team.most(key_of(most)));
-        this->for_each(team, [&](float& value) {
+        for_each(team, [&](float& value) {
             value = kittens::exp2(value - most);
             sum += value;
         });
         const float share = kittens::reciprocal(team.sum(sum));
-        this->for_each(team, [&](float& value) { value *= share; });
+        for_each(team, [&](float& value) { value *= share; });
         if (problem.rounding == int(Rounding::kNone)) return;
-        this->for_each(team, [&](float& value) { value = rounded(value, problem.rounding); });
+        for_each(team, [&](float& value) { value = rounded(value, problem.rounding); });
     }
 };

@@ -23,6 +23,8 @@ CASES = [
     Case("context", 92, 92, head_dim=128, topk=(6,), segments=TEXT_AND_VIDEO),
     Case("packed", 119, 119, kv_heads=1, batch=2, topk=(0, 20, 0, 2), exact=True, segments=PACKED),
     Case("packed, competing", 119, 119, topk=(3, 20, 0, 2), segments=PACKED, compete=True),
+    Case("as wide as a warp, ties", 2, 1024, heads=1, kv_heads=1, exact=True, topk=(200,)),
+    Case("one column more", 2, 1025, heads=1, kv_heads=1, topk=(200,)),
     Case("wide", 3, 2100, heads=1, kv_heads=1, topk=(100,)),
     Case("wide, ties", 2, 4500, heads=1, kv_heads=1, exact=True, topk=(300,), sizes="some"),
 ]
