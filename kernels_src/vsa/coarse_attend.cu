@@ -130,7 +130,7 @@ __device__ __forceinline__ Threshold find_threshold(RowKeys& keys, Team& team, i
 
 // Writes the selected columns of a row in ascending order.
 __device__ __forceinline__ void store_selected(RowKeys& keys, Team& team, Threshold threshold, int first_col, int* idx) {
-    // A lane has the bits of 32 columns.
+    // Each lane has one word, with the bits of 32 columns.
     static_assert(kWarpVectors * kLaneCols == kWarpThreads);
     const auto bits_of = [&](uint32_t least) {
         uint32_t own = 0;

@@ -3,7 +3,7 @@
 
 #include "vsa/coarse.cuh"
 
-// Of the columns that a warp takes.
+// Vectors of columns that a warp takes at most. More would fit into its registers, but compile for longer.
 constexpr int kWarpVectors = 8;
 constexpr int kWarpCols = kWarpVectors * kVectorCols;
 static_assert(kWarpCols * kProductWarps >= kMaxCoarseCols);
@@ -13,7 +13,7 @@ struct TeamSlots {
     uint32_t values[2][kProductWarps];
 };
 
-// The warps that share a row: as many as have registers for it, rounded up to a power of two.
+// The warps that share a row: as many as it takes at kWarpCols each, rounded up to a power of two.
 struct Team {
     uint32_t* slots;
     int warps = 1, number, rank;
@@ -100,7 +100,8 @@ struct RowPart {
     __device__ __forceinline__ void for_vectors(const Team& team, const F& f) {
 #pragma unroll
         for (int i = 0; i < kWarpVectors; ++i) {
-            if (i < team.num_vectors) f(values[i], i);
+            if (i >= team.num_vectors) break;
+            f(values[i], i);
         }
     }
     template <typename F>

@@ -69,17 +69,32 @@ def test_backward(monkeypatch, case):
     case.check_backward("cpu", "torch")
 
 
+# Its bits are those of a GPU's: its key is as high as that of a column that every row takes.
+NAN = torch.tensor(0x7FFFFFFF, dtype=torch.int32).view(torch.float32)
+
+
 def test_a_row_of_nans_selects_as_many_as_any_other(monkeypatch):
-    """Whose bits are those of a GPU's: as high as the key of a column that every row takes."""
     emulate.emulate(monkeypatch, 1)
     case = Case("NaN", 10, 10, topk=(3,), segments=(0, 0, 0, 70, 0, *(5, 6, 7)))
     q, k, *_ = case.means("cpu")
-    q[:, :, 4] = torch.tensor(0x7FFFFFFF, dtype=torch.int32).view(torch.float32)
+    q[:, :, 4] = NAN
     call = case.coarse, q, k, None, None, case.topk, False
     _, idx, num = coarse.coarse_attend(*call)
     _, expected_idx, expected_num = BACKENDS["torch"].coarse_attend(*call)
     assert torch.equal(idx, expected_idx)
     assert torch.equal(num, expected_num)
+
+
+@pytest.mark.parametrize("cols", [70, 1100])
+def test_of_more_nans_than_are_selected_the_first_are(monkeypatch, cols):
+    """No key is above a NaN's."""
+    emulate.emulate(monkeypatch, 1)
+    case = Case("NaN", 2, cols, heads=1, kv_heads=1)
+    q, k, *_ = case.means("cpu")
+    k[:, :, 3:] = NAN
+    _, idx, num = coarse.coarse_attend(case.coarse, q, k, None, None, (50,), False)
+    assert torch.equal(idx, torch.arange(3, 53, dtype=torch.int32).expand_as(idx))
+    assert torch.equal(num, torch.full_like(num, 50))
 
 
 # As in test_emulated.py.
