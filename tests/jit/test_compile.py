@@ -402,7 +402,7 @@ def test_memory_is_read():
 
 
 # The line, with what, for which GPU, with what compiler, how long about, and where it is kept.
-LINE = r"compiling 1 kernel \(toy\) for a test \(sm_90a\) with NVRTC 13.*, about 2 s, kept in .*/cache/sm_90a"
+LINE = r"compiling 1 kernel \(toy\) for a test \(sm_90a\) with NVRTC 13.*, about 4 s, kept in .*/cache/sm_90a"
 
 
 def test_nothing_is_shown_where_nobody_looks_on(capfd, caplog):
@@ -427,7 +427,7 @@ def test_the_line_says_where_nothing_is_kept(caplog, lose_home):
     with caplog.at_level(logging.INFO, logger="vsa_jit"):
         get()
     (line,) = [record.getMessage() for record in caplog.records if record.getMessage().startswith("compiling")]
-    assert line.endswith(", about 2 s, not kept")
+    assert line.endswith(", about 4 s, not kept")
 
 
 SHOW = """

@@ -38,7 +38,7 @@ class FirstCall:
 
     Attributes:
         kernels_s: to the end of its CUDA kernels on the GPU.
-        whole_call_s: with what Triton and PyTorch load for the rest of a forward; Triton's cache has its kernels.
+        whole_call_s: to the end of a whole forward after that.
     """
 
     engine: str
@@ -68,7 +68,7 @@ def measure(device: torch.device) -> Iterator[FirstCall | NotRun]:
             yield NotRun(engine.name, str(reason))
             continue
         with tempfile.TemporaryDirectory() as folder:
-            _run(engine.name, device, f"{folder}/other")  # fills Triton's cache
+            _run(engine.name, device, f"{folder}/other")  # reads libraries from disk
             cold = [_run(engine.name, device, f"{folder}/{i}") for i in range(COLD_RUNS)]
             warm = [_run(engine.name, device, f"{folder}/0") for _ in range(WARM_RUNS)]
         for cache, runs in (("cold", cold), ("warm", warm)):

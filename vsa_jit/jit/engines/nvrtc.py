@@ -31,7 +31,7 @@ def import_cupy() -> Any:
 
 class NvrtcEngine:
     name = "nvrtc"
-    seconds = 2
+    seconds = 4
     gigabytes = 1.0
 
     def __init__(self) -> None:
