@@ -9,7 +9,7 @@ from support.problems import ON_HOPPER
 from torch.nn.attention import SDPBackend
 
 from vsa_jit.backends.torch import launches as torch_backend
-from vsa_jit.bench import kernels
+from vsa_jit.bench import attention, kernels
 from vsa_jit.bench.cases import Case, Selection, Shape, sample_lengths
 from vsa_jit.cli.main import main
 
@@ -17,6 +17,8 @@ CPU = torch.device("cpu")
 SETTING = kernels.Setting(CPU, 1e-4, seed=1)
 HOST = [
     "host time of a call with 16 segments",
+    "host time of a video",
+    "host time of a video and its backward",
     "host time of a call",
     "host time of a launch of the block means",
 ]
@@ -48,8 +50,10 @@ def on_cpu(monkeypatch):
         kernels.Means("block means, tiled", case(2, 512, 1), tiled=True),
         kernels.Means("block means, raster", case(2, 4 * 5 * 6, 1, grid=(4, 5, 6), layout="bshd"), tiled=False),
         kernels.HostOfSegments(HOST[0], of_segments(PACKED), case(2, 512, 3, (4, 8, 16)), calls=2),
-        kernels.HostCall(HOST[1], case(2, 256, 2), calls=2),
-        kernels.HostLaunch(HOST[2], case(2, 256, 1), calls=2),
+        kernels.HostOfVideo(HOST[1], with_gate(), with_backward=False, calls=2),
+        kernels.HostOfVideo(HOST[2], with_gate(), with_backward=True, calls=2),
+        kernels.HostCall(HOST[3], case(2, 256, 2), calls=2),
+        kernels.HostLaunch(HOST[4], case(2, 256, 1), calls=2),
     )
     monkeypatch.setattr(kernels, "works", lambda: works)
     return works
@@ -57,6 +61,10 @@ def on_cpu(monkeypatch):
 
 def case(heads: int, tokens: int, topk: int, grid=None, layout="bhsd") -> Case:
     return Case(Shape(tokens, grid, 1, heads, 32, "bf16", layout), 64, Selection(topk=topk), "off", "torch")
+
+
+def with_gate() -> Case:
+    return replace(case(2, 512, 3, (4, 8, 16), "bshd"), gate="tensor")
 
 
 def of_segments(segments) -> Case:
@@ -70,7 +78,7 @@ def beside_video(kind, name: str, segments) -> kernels.BesideVideo:
 
 def test_works_have_the_sizes_that_their_names_say():
     works = {work.name: work for work in kernels.works()}
-    assert len(works) == len(kernels.works()) == 4 + 13 + 13 + 1 + 16 + 9 + 2
+    assert len(works) == len(kernels.works()) == 4 + 13 + 13 + 1 + 16 + 9 + 4
     for name, heads, tokens, head_dim, block, topk in (
         ("W1, random", 12, 39_936, 128, 64, 64),
         ("W1, D=64, neighbouring", 12, 39_936, 64, 64, 64),
@@ -85,6 +93,10 @@ def test_works_have_the_sizes_that_their_names_say():
         assert (work.problem.block, work.topk) == (block, topk)
         assert work.flops == 4 * heads * tokens * topk * block * head_dim
     assert works["W1, raster, bshd"].case.shape.size == (1, 39_936, 12, 128)
+    for name, with_backward in ((HOST[1], False), (HOST[2], True)):
+        work = works[name]
+        assert work.with_backward == with_backward
+        assert (work.case.shape.size, work.case.topk, work.case.gate) == ((1, 6400, 12, 64), 10, "tensor")
     assert works["block means, D=64, bhsd, raster, cut tiles"].case.problem.keys.num_blocks == 6 * 8 * 13
     assert works["block means, D=128, bshd, raster, blocks of 256"].case.problem.keys.tile == (4, 8, 8)
 
@@ -215,6 +227,17 @@ def test_all_works_on_a_cpu(on_cpu, capsys, tmp_path):
     assert means["of_copy"] == pytest.approx(rate)
     for name in HOST:
         assert rows[name]["us_min"] <= rows[name]["us"] <= rows[name]["us_max"]
+
+
+@pytest.mark.parametrize("with_backward", [False, True])
+def test_a_video_on_the_host_is_a_whole_call(on_cpu, monkeypatch, with_backward):
+    monkeypatch.setattr(kernels.Setting, "host_time", lambda setting, name, call, calls: call())
+    work = kernels.HostOfVideo("video", with_gate(), with_backward)
+    run = attention.sparse(work.case, SETTING.inputs(work.case.shape))
+    expected = run.forward_backward() if with_backward else run.forward()
+    assert len(expected) == (4 if with_backward else 1)
+    for x, y in zip(work.measure(SETTING), expected, strict=True):
+        assert torch.equal(x, y)
 
 
 @pytest.mark.parametrize("function", ["attend", "block_means"])

@@ -434,6 +434,21 @@ class HostCall:
 
 
 @dataclass(frozen=True)
+class HostOfVideo:
+    """A call of ``video_sparse_attn`` on a small video, in inference, or with its backward."""
+
+    name: str
+    case: Case
+    with_backward: bool
+    # Fewer than the GPU's queue holds: a call has several launches.
+    calls: int = 50
+
+    def measure(self, setting: Setting) -> HostTime:
+        run = sparse(self.case, setting.inputs(self.case.shape))
+        return setting.host_time(self.name, run.step() if self.with_backward else run.forward, self.calls)
+
+
+@dataclass(frozen=True)
 class HostOfSegments:
     """A call of ``video_sparse_attn`` in inference, on small segments and on a video of as many tokens."""
 
@@ -543,6 +558,14 @@ def _segments() -> Iterator[Work]:
     yield HostOfSegments("host time of a call with 16 segments", case, video)
 
 
+def _host() -> Iterator[Work]:
+    video = _case(12, math.prod(HOST_VIDEO), 64, 64, 10, HOST_VIDEO, "bshd", gate="tensor")
+    yield HostOfVideo("host time of a video", video, with_backward=False)
+    yield HostOfVideo("host time of a video and its backward", video, with_backward=True)
+    yield HostCall("host time of a call", _case(2, 1024, 128, 64, 4))
+    yield HostLaunch("host time of a launch of the block means", _case(2, 256, 128, 64, 1))
+
+
 @functools.cache
 def works() -> tuple[Work, ...]:
     return (
@@ -562,8 +585,7 @@ def works() -> tuple[Work, ...]:
         Copy(),
         *_block_means(),
         *_segments(),
-        HostCall("host time of a call", _case(2, 1024, 128, 64, 4)),
-        HostLaunch("host time of a launch of the block means", _case(2, 256, 128, 64, 1)),
+        *_host(),
     )
 
 
