@@ -49,9 +49,12 @@ def on_cpu(monkeypatch):
         kernels.Copy(),
         kernels.Means("block means, tiled", case(2, 512, 1), tiled=True),
         kernels.Means("block means, raster", case(2, 4 * 5 * 6, 1, grid=(4, 5, 6), layout="bshd"), tiled=False),
-        kernels.HostOfSegments(HOST[0], of_segments(PACKED), case(2, 512, 3, (4, 8, 16)), calls=2),
-        kernels.HostOfVideo(HOST[1], with_gate(), with_backward=False, calls=2),
-        kernels.HostOfVideo(HOST[2], with_gate(), with_backward=True, calls=2),
+        kernels.HostBesideVideo(
+            kernels.HostOfWhole(HOST[0], of_segments(PACKED), calls=2),
+            kernels.HostOfWhole(HOST[0], case(2, 512, 3, (4, 8, 16)), calls=2),
+        ),
+        kernels.HostOfWhole(HOST[1], with_gate(), calls=2),
+        kernels.HostOfWhole(HOST[2], with_gate(), with_backward=True, calls=2),
         kernels.HostCall(HOST[3], case(2, 256, 2), calls=2),
         kernels.HostLaunch(HOST[4], case(2, 256, 1), calls=2),
     )
@@ -120,9 +123,9 @@ def test_works_of_segments_have_the_sizes_that_their_names_say():
             assert (case.shape.seq_len, len(case.shape.segments)) == (39_936, 8)
         else:
             assert (case.shape.seq_len, case.shape.segments) == (39_936 + 512, (((24, 32, 52), 512),))
-    assert host.case.shape.seq_len == host.video.shape.seq_len == 6400
-    assert len(host.case.shape.segment_lengths) == 16
-    assert host.case.gate == host.video.gate == "one"
+    assert host.work.case.shape.seq_len == host.video.case.shape.seq_len == 6400
+    assert len(host.work.case.shape.segment_lengths) == 16
+    assert host.work.case.gate == host.video.case.gate == "one"
 
 
 def test_products_of_works_of_segments(on_cpu):
@@ -232,7 +235,7 @@ def test_all_works_on_a_cpu(on_cpu, capsys, tmp_path):
 @pytest.mark.parametrize("with_backward", [False, True])
 def test_a_video_on_the_host_is_a_whole_call(on_cpu, monkeypatch, with_backward):
     monkeypatch.setattr(kernels.Setting, "host_time", lambda setting, name, call, calls: call())
-    work = kernels.HostOfVideo("video", with_gate(), with_backward)
+    work = kernels.HostOfWhole("video", with_gate(), with_backward)
     run = attention.sparse(work.case, SETTING.inputs(work.case.shape))
     expected = run.forward_backward() if with_backward else run.forward()
     assert len(expected) == (4 if with_backward else 1)

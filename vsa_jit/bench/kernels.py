@@ -434,12 +434,12 @@ class HostCall:
 
 
 @dataclass(frozen=True)
-class HostOfVideo:
-    """A call of ``video_sparse_attn`` on a small video, in inference, or with its backward."""
+class HostOfWhole:
+    """A call of ``video_sparse_attn`` on a small shape, in inference, or with its backward."""
 
     name: str
     case: Case
-    with_backward: bool
+    with_backward: bool = False
     # Fewer than the GPU's queue holds: a call has several launches.
     calls: int = 50
 
@@ -449,20 +449,18 @@ class HostOfVideo:
 
 
 @dataclass(frozen=True)
-class HostOfSegments:
-    """A call of ``video_sparse_attn`` in inference, on small segments and on a video of as many tokens."""
+class HostBesideVideo:
+    """A call on small segments, and one on a video of as many tokens."""
 
-    name: str
-    case: Case
-    video: Case
-    # Fewer than the GPU's queue holds: a call has several launches.
-    calls: int = 50
+    work: HostOfWhole
+    video: HostOfWhole
+
+    @property
+    def name(self) -> str:
+        return self.work.name
 
     def measure(self, setting: Setting) -> SegmentsHostTime:
-        time, video = (
-            setting.host_time(self.name, sparse(case, setting.inputs(case.shape)).forward, self.calls)
-            for case in (self.case, self.video)
-        )
+        time, video = (work.measure(setting) for work in (self.work, self.video))
         return SegmentsHostTime(self.name, time.us, time.us_min, time.us_max, video.us, time.us / video.us)
 
 
@@ -555,13 +553,14 @@ def _segments() -> Iterator[Work]:
         _case(2, math.prod(HOST_VIDEO), 128, 64, 8, grid, "bshd", of_case, "one")
         for grid, of_case in ((None, HOST_SEGMENTS), (HOST_VIDEO, None))
     )
-    yield HostOfSegments("host time of a call with 16 segments", case, video)
+    name = "host time of a call with 16 segments"
+    yield HostBesideVideo(HostOfWhole(name, case), HostOfWhole(name, video))
 
 
 def _host() -> Iterator[Work]:
     video = _case(12, math.prod(HOST_VIDEO), 64, 64, 10, HOST_VIDEO, "bshd", gate="tensor")
-    yield HostOfVideo("host time of a video", video, with_backward=False)
-    yield HostOfVideo("host time of a video and its backward", video, with_backward=True)
+    yield HostOfWhole("host time of a video", video)
+    yield HostOfWhole("host time of a video and its backward", video, with_backward=True)
     yield HostCall("host time of a call", _case(2, 1024, 128, 64, 4))
     yield HostLaunch("host time of a launch of the block means", _case(2, 256, 128, 64, 1))
 
