@@ -12,13 +12,6 @@ __device__ __forceinline__ int num_thread_blocks() {
     return number;
 }
 
-// This thread block's number, read anew likewise.
-__device__ __forceinline__ int thread_block_number() {
-    int number;
-    asm volatile("mov.u32 %0, %%ctaid.x;" : "=r"(number));
-    return number;
-}
-
 // This thread's number, read anew likewise: what follows from it is not kept, either.
 __device__ __forceinline__ int thread_number() {
     int number;

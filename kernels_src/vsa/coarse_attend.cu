@@ -166,12 +166,12 @@ __device__ __forceinline__ void store_selected(RowKeys& keys, Team& team, Thresh
 
 // Selects the columns of a row and makes its probabilities. All warps of a team call this.
 __device__ __forceinline__ void attend_row(const Params& params, SharedStorage& shared, const RowTile& tile, Team& team,
-                                           int row, int row_of_all, int num_eligible, float* scores) {
+                                           int row, int64_t row_of_all, int num_eligible, float* scores) {
     const CoarseProblem& problem = params.problem;
     const int4* choices = params.choices;
     const int num = choices == nullptr ? params.width : choices[tile.row + row].z;
     const int wanted = min(num_eligible, max(0, min(num, params.width)));
-    int* idx = params.idx + int64_t(row_of_all) * params.width;
+    int* idx = params.idx + row_of_all * params.width;
     const ColumnFilter filter = {shared.eligible, problem.sizes == nullptr};
     if (wanted > 0) {
         RowKeys keys(filter, choices == nullptr ? nullptr : &shared.forced, team, scores);
@@ -199,33 +199,32 @@ extern "C" __global__ void __maxnreg__(VSA_REGISTERS) coarse_attend(const __grid
         if (threadIdx.x == 0) wait_for(params.means_done, params.means_arrivals);
         __syncthreads();
     }
-    const auto scores = [&] { return params.scores + int64_t(thread_block_number()) * problem.tile_rows * row_floats; };
+    float* scores = params.scores + int64_t(blockIdx.x) * problem.tile_rows * row_floats;
     for (int item = blockIdx.x; item < problem.num_items; item += num_thread_blocks()) {
         const int head = item / problem.num_tiles;
         const RowTile tile = problem.tile(item - head * problem.num_tiles);
-        // No memory holds the channels of more rows than an int counts.
-        const int first_row = head * problem.num_rows + tile.row;
-        const int first_col = head / problem.group * problem.num_cols + tile.col;
+        const int64_t first_row = int64_t(head) * problem.num_rows + tile.row;
+        const int64_t first_col = int64_t(head / problem.group) * problem.num_cols + tile.col;
         // All have done with the tile before.
         __syncthreads();
         shared.eligible.set(tile, [&](int col) { return problem.has_tokens(col); });
         if (params.choices != nullptr) shared.forced.set(tile, [&](int col) { return params.choices[col].w != 0; });
 
-        compute_scores(problem, shared.of_scores, tile, params.q + int64_t(first_row) * kHeadDim,
-                       params.k + int64_t(first_col) * kHeadDim, scores());
+        compute_scores(problem, shared.of_scores, tile, params.q + first_row * kHeadDim, params.k + first_col * kHeadDim,
+                       scores);
         __syncthreads();
 
         const int num_eligible = shared.eligible.count_or_all(tile);
         Team team(shared.slots, tile);
         for (int row = team.first_row(); row < tile.rows(); row += team.row_step()) {
             attend_row(params, shared, tile, team, row, first_row + row, num_eligible,
-                       team.of_lane(scores() + int64_t(row) * row_floats));
+                       team.of_lane(scores + int64_t(row) * row_floats));
         }
         // Now v is complete, too.
         wait_for_launch_before();
         if (params.v == nullptr) continue;
 
-        weigh_means(shared.of_out, tile, scores(), row_floats, params.v + int64_t(first_col) * kHeadDim,
-                    params.out + int64_t(first_row) * kHeadDim, [&](float x) { return rounded(x, problem.rounding); });
+        weigh_means(shared.of_out, tile, scores, row_floats, params.v + first_col * kHeadDim, params.out + first_row * kHeadDim,
+                    [&](float x) { return rounded(x, problem.rounding); });
     }
 }

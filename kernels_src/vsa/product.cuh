@@ -84,12 +84,10 @@ struct Accumulator {
         clear();
     }
 
-    __device__ __forceinline__ static int first_row(int warp) { return warp % row_groups * 16; }
-    __device__ __forceinline__ static int first_col(int warp) { return warp / row_groups * kColTiles * 8; }
+    __device__ __forceinline__ int first_row() const { return warp % row_groups * 16; }
+    __device__ __forceinline__ int first_col() const { return warp / row_groups * kColTiles * 8; }
     // Few rows and columns are not enough for all warps.
-    __device__ __forceinline__ bool has_cols() const {
-        return cols * row_groups >= 8 * kProductWarps || first_col(warp) < cols;
-    }
+    __device__ __forceinline__ bool has_cols() const { return cols * row_groups >= 8 * kProductWarps || first_col() < cols; }
 
     __device__ __forceinline__ void clear() {
 #pragma unroll
@@ -110,10 +108,7 @@ struct Accumulator {
     // Calls f with a row, a column, and the values there and in the next column.
     template <typename F>
     __device__ __forceinline__ void for_each(const F& f) const {
-        // Who stores computes addresses after the sum, not before.
-        const int thread = kittens::thread_number();
-        const int own_warp = thread / kittens::kWarpThreads, own_lane = thread % kittens::kWarpThreads;
-        const int row = first_row(own_warp) + own_lane / 4, col = first_col(own_warp) + own_lane % 4 * 2;
+        const int row = first_row() + lane / 4, col = first_col() + lane % 4 * 2;
         if (!has_cols()) return;
 #pragma unroll
         for (int half = 0; half < 2; ++half) {
@@ -126,7 +121,7 @@ struct Accumulator {
 
     template <typename A, typename B>
     __device__ __forceinline__ void add_product(const A& a, const B& b) {
-        const int row = first_row(warp) + lane / 4, col = first_col(warp) + lane / 4;
+        const int row = first_row() + lane / 4, col = first_col() + lane / 4;
         if (!has_cols()) return;
         constexpr int kStep = 8, kAtATime = 2 * kStep;
 #pragma unroll

@@ -5,7 +5,6 @@
 namespace kittens {
 
 inline int num_thread_blocks() { return gridDim.x; }
-inline int thread_block_number() { return blockIdx.x; }
 inline int thread_number() { return threadIdx.x; }
 
 inline float value_of_half(uint16_t bits) {
