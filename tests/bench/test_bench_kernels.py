@@ -19,6 +19,7 @@ HOST = [
     "host time of a call with 16 segments",
     "host time of a video",
     "host time of a video and its backward",
+    "host time of a video and its backward, in one thread",
     "host time of a call",
     "host time of a launch of the block means",
 ]
@@ -55,8 +56,9 @@ def on_cpu(monkeypatch):
         ),
         kernels.HostOfWhole(HOST[1], with_gate(), calls=2),
         kernels.HostOfWhole(HOST[2], with_gate(), with_backward=True, calls=2),
-        kernels.HostCall(HOST[3], case(2, 256, 2), calls=2),
-        kernels.HostLaunch(HOST[4], case(2, 256, 1), calls=2),
+        kernels.HostOfWhole(HOST[3], with_gate(), with_backward=True, in_one_thread=True, calls=2),
+        kernels.HostCall(HOST[4], case(2, 256, 2), calls=2),
+        kernels.HostLaunch(HOST[5], case(2, 256, 1), calls=2),
     )
     monkeypatch.setattr(kernels, "works", lambda: works)
     return works
@@ -81,7 +83,7 @@ def beside_video(kind, name: str, segments) -> kernels.BesideVideo:
 
 def test_works_have_the_sizes_that_their_names_say():
     works = {work.name: work for work in kernels.works()}
-    assert len(works) == len(kernels.works()) == 4 + 13 + 13 + 1 + 16 + 9 + 4
+    assert len(works) == len(kernels.works()) == 4 + 13 + 13 + 1 + 16 + 9 + 5
     for name, heads, tokens, head_dim, block, topk in (
         ("W1, random", 12, 39_936, 128, 64, 64),
         ("W1, D=64, neighbouring", 12, 39_936, 64, 64, 64),
@@ -96,9 +98,9 @@ def test_works_have_the_sizes_that_their_names_say():
         assert (work.problem.block, work.topk) == (block, topk)
         assert work.flops == 4 * heads * tokens * topk * block * head_dim
     assert works["W1, raster, bshd"].case.shape.size == (1, 39_936, 12, 128)
-    for name, with_backward in ((HOST[1], False), (HOST[2], True)):
+    for name, *kind in ((HOST[1], False, False), (HOST[2], True, False), (HOST[3], True, True)):
         work = works[name]
-        assert work.with_backward == with_backward
+        assert [work.with_backward, work.in_one_thread] == kind
         assert (work.case.shape.size, work.case.topk, work.case.gate) == ((1, 6400, 12, 64), 10, "tensor")
     assert works["block means, D=64, bhsd, raster, cut tiles"].case.problem.keys.num_blocks == 6 * 8 * 13
     assert works["block means, D=128, bshd, raster, blocks of 256"].case.problem.keys.tile == (4, 8, 8)
@@ -232,10 +234,14 @@ def test_all_works_on_a_cpu(on_cpu, capsys, tmp_path):
         assert rows[name]["us_min"] <= rows[name]["us"] <= rows[name]["us_max"]
 
 
-@pytest.mark.parametrize("with_backward", [False, True])
-def test_a_video_on_the_host_is_a_whole_call(on_cpu, monkeypatch, with_backward):
-    monkeypatch.setattr(kernels.Setting, "host_time", lambda setting, name, call, calls: call())
-    work = kernels.HostOfWhole("video", with_gate(), with_backward)
+@pytest.mark.parametrize(("with_backward", "in_one_thread"), [(False, False), (True, False), (True, True)])
+def test_a_video_on_the_host_is_a_whole_call(on_cpu, monkeypatch, with_backward, in_one_thread):
+    def host_time(setting, name, call, calls):
+        assert torch._C._is_multithreading_enabled() != in_one_thread
+        return call()
+
+    monkeypatch.setattr(kernels.Setting, "host_time", host_time)
+    work = kernels.HostOfWhole("video", with_gate(), with_backward, in_one_thread)
     run = attention.sparse(work.case, SETTING.inputs(work.case.shape))
     expected = run.forward_backward() if with_backward else run.forward()
     assert len(expected) == (4 if with_backward else 1)

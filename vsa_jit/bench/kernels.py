@@ -435,17 +435,24 @@ class HostCall:
 
 @dataclass(frozen=True)
 class HostOfWhole:
-    """A call of ``video_sparse_attn`` on a small shape, in inference, or with its backward."""
+    """A call of ``video_sparse_attn`` on a small shape, in inference, or with its backward.
+
+    Attributes:
+        in_one_thread: where the backward runs that PyTorch else hands to a thread of its own.
+    """
 
     name: str
     case: Case
     with_backward: bool = False
+    in_one_thread: bool = False
     # Fewer than the GPU's queue holds: a call has several launches.
     calls: int = 50
 
     def measure(self, setting: Setting) -> HostTime:
         run = sparse(self.case, setting.inputs(self.case.shape))
-        return setting.host_time(self.name, run.step() if self.with_backward else run.forward, self.calls)
+        call = run.step() if self.with_backward else run.forward
+        with torch.autograd.set_multithreading_enabled(not self.in_one_thread):
+            return setting.host_time(self.name, call, self.calls)
 
 
 @dataclass(frozen=True)
@@ -561,6 +568,8 @@ def _host() -> Iterator[Work]:
     video = _case(12, math.prod(HOST_VIDEO), 64, 64, 10, HOST_VIDEO, "bshd", gate="tensor")
     yield HostOfWhole("host time of a video", video)
     yield HostOfWhole("host time of a video and its backward", video, with_backward=True)
+    name = "host time of a video and its backward, in one thread"
+    yield HostOfWhole(name, video, with_backward=True, in_one_thread=True)
     yield HostCall("host time of a call", _case(2, 1024, 128, 64, 4))
     yield HostLaunch("host time of a launch of the block means", _case(2, 256, 128, 64, 1))
 
