@@ -205,7 +205,7 @@ extern "C" __global__ void __maxnreg__(VSA_REGISTERS) coarse_attend(const __grid
         const RowTile tile = problem.tile(item - head * problem.num_tiles);
         const int64_t first_row = int64_t(head) * problem.num_rows + tile.row;
         const int64_t first_col = int64_t(head / problem.group) * problem.num_cols + tile.col;
-        // All have done with the tile before.
+        // All have done with the tile before: without means of v no product has met since its rows were selected.
         __syncthreads();
         shared.eligible.set(tile, [&](int col) { return problem.has_tokens(col); });
         if (params.choices != nullptr) shared.forced.set(tile, [&](int col) { return params.choices[col].w != 0; });

@@ -1,7 +1,7 @@
 // The backward of the attention of block means, by rows: the probabilities and the gradients of scores, which are kept for
 // coarse_backward_kv.cu, and dQ. Thread blocks take row tiles in turn, as in coarse_attend.cu.
 //
-// Specialised at compile time as that.
+// Specialised at compile time as that, without VSA_REGISTERS.
 #include "vsa/coarse_rows.cuh"
 #include "vsa/params.cuh"
 

@@ -3,7 +3,8 @@
 
 #include "vsa/coarse.cuh"
 
-// Vectors of columns that a warp takes at most. More would fit into its registers, but compile for longer.
+// Vectors of columns that a warp takes at most: each lane has one word of bits of them. More would fit into its registers,
+// but compile for longer.
 constexpr int kWarpVectors = 8;
 constexpr int kWarpCols = kWarpVectors * kVectorCols;
 static_assert(kWarpCols * kProductWarps >= kMaxCoarseCols);

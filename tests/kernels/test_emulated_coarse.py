@@ -22,6 +22,7 @@ CASES = [
     Case("rounded to fp16", 10, 150, dtype=torch.float16, exact=True, topk=(17,)),
     Case("context", 92, 92, head_dim=128, topk=(6,), segments=TEXT_AND_VIDEO),
     Case("packed", 119, 119, kv_heads=1, batch=2, topk=(0, 20, 0, 2), exact=True, segments=PACKED),
+    Case("packed, not attended", 119, 119, kv_heads=1, batch=2, topk=(3, 20, 0, 2), segments=PACKED, attended=False),
     Case("packed, competing", 119, 119, topk=(3, 20, 0, 2), segments=PACKED, compete=True),
     Case("as wide as a warp, ties", 2, 1024, heads=1, kv_heads=1, exact=True, topk=(200,)),
     Case("one column more", 2, 1025, heads=1, kv_heads=1, topk=(200,)),
