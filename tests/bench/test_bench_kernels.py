@@ -17,9 +17,9 @@ CPU = torch.device("cpu")
 SETTING = kernels.Setting(CPU, 1e-4, seed=1)
 HOST = [
     "host time of a call with 16 segments",
-    "host time of a video",
-    "host time of a video and its backward",
-    "host time of a video and its backward, in one thread",
+    "host time of inference",
+    "host time of a training step",
+    "host time of a training step in one thread",
     "host time of a call",
     "host time of a launch of the block means",
 ]
@@ -247,6 +247,7 @@ def test_a_video_on_the_host_is_a_whole_call(on_cpu, monkeypatch, with_backward,
     assert len(expected) == (4 if with_backward else 1)
     for x, y in zip(work.measure(SETTING), expected, strict=True):
         assert torch.equal(x, y)
+    assert torch._C._is_multithreading_enabled()
 
 
 @pytest.mark.parametrize("function", ["attend", "block_means"])

@@ -1,8 +1,8 @@
 """The kernels of a Hopper GPU by themselves: forward, backward, the block means, and the host time of their calls.
 
-What they compute is compared with Triton's kernels before they are timed. What is compared is timed in
-turn, round after round: such work runs at the GPU's limit of power, so that its clock changes from one second to the
-next.
+What kernels compute is compared with Triton's before they are timed; of host times nothing is. What is compared is
+timed in turn, round after round: such work runs at the GPU's limit of power, so that its clock changes from one second
+to the next.
 """
 
 from __future__ import annotations
@@ -438,7 +438,7 @@ class HostOfWhole:
     """A call of ``video_sparse_attn`` on a small shape, in inference, or with its backward.
 
     Attributes:
-        in_one_thread: where the backward runs that PyTorch else hands to a thread of its own.
+        in_one_thread: the backward runs in the thread that calls it; else PyTorch hands it to one of its own.
     """
 
     name: str
@@ -566,9 +566,9 @@ def _segments() -> Iterator[Work]:
 
 def _host() -> Iterator[Work]:
     video = _case(12, math.prod(HOST_VIDEO), 64, 64, 10, HOST_VIDEO, "bshd", gate="tensor")
-    yield HostOfWhole("host time of a video", video)
-    yield HostOfWhole("host time of a video and its backward", video, with_backward=True)
-    name = "host time of a video and its backward, in one thread"
+    yield HostOfWhole("host time of inference", video)
+    yield HostOfWhole("host time of a training step", video, with_backward=True)
+    name = "host time of a training step in one thread"
     yield HostOfWhole(name, video, with_backward=True, in_one_thread=True)
     yield HostCall("host time of a call", _case(2, 1024, 128, 64, 4))
     yield HostLaunch("host time of a launch of the block means", _case(2, 256, 128, 64, 1))

@@ -94,7 +94,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="eager, compiled (compile_repeated_blocks, full graphs) or both (default)",
     )
 
-    hopper = parser.add_argument_group("the parts of a call on a Hopper GPU, instead")
+    hopper = parser.add_argument_group("calls and their parts on a Hopper GPU, instead")
     hopper.add_argument(
         "--kernels",
         nargs="*",
