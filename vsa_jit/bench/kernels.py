@@ -14,7 +14,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass
 from statistics import median
-from typing import Any, ClassVar, NamedTuple, Protocol
+from typing import Any, ClassVar, Generic, NamedTuple, Protocol, TypeVar
 
 import torch
 from torch import Tensor
@@ -215,6 +215,21 @@ class Work(Protocol):
     def measure(self, setting: Setting) -> Result: ...
 
 
+OfSegments = TypeVar("OfSegments", bound=Work)
+
+
+@dataclass(frozen=True)
+class _BesideVideo(Generic[OfSegments]):
+    """A work on segments, and the same on a video alone. The name is that of the first."""
+
+    work: OfSegments
+    video: OfSegments
+
+    @property
+    def name(self) -> str:
+        return self.work.name
+
+
 @dataclass(frozen=True)
 class Dense:
     """PyTorch's dense attention of W1's size."""
@@ -343,15 +358,8 @@ class Backward(Forward):
 
 
 @dataclass(frozen=True)
-class BesideVideo:
+class BesideVideo(_BesideVideo[Forward]):
     """An attention of segments, in turn with that of a video alone."""
-
-    work: Forward
-    video: Forward
-
-    @property
-    def name(self) -> str:
-        return self.work.name
 
     def measure(self, setting: Setting) -> SegmentsTime | Failed:
         calls, video = (work.checked_calls(setting) for work in (self.work, self.video))
@@ -456,15 +464,8 @@ class HostOfWhole:
 
 
 @dataclass(frozen=True)
-class HostBesideVideo:
+class HostBesideVideo(_BesideVideo[HostOfWhole]):
     """A call on small segments, and one on a video of as many tokens."""
-
-    work: HostOfWhole
-    video: HostOfWhole
-
-    @property
-    def name(self) -> str:
-        return self.work.name
 
     def measure(self, setting: Setting) -> SegmentsHostTime:
         time, video = (work.measure(setting) for work in (self.work, self.video))
